@@ -1,0 +1,43 @@
+# The environment is .venv, made by tools/setup.sh on first use; PYTHON=/path/to/python chooses what it is made from.
+READY := .venv/.ready
+DEMO := runs/demo
+CHROMIUM = $(shell for b in chromium chromium-browser google-chrome; do \
+	$$b --version >/dev/null 2>&1 && command -v $$b && break; done)
+
+# The problems are small: more threads make them slower.
+OMP_NUM_THREADS ?= 1
+MKL_NUM_THREADS ?= 1
+export OMP_NUM_THREADS MKL_NUM_THREADS
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo    run the quick study of Lyu et al. (2022) and write its report to $(DEMO)"
+	@echo "make test    run the tests (those of the report page need Chromium)"
+	@echo "make lint    run ruff and mypy"
+	@echo "make clean   remove .venv and caches, keep runs (also after moving this directory or changing Python)"
+
+$(READY): pyproject.toml constraints.txt tools/setup.sh
+	@sh tools/setup.sh
+
+demo: $(READY)
+	@.venv/bin/sharpscope run lyu2022 --quick --out $(DEMO); status=$$?; \
+	if [ ! -f $(DEMO)/report.html ]; then echo "The study did not finish: there is no report."; exit 2; fi; \
+	if [ $$status -ne 0 ]; then echo "A deciding claim failed, or the study stopped early: see the lines above."; fi; \
+	echo "The report is $(DEMO)/report.html"; exit $$status
+
+test: $(READY)
+	.venv/bin/python -m pytest -n 2 tests --ignore=tests/browser
+	@if [ -n "$(CHROMIUM)" ]; then \
+		echo ".venv/bin/python -m pytest tests/browser"; .venv/bin/python -m pytest tests/browser; \
+	else \
+		echo "The tests in tests/browser were not run: they need Chromium (chromium or google-chrome in the PATH)."; \
+	fi
+
+lint: $(READY)
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

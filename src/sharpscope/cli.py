@@ -1,0 +1,155 @@
+"""``sharpscope list | run | report``: exit status 0 when every deciding claim holds, 1 when one does not, 2 when
+nothing could be run.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+EXTRA = "the command line needs the extra packages of sharpscope[studies]: pip install 'sharpscope[studies]'"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = _Parser(prog="sharpscope", description="Measure the sharpness of normalized networks, study by study.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    commands.add_parser("list", help="every study, its paper and its claims")
+    run = commands.add_parser(
+        "run", help="run a study and write its report", epilog="`sharpscope run NAME --help` shows the study's fields"
+    )
+    run.add_argument("study", help="name of a study, or all")
+    run.add_argument("--quick", action="store_true", help="small sizes")
+    run.add_argument("--out", type=Path, help="directory of the run (default: runs/NAME or runs/NAME-quick)")
+    run.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    report = commands.add_parser("report", help="write the report of a finished run again")
+    report.add_argument("directory", type=Path)
+    try:
+        args, rest = parser.parse_known_args(argv)
+        if rest and args.command != "run":
+            parser.error(f"unknown argument {rest[0]}")
+        if args.command == "list":
+            return _list()
+        if args.command == "report":
+            return _report(args.directory)
+        return _run(args, rest)
+    except _Refused as refusal:
+        print(f"sharpscope: {refusal}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sharpscope"):
+            raise
+        print(f"sharpscope: {error.name} is not installed; {EXTRA}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nsharpscope: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+class _Refused(Exception):
+    """A sentence for the user; exit status 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _Refused(f"{message}; see `{self.prog} --help`")
+
+
+def _list() -> int:
+    from .studies._study import discover
+
+    for name, study in discover().items():
+        print(f"{name}\n  {study.PAPER}")
+        for claim in study.CLAIMS:
+            mark = "" if claim.deciding else " (reported, does not decide)"
+            print(f"  - [{claim.part}] {claim.sentence}: {claim.criterion.text}{mark}")
+    return 0
+
+
+def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from .studies._study import discover, find
+
+    if args.study == "all":
+        if rest:
+            raise _Refused(f"{rest[0]} is a field of one study; `run all` takes only --quick, --out and --workers")
+        names = list(discover())
+        statuses = [_run_one(n, args, [], (args.out or Path("runs")) / _folder(n, args.quick)) for n in names]
+        return max(statuses)
+    try:
+        find(args.study)
+    except LookupError as error:
+        raise _Refused(str(error)) from error
+    return _run_one(args.study, args, rest, args.out or Path("runs") / _folder(args.study, args.quick))
+
+
+def _folder(name: str, quick: bool) -> str:
+    return f"{name}-quick" if quick else name
+
+
+def _run_one(name: str, args: argparse.Namespace, rest: Sequence[str], out: Path) -> int:
+    from .studies._run import Unusable, run_study
+    from .studies._study import find
+
+    study = find(name)
+    config = _configure(name, study, study.QUICK if args.quick else study.Config(), rest)
+    try:
+        verdicts = run_study(name, config, out, workers=args.workers)
+    except Unusable as error:
+        raise _Refused(str(error)) from error
+    return _print(verdicts, out)
+
+
+def _report(directory: Path) -> int:
+    from .studies._run import Unusable, reread
+
+    try:
+        return _print(reread(directory), directory)
+    except (Unusable, LookupError) as error:
+        raise _Refused(str(error)) from error
+
+
+def _configure(name: str, study: Any, default: Any, rest: Sequence[str]) -> Any:
+    """The study's Config with the fields given on the command line."""
+    import tyro
+
+    known = [field.name for field in dataclasses.fields(study.Config)]
+    for flag in rest:
+        field = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+        if flag.startswith("--") and field not in (*known, "help", *(f"no_{k}" for k in known)):
+            near = difflib.get_close_matches(field, known, 1, 0.3)
+            hint = f"did you mean --{near[0].replace('_', '-')}?" if near else f"fields: {', '.join(known)}"
+            raise _Refused(f"{name} has no field '{field}'; {hint}")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(study.Config, prog=f"sharpscope run {name}", default=default, args=list(rest))
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        words = " ".join(complaint.getvalue().translate({ord(c): " " for c in "│╭╮╰╯─"}).split())
+        raise _Refused(f"{' '.join(rest)} does not fit the fields of {name}: {words}") from stop
+    except ValueError as error:
+        raise _Refused(str(error)) from error
+
+
+def _print(verdicts: Sequence[Any], out: Path) -> int:
+    """The verdicts as lines, and the exit status they mean."""
+    part = ""
+    for v in verdicts:
+        if v.part != part:
+            part = v.part
+            print(f"\n{part}")
+        mark = ("ok  " if v.passed else "FAIL") if v.deciding else ("yes " if v.passed else "no  ")
+        many = v.observed if isinstance(v.observed, tuple) else (v.observed,)
+        seen = " to ".join(f"{x:.4g}" for x in ((min(many), max(many)) if len(many) > 1 else many))
+        print(f"  {mark} {v.claim}: {seen} ({v.criterion}{'' if v.deciding else '; does not decide'})")
+    deciding = [v for v in verdicts if v.deciding]
+    failed = [v for v in deciding if not v.passed]
+    print(f"\n{len(deciding) - len(failed)} of {len(deciding)} deciding claims hold; report: {out / 'report.html'}")
+    return 1 if failed else 0

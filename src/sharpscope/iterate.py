@@ -1,0 +1,115 @@
+"""One point of training, at which each expensive quantity is computed at most once.
+
+P parameters, k eigenpairs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .eigen import Eigenpairs, lanczos
+from .invariance import ScaleGroups, find_groups
+from .objective import Expansion, Objective
+from .operators import SymmetricOperator, hessian, preconditioned, restricted
+from .rules import State, UpdateRule
+from .sphere import on_sphere
+
+
+def midpoint(before: Tensor, now: Tensor) -> Tensor:
+    """``(w_{t-1} + w_t)/2``: cancels the oscillation by which single iterates read high and low in turn."""
+    return (before + now) / 2
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """Weights `w` ``(P,)`` of `objective`, reached by `rule` in `state` after `step` steps.
+
+    `k`, `rtol` and `start` are handed to the eigenvalue solver; `start` are the vectors of an earlier Iterate.
+    """
+
+    objective: Objective
+    w: Tensor
+    rule: UpdateRule | None = None
+    state: State = field(default_factory=dict)
+    step: int = 0
+    groups: ScaleGroups | None = None
+    k: int = 1
+    rtol: float = 1e-4
+    start: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, at: "Objective | Iterate") -> "Iterate":
+        """The Iterate itself, or the one at an objective's present weights."""
+        return at if isinstance(at, Iterate) else cls(at, at.weights())
+
+    @cached_property
+    def expansion(self) -> Expansion:
+        return self.objective.at(self.w)
+
+    @cached_property
+    def hessian(self) -> SymmetricOperator:
+        return hessian(self.expansion)
+
+    @cached_property
+    def scale_groups(self) -> ScaleGroups:
+        return find_groups(self.objective, self.w) if self.groups is None else self.groups
+
+    @cached_property
+    def invariant(self) -> Tensor:
+        """The jointly scale-invariant weights ``(n,)``.
+
+        Raises:
+            ValueError: there are none.
+        """
+        joint = self.scale_groups.joint
+        if joint.numel() == 0:
+            least = min(self.scale_groups.defects.items(), key=lambda item: item[1], default=("", 1.0))
+            raise ValueError(
+                "no scale-invariant weights: the least Euler cosine is"
+                f" {least[1]:.2g} ({least[0]}); spherical measures need normalization, sharpness() does not"
+            )
+        return self.w[joint]
+
+    @cached_property
+    def top(self) -> Eigenpairs:
+        """Of ``∇²L(w)``."""
+        return self._solve("top", self.hessian)
+
+    @cached_property
+    def spherical_top(self) -> Eigenpairs:
+        """Of the Hessian in the jointly scale-invariant weights, at unit norm [N7]."""
+        if self.scale_groups.covers(self.objective.size):
+            return _rescaled(self.top, (self.w @ self.w).item())
+        block = restricted(self.hessian, self.scale_groups.joint)
+        return self._solve("spherical_top", on_sphere(block, self.invariant))
+
+    @cached_property
+    def product_sphere_top(self) -> Eigenpairs:
+        """Of the Hessian in the invariant groups, each group at unit norm: ``Δ H Δ``, Δ = diag(‖w_g‖) [N12]."""
+        groups = self.scale_groups.groups
+        if not groups:
+            raise ValueError("no group of weights is scale-invariant on its own; use spherical_sharpness()")
+        inverse_square = self.w.new_ones(self.objective.size)
+        for indices in groups.values():
+            inverse_square[indices] = 1 / self.w[indices].square().sum()
+        indices = torch.zeros(self.objective.size, dtype=torch.bool)
+        for i in groups.values():
+            indices[i] = True
+        block = restricted(preconditioned(self.hessian, inverse_square), indices.nonzero().flatten())
+        return self._solve("product_sphere_top", block)
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """What has been solved for, as `start` of the next Iterate."""
+        names = ("top", "spherical_top", "product_sphere_top")
+        return {name: self.__dict__[name].vectors for name in names if name in self.__dict__}
+
+    def _solve(self, name: str, a: SymmetricOperator) -> Eigenpairs:
+        return lanczos(a, min(self.k, a.size), start=self.start.get(name), rtol=self.rtol)
+
+
+def _rescaled(pairs: Eigenpairs, c: float) -> Eigenpairs:
+    return Eigenpairs(c * pairs.values, pairs.vectors, c * pairs.residuals, pairs.num_matvecs)

@@ -1,0 +1,149 @@
+"""Monitor: measures a running training loop without changing it.
+
+It decides when to measure, keeps the vectors that make the next measurement cheap, and collects the history.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import measures
+from .diagnose import diagnose
+from .history import History
+from .invariance import ScaleGroups, find_groups
+from .iterate import Iterate, midpoint
+from .objective import Objective
+from .plots import Chart
+from .report import write_report
+from .rules import UpdateRule, rule_of
+
+
+class Monitor:
+    """Measures `objective` every `every` steps of `optimizer`.
+
+    Args:
+        objective: loss of the model that is being trained, on data that stay the same (a few fixed batches will do).
+        optimizer: the live optimizer; its rule is read at every measurement, so schedules are followed.
+        every: steps between measurements.
+        point: where to measure, from the weights before and after the last step; `midpoint` removes the
+            oscillation of the edge of stability from the reading.
+        k: eigenvalues to follow; those after the first are the columns sharpness2, sharpness3, ...
+        rule: overrides what is read from the optimizer.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    >>> f = Objective(net, torch.nn.functional.mse_loss, [(torch.randn(16, 4), torch.randn(16, 1))])
+    >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    >>> monitor = Monitor(f, sgd, every=5)
+    >>> for _ in range(10):
+    ...     sgd.zero_grad()
+    ...     f.loss(net(f.data[0][0]), f.data[0][1]).backward()
+    ...     sgd.step()
+    ...     monitor.step()
+    >>> monitor.history.series("training", "step").tolist()
+    [0.0, 5.0, 10.0]
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        *,
+        every: int = 20,
+        point: Callable[[Tensor, Tensor], Tensor] = midpoint,
+        k: int = 1,
+        rule: UpdateRule | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every={every}: the number of steps between measurements is at least 1")
+        self.objective, self.optimizer, self.every, self.point, self.k = objective, optimizer, every, point, k
+        self._fixed_rule = rule
+        self.history = History()
+        self.steps, self.tau = 0, 0.0
+        self.groups: ScaleGroups = find_groups(objective)
+        self._vectors: dict[str, Tensor] = {}
+        self._before = objective.weights()
+        self.measure(self._before)
+
+    @property
+    def rule(self) -> UpdateRule:
+        """What the optimizer does at present."""
+        return rule_of(self.optimizer) if self._fixed_rule is None else self._fixed_rule
+
+    def step(self) -> None:
+        """Call this after every step of the optimizer."""
+        self.steps += 1
+        self.tau += self.rule.clock
+        if self.steps % self.every == 0:
+            self.measure(self.point(self._before, self.objective.weights()))
+        if (self.steps + 1) % self.every == 0:
+            self._before = self.objective.weights()
+
+    def measure(self, w: Tensor) -> Iterate:
+        """Measure at `w` now, whatever the schedule, and add a row to the history: without curvature once the loss is
+        not finite, since a diverged run is not to be stopped by being watched."""
+        it = Iterate(self.objective, w, self.rule, step=self.steps, groups=self.groups, k=self.k, start=self._vectors)
+        row: dict[str, Any] = {"tau": self.tau, "loss": measures.loss(it)}
+        if math.isfinite(row["loss"]):
+            row["sharpness"] = measures.sharpness(it)
+            row |= {f"sharpness{i}": v for i, v in enumerate(it.top.values[1:].tolist(), start=2)}
+            row["stability_ratio"] = measures.stability_ratio(it)
+            if self.groups.joint.numel():
+                row["spherical_sharpness"] = measures.spherical_sharpness(it)
+                row["edge"] = measures.spherical_edge(it)
+                row["radius"] = measures.radius(it)
+            self._vectors = it.vectors
+        self.history.append(run=RUN, step=self.steps, **row)
+        return it
+
+    def diagnosis(self) -> str:
+        """What the readings so far say about this run, one sentence a line."""
+        return "\n".join(diagnose(self.history, RUN, self.rule, self.groups))
+
+    def report(self, path: str | Path) -> Path:
+        """Write the readings so far as one self-contained HTML page."""
+        return write_report(
+            Path(path),
+            title="Sharpness of this training run",
+            subtitle=f"{type(self.objective.model).__name__}, {self.objective.size} parameters",
+            lead=" ".join(diagnose(self.history, RUN, self.rule, self.groups)),
+            verdicts=(),
+            charts=[chart for chart in CHARTS if chart.y in self.history.columns],
+            columns=self.history.columns,
+            config={"rule": str(self.rule), "every": self.every, "k": self.k},
+            environment={"torch": torch.__version__},
+        )
+
+
+RUN = "training"
+
+CHARTS = (
+    Chart(
+        "stability",
+        "Distance to the edge of stability",
+        "step",
+        "stability_ratio",
+        (RUN,),
+        "step",
+        "sharpness / threshold",
+        lines=((1.0, "edge of stability"),),
+    ),
+    Chart("sharpness", "Sharpness", "step", "sharpness", (RUN,), "step", "λ1 of the Hessian", log_y=True),
+    Chart(
+        "spherical",
+        "Spherical sharpness",
+        "step",
+        "spherical_sharpness",
+        (RUN,),
+        "step",
+        "λ1 at unit norm",
+        log_y=True,
+        caption="Sharpness at w/‖w‖: the part that does not depend on the scale of normalized weights.",
+    ),
+    Chart("loss", "Loss", "step", "loss", (RUN,), "step", "loss at the measured point", log_y=True),
+    Chart("radius", "Norm of the scale-invariant weights", "step", "radius", (RUN,), "step", "‖w‖"),
+)

@@ -1,0 +1,93 @@
+"""Symmetric linear operators, known by their products with vectors.
+
+An operator is composed from smaller ones, and says what it is:
+
+    restricted(preconditioned(hessian(f, w), p), indices)
+
+P parameters.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .objective import Expansion, Objective
+
+
+@dataclass(frozen=True)
+class SymmetricOperator:
+    """A symmetric ``A`` as ``v -> A v``.
+
+    Args:
+        matvec: product with one vector ``(P,)``.
+        like: any vector of the operator's size, dtype and device.
+    """
+
+    matvec: Callable[[Tensor], Tensor]
+    like: Tensor = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """P, the number of rows."""
+        return self.like.numel()
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """``A v`` for a vector ``(P,)``, ``A V`` for columns ``(P, k)``."""
+        if v.shape[:1] != (self.size,) or v.dim() > 2:
+            raise ValueError(f"an operator of size {self.size} cannot act on a tensor of shape {tuple(v.shape)}")
+        if v.dim() == 1:
+            return self.matvec(v)
+        return torch.stack([self.matvec(column) for column in v.T], dim=1)
+
+    def dense(self) -> Tensor:
+        """The matrix ``(P, P)``: for tests and small problems."""
+        return self @ torch.eye(self.size, dtype=self.like.dtype, device=self.like.device)
+
+
+def _expand(f: Objective | Expansion, w: Tensor | None) -> Expansion:
+    if isinstance(f, Expansion):
+        return f
+    return f.at(f.weights() if w is None else w)
+
+
+def hessian(f: Objective | Expansion, w: Tensor | None = None) -> SymmetricOperator:
+    """``∇²L(w)`` [N2]; `w` defaults to the model's weights, and the gradient's graph is kept for all products."""
+    at = _expand(f, w)
+    return SymmetricOperator(at.hvp, at.grad)
+
+
+def gauss_newton(f: Objective | Expansion, w: Tensor | None = None) -> SymmetricOperator:
+    """``Jᵀ ∇²ℓ J``, the part of the Hessian that is positive semidefinite for convex losses [N3]."""
+    at = _expand(f, w)
+    return SymmetricOperator(at.gauss_newton, at.grad)
+
+
+def preconditioned(a: SymmetricOperator, p: Tensor) -> SymmetricOperator:
+    """``P^-1/2 A P^-1/2`` with ``P = diag(p)``, p positive ``(P,)``."""
+    if p.shape != a.like.shape or not bool((p > 0).all()):
+        raise ValueError(f"a preconditioner for size {a.size} has {a.size} positive entries; got shape {tuple(p.shape)}")
+    s = p.rsqrt()
+    return SymmetricOperator(lambda v: s * a.matvec(s * v), a.like)
+
+
+def restricted(a: SymmetricOperator, indices: Tensor) -> SymmetricOperator:
+    """The block of `A` on the coordinates `indices` ``(n,)``: an operator of size n."""
+
+    indices = indices.to(a.like.device)
+
+    def matvec(v: Tensor) -> Tensor:
+        return a.matvec(torch.zeros_like(a.like).index_copy(0, indices, v))[indices]
+
+    return SymmetricOperator(matvec, a.like[indices])
+
+
+def projected(a: SymmetricOperator, project: Callable[[Tensor], Tensor]) -> SymmetricOperator:
+    """``Π A Π`` for an orthogonal projection Π given as a function; directions it removes get eigenvalue zero."""
+    return SymmetricOperator(lambda v: project(a.matvec(project(v))), a.like)
+
+
+def scaled(a: SymmetricOperator, c: float) -> SymmetricOperator:
+    """``c A``."""
+    return SymmetricOperator(lambda v: c * a.matvec(v), a.like)

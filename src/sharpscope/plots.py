@@ -1,0 +1,300 @@
+"""Charts as values: what to draw against what, and their figures in matplotlib.
+
+A chart names columns and runs of a history and holds no data, so one description serves two renderers: `figure` here,
+for files, and the interactive page of `report`.  Both take their points from `traces` and so draw the same ones.
+
+matplotlib is optional and imported only where a figure is made.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import singledispatch
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Columns = Mapping[str, Sequence[Any]]
+Point = tuple[float, ...]
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")  # Okabe & Ito, without yellow
+PATH_COLORS = ("#0072b2", "#1d2126", "#009e73", "#cc79a7")  # on the sphere, clear of RAMP
+RAMP = ("#f3cf86", "#e08a2e", "#7a2a05")  # low to high
+INK, MUTED, GRID = "#1d2126", "#5d656f", "#e3e5e8"
+DASHES = ("-", "--", ":")  # the second and third time round the colours
+MOST_POINTS = 2000  # of one run in one chart: more than a screen has columns of pixels
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines of one column against another, one line per run, its points joined in the order of `x`."""
+
+    name: str  # slug: file name of the figure and anchor in the page
+    title: str
+    x: str  # column name
+    y: str  # column name
+    runs: tuple[str, ...]  # which runs, in this order (colours are assigned in this order)
+    x_label: str
+    y_label: str
+    log_x: bool = False
+    log_y: bool = False
+    lines: tuple[tuple[float, str], ...] = ()  # horizontal: (value, label), e.g. (2.0, "edge of stability")
+    caption: str = ""
+    part: str = ""
+    markers: bool = False  # dots instead of lines (e.g. error against il)
+
+
+@dataclass(frozen=True)
+class SphereChart:
+    """Paths on the unit sphere: a curve of minimizers coloured by a value, and trajectories."""
+
+    name: str
+    title: str
+    curve: str  # run whose x, y, z (unit vectors) form the curve
+    color: str  # column of that run that colours it (e.g. "spherical_sharpness")
+    paths: tuple[str, ...]  # runs whose x, y, z are drawn as trajectories
+    caption: str = ""
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The points of one run that a chart shows, in drawing order, and what became of the others."""
+
+    run: str
+    points: list[Point]
+    total: int  # points before thinning
+    hidden: int = 0  # finite points that a logarithmic axis has no place for
+
+
+@singledispatch
+def traces(chart: Any, columns: Columns) -> list[Trace]:
+    """One trace per run of the chart, in its order.  Values that are absent or not finite are no points.
+
+    >>> chart = Chart("l", "Loss", "step", "loss", ("a",), "step", "loss")
+    >>> traces(chart, {"run": ["a", "a", "b"], "step": [1, 0, 0], "loss": [0.5, 2.0, None]})[0].points
+    [(0.0, 2.0), (1.0, 0.5)]
+    """
+    raise TypeError(f"no chart: {type(chart).__name__}; known: Chart, SphereChart")
+
+
+@traces.register(Chart)
+def _(chart: Chart, columns: Columns) -> list[Trace]:
+    result = []
+    for run, points in _points(columns, dict.fromkeys(chart.runs, (chart.x, chart.y))).items():
+        shown = [p for p in points if (p[0] > 0 or not chart.log_x) and (p[1] > 0 or not chart.log_y)]
+        shown.sort(key=lambda p: p[0])  # by x alone: equal x keep the order of the history
+        result.append(Trace(run, thin(shown, chart.log_x), len(shown), len(points) - len(shown)))
+    return result
+
+
+@traces.register(SphereChart)
+def _(chart: SphereChart, columns: Columns) -> list[Trace]:
+    """The curve first, its points `(x, y, z, color)`; then the paths, theirs `(x, y, z)`."""
+    curve = _points(columns, {chart.curve: ("x", "y", "z", chart.color)})
+    paths = _points(columns, dict.fromkeys(chart.paths, ("x", "y", "z")))
+    return [Trace(run, thin_path(points), len(points)) for run, points in (*curve.items(), *paths.items())]
+
+
+def thin(points: list[Point], log_x: bool = False, most: int = MOST_POINTS) -> list[Point]:
+    """At most `most` points of a line: of every stretch of the axis its lowest and highest, so that bursts stay."""
+    if len(points) <= most:
+        return points
+    at = [math.log(p[0]) if log_x else p[0] for p in points]
+    stretches = most // 2 - 1
+    width = (at[-1] - at[0]) / stretches or 1.0
+    low: dict[int, int] = {}
+    high: dict[int, int] = {}
+    for i, (place, point) in enumerate(zip(at, points, strict=True)):
+        stretch = min(int((place - at[0]) / width), stretches - 1)
+        if stretch not in low or point[1] < points[low[stretch]][1]:
+            low[stretch] = i
+        if stretch not in high or point[1] > points[high[stretch]][1]:
+            high[stretch] = i
+    return [points[i] for i in sorted({0, len(points) - 1, *low.values(), *high.values()})]
+
+
+def thin_path(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
+    """At most `most` points of a path in space, in neighbouring pairs: one point in n would hide a period of two."""
+    if len(points) <= most:
+        return points
+    starts = [k * (len(points) - 2) // (most // 2 - 1) for k in range(most // 2)]
+    return [points[i] for start in starts for i in (start, start + 1)]
+
+
+def _points(columns: Columns, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, list[Point]]:
+    """run -> its rows of the wanted columns in which every value is a finite number."""
+    result: dict[str, list[Point]] = {run: [] for run in wanted}
+    known = {run: [columns[name] for name in names] for run, names in wanted.items() if set(names) <= columns.keys()}
+    for row, run in enumerate(columns.get("run", ())):
+        if run in known:
+            point = tuple(math.nan if column[row] is None else float(column[row]) for column in known[run])
+            if all(map(math.isfinite, point)):
+                result[run].append(point)
+    return result
+
+
+def missing(chart: Chart | SphereChart, columns: Columns) -> str:
+    """A sentence about the data the chart asks for and the columns do not hold; empty where nothing is missing."""
+    names = (chart.x, chart.y) if isinstance(chart, Chart) else ("x", "y", "z", chart.color)
+    absent = [name for name in names if name not in columns]
+    if absent:
+        return f"The data have no column {_listed(absent)}."
+    empty = [trace.run for trace in traces(chart, columns) if not trace.points]
+    if empty:
+        return f"No values of {_listed(names)} to show for run {_listed(empty)}."
+    return "" if isinstance(chart, SphereChart) or chart.runs else "The chart names no runs."
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"“{name}”" for name in names)
+
+
+@singledispatch
+def figure(chart: Any, columns: Columns) -> "Figure":
+    """The chart as a matplotlib figure (no pyplot, no global state); missing data become a sentence in it."""
+    raise TypeError(f"no figure of a {type(chart).__name__}; known: Chart, SphereChart")
+
+
+@figure.register(Chart)
+def _(chart: Chart, columns: Columns) -> "Figure":
+    fig = _new_figure(7.2, 4.2)
+    from matplotlib.patheffects import withStroke
+
+    ax = fig.subplots()
+    _dress(ax, chart.title)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color=GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.set_xlabel(chart.x_label, parse_math=False)
+    ax.set_ylabel(chart.y_label, parse_math=False)
+    ax.set_xscale("log" if chart.log_x else "linear")
+    ax.set_yscale("log" if chart.log_y else "linear")
+    drawn = []
+    for i, trace in enumerate(traces(chart, columns)):
+        if trace.points:
+            x, y = zip(*trace.points, strict=True)
+            shape = "o" if chart.markers or len(x) == 1 else DASHES[i // len(COLORS) % len(DASHES)]
+            (line,) = ax.plot(x, y, shape, color=COLORS[i % len(COLORS)], linewidth=1.6, markersize=5)
+            drawn.append((line, trace.run))
+    for value, label in chart.lines:
+        if drawn and (value > 0 or not chart.log_y):
+            ax.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            halo = [withStroke(linewidth=3, foreground="white")]
+            look: dict[str, Any] = {
+                "ha": "right",
+                "color": MUTED,
+                "fontsize": 9,
+                "parse_math": False,
+                "path_effects": halo,
+            }
+            ax.annotate(label, (1, value), (-2, 3), ("axes fraction", "data"), "offset points", **look)
+    if len(drawn) > 1:
+        _legend(fig, drawn)
+    if not drawn:
+        _say(fig, missing(chart, columns))
+    return fig
+
+
+@figure.register(SphereChart)
+def _(chart: SphereChart, columns: Columns) -> "Figure":
+    fig = _new_figure(7.2, 5.6)
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+    from mpl_toolkits.mplot3d.art3d import Line3DCollection
+
+    ax = fig.add_subplot(projection="3d", proj_type="ortho", box_aspect=(1, 1, 1), computed_zorder=False)
+    ax.set_axis_off()
+    _dress(ax, chart.title)
+    curve, *paths = traces(chart, columns)
+    if not (curve.points or any(path.points for path in paths)):
+        _say(fig, missing(chart, columns))
+        return fig
+    azimuth, elevation = viewpoint([p for path in paths for p in path.points] or curve.points)
+    ax.view_init(math.degrees(elevation), math.degrees(azimuth))
+    eye = (math.cos(elevation) * math.cos(azimuth), math.cos(elevation) * math.sin(azimuth), math.sin(elevation))
+
+    def draw(points: Sequence[Sequence[float]], width: float, **look: Any) -> Line3DCollection:
+        segments = [(a[:3], b[:3]) for a, b in pairwise(points)]
+        fade = [1.0 if sum(e * (p + q) for e, p, q in zip(eye, a, b, strict=True)) > 0 else 0.25 for a, b in segments]
+        lines = Line3DCollection(segments, linewidths=width, alpha=fade, **look)
+        ax.add_collection3d(lines, autolim=False)
+        return lines
+
+    for circle in graticule():
+        draw(circle, 0.6, colors="#b5bac1")
+    if curve.points:
+        values = [p[3] for p in curve.points]
+        ramp = LinearSegmentedColormap.from_list("ramp", RAMP)
+        scale = (LogNorm if 0 < 20 * min(values) < max(values) else Normalize)(min(values), max(values))
+        draw(curve.points, 4, colors=[ramp(scale((a + b) / 2)) for a, b in pairwise(values)])
+        bar = fig.colorbar(
+            ScalarMappable(scale, ramp), ax=ax, shrink=0.6, pad=0.02, label=chart.color.replace("_", " ")
+        )
+        bar.outline.set_visible(False)
+    drawn = []
+    for i, path in enumerate(paths):
+        if path.points:
+            color = PATH_COLORS[i % len(PATH_COLORS)]
+            draw(path.points, 0.6 if path.total > 500 else 1.4, colors=color, zorder=3 + i)
+            (end,) = ax.plot(*zip(path.points[-1], strict=True), "o", markersize=5, color=color, zorder=3 + i)
+            drawn.append((end, path.run))
+    ax.set(xlim=(-0.7, 0.7), ylim=(-0.7, 0.7), zlim=(-0.7, 0.7))
+    if drawn:
+        _legend(fig, drawn)
+    return fig
+
+
+def viewpoint(points: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Azimuth and elevation (radians) from which the middle of the points is seen, a little from the side and above."""
+    x, y, z = (sum(p[i] for p in points) for i in range(3))
+    return math.atan2(y, x) - 0.25, max(-1.2, min(1.2, math.atan2(z, math.hypot(x, y)) + 0.25))
+
+
+def graticule() -> list[list[tuple[float, float, float]]]:
+    """Circles of latitude and longitude, 30 degrees apart, as closed lists of points."""
+    circle = [(math.cos(math.tau * k / 72), math.sin(math.tau * k / 72)) for k in range(73)]
+    angles = [math.radians(a) for a in range(-60, 120, 30)]
+    latitudes = [[(math.cos(a) * c, math.cos(a) * s, math.sin(a)) for c, s in circle] for a in angles[:5]]
+    return latitudes + [[(math.cos(a) * c, math.sin(a) * c, s) for c, s in circle] for a in angles]
+
+
+def save_figures(charts: Iterable[Chart | SphereChart], columns: Columns, folder: str | Path) -> list[Path]:
+    """Write one `NAME.png` per chart into the folder, which is made if need be; return their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for chart in charts:
+        paths.append(folder / f"{chart.name}.png")
+        figure(chart, columns).savefig(paths[-1], dpi=150)
+    return paths
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'sharpscope[studies]'") from error
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _dress(ax: "Axes", title: str) -> None:
+    ax.set_title(title, loc="left", color=INK, fontsize=12, pad=10, parse_math=False)
+    ax.tick_params(colors=MUTED, labelsize=9, which="both")
+    for spine in ax.spines.values():
+        spine.set_color("#9aa1aa")
+
+
+def _legend(fig: "Figure", drawn: Sequence[tuple[Any, str]]) -> None:
+    lines, blank = [line for line, _ in drawn], [""] * len(drawn)
+    legend = fig.legend(lines, blank, loc="outside right upper", frameon=False, fontsize=9)
+    for text, (_, run) in zip(legend.get_texts(), drawn, strict=True):  # a leading "_" or a "$" is part of the name
+        text.set(text=run, parse_math=False)
+
+
+def _say(fig: "Figure", sentence: str) -> None:
+    fig.text(0.5, 0.5, sentence, ha="center", va="center", color=MUTED, wrap=True, parse_math=False)

@@ -1,0 +1,250 @@
+"""A study or a run as one HTML page that needs nothing else: no network, no server, no second file.
+
+Text comes first (what was claimed and what was seen), then the charts, then how it was made.  The page holds the points
+of its charts as JSON; `assets/report.js` draws them, with the plotting library uPlot that is kept beside it.
+"""
+
+import json
+import math
+import os
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from .claims import Verdict
+from .plots import Chart, Columns, SphereChart, Trace, graticule, missing, traces, viewpoint
+
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+CONTROL = "negative control"
+HELP = "Point at a chart to read values, drag to zoom, double-click to see all again; press a name to hide that run."
+UNSCRIPTED = "Interactive charts need scripts, which are switched off."
+MARK = {True: '<span class="mark" aria-hidden="true">✓</span>', False: '<span class="mark" aria-hidden="true">✗</span>'}
+
+
+def write_report(path: str | Path, **page: Any) -> Path:
+    """Write `render(**page)` to the path, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(render(**page), encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def render(
+    *,
+    title: str,
+    subtitle: str,
+    lead: str,
+    verdicts: Sequence[Verdict],
+    charts: Sequence[Chart | SphereChart],
+    columns: Columns,
+    config: Mapping[str, object],
+    environment: Mapping[str, object],
+    figures: Mapping[str, bytes] | None = None,
+) -> str:
+    """The page.  `figures` (PNG bytes by chart name) stand in for the charts where scripts are switched off."""
+    drawn = [(chart, traces(chart, columns)) for chart in charts]
+    data = {chart.name: _data(chart, lines) for chart, lines in drawn if any(t.points for t in lines)}
+    chapters = (
+        ("Claims", _claims(verdicts)),
+        ("Charts", _charts(charts, columns, figures or {})),
+        ("Configuration", _facts("What was set", config, " open")),
+        ("Environment", _facts("Where it ran", environment)),
+    )
+    return Template(_asset("report.html")).substitute(
+        title=escape(title),
+        subtitle=escape(subtitle),
+        lead=escape(lead),
+        links="".join(f'<a href="#{head.lower()}">{head}</a>' for head, html in chapters if html),
+        body="".join(f'<section id="{h.lower()}"><h2>{h}</h2>{html}</section>' for h, html in chapters if html),
+        data=_json(data),
+        style=_asset("uPlot.min.css") + _asset("report.css"),
+        licence=_asset("uPlot.LICENSE"),
+        library=_asset("uPlot.iife.min.js"),
+        script=_asset("report.js"),
+    )
+
+
+def _asset(name: str) -> str:
+    return (files("sharpscope") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _json(data: object) -> str:
+    """JSON that may stand inside a script element: no `<`, so neither `</script>` nor `<!--`."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def number(value: float) -> str:
+    """Whole numbers as they are, others to four digits, very large and very small ones with a power of ten.
+
+    >>> number(2.0499999), number(1797), number(0.00001)
+    ('2.05', '1797', '10⁻⁵')
+    """
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    whole = value == int(value) and abs(value) < 1e7
+    rounded = value if whole else float(f"{value:.3e}")
+    if whole or 1e-3 <= abs(rounded) < 1e5:
+        text = f"{rounded:,.12g}" if abs(rounded) >= 1e4 else f"{rounded:.12g}"
+    else:
+        mantissa, _, exponent = f"{value:.3e}".partition("e")
+        factor = {1.0: "", -1.0: "-"}.get(float(mantissa), f"{float(mantissa):g} × ")
+        text = f"{factor}10{str(int(exponent)).translate(SUPERSCRIPT)}"
+    return text.replace("-", "−").replace(",", "\u202f").replace(" ", "\u00a0")
+
+
+def observed(value: float | tuple[float, ...]) -> str:
+    """One number, or the range of several.
+
+    >>> observed((2.2701, 2.05))
+    '2.05 to 2.27'
+    """
+    values = value if isinstance(value, Sequence) else (value,)
+    if not values or any(math.isnan(v) for v in values):
+        return "not a number"
+    return " to ".join(dict.fromkeys((number(min(values)), number(max(values)))))
+
+
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """The verdicts in one sentence."""
+    claims = [v.passed for v in verdicts if v.deciding and v.kind != CONTROL]
+    controls = [v.passed for v in verdicts if v.deciding and v.kind == CONTROL]
+    others = sum(not v.deciding for v in verdicts)
+    said = []
+    if claims:
+        said.append(f"{sum(claims)} of {len(claims)} deciding claim{'s hold' if len(claims) > 1 else ' holds'}")
+    if controls:
+        behave = "s behave as they" if len(controls) > 1 else " behaves as it"
+        said.append(f"{sum(controls)} of {len(controls)} negative control{behave} should")
+    if others:
+        said.append(f"{others} more {'are' if others > 1 else 'is'} reported without deciding")
+    return "; ".join(said) + "."
+
+
+def _claims(verdicts: Sequence[Verdict]) -> str:
+    if not verdicts:
+        return ""
+    many = len({v.study for v in verdicts}) > 1
+    numbered = list(enumerate(verdicts, 1))
+    failed = [(i, v) for i, v in numbered if v.deciding and not v.passed]
+    links = "".join(f'<li>Fails: <a href="#claim-{i}">{escape(v.claim)}</a></li>' for i, v in failed)
+    html = f'<div class="summary {"fails" if failed else "holds"}"><p>{MARK[not failed]} {summary(verdicts)}</p>'
+    html += f"<ul>{links}</ul></div>" if failed else "</div>"
+    for part, group in _grouped(numbered, lambda item: f"{item[1].study}: {item[1].part}" if many else item[1].part):
+        rows = "".join(_claim(i, v) for i, v in group)
+        html += f'<table class="claims"><caption><h3>{escape(part or "All claims")}</h3></caption>'
+        html += f"{_heads('Verdict', 'Claim', 'Observed', 'Criterion', 'Kind')}<tbody>{rows}</tbody></table>"
+    return html
+
+
+def _claim(i: int, v: Verdict) -> str:
+    words = ("as it should", "not as it should") if v.kind == CONTROL else ("holds", "fails")
+    state = ("holds" if v.passed else "fails") + ("" if v.deciding else " aside")
+    aside = "" if v.deciding else '<span class="tag">reported, does not decide</span>'
+    return (
+        f'<tr id="claim-{i}" class="{state}"><td class="verdict">{MARK[v.passed]} {words[not v.passed]}</td>'
+        f'<th scope="row">{escape(v.claim)} {aside}{_note(v.note)}</th>'
+        f'<td data-head="Observed" class="number">{observed(v.observed)}</td>'
+        f'<td data-head="Criterion">{escape(v.criterion)}</td>'
+        f'<td data-head="Kind" class="kind">{escape(v.kind)}</td></tr>'
+    )
+
+
+def _note(*sentences: str) -> str:
+    return "".join(f'<span class="note">{escape(sentence)}</span>' for sentence in sentences if sentence)
+
+
+def _heads(*names: str) -> str:
+    return "<thead><tr>" + "".join(f'<th scope="col">{name}</th>' for name in names) + "</tr></thead>"
+
+
+def _charts(charts: Sequence[Chart | SphereChart], columns: Columns, figures: Mapping[str, bytes]) -> str:
+    html = ""
+    for part, group in _grouped(charts, lambda chart: chart.part):
+        html += f"<h3>{escape(part)}</h3>" if part else ""
+        html += f'<div class="charts">{"".join(_figure(chart, columns, figures) for chart in group)}</div>'
+    return f'<p class="help">{HELP}</p>{html}' if "data-chart=" in html else html
+
+
+def _figure(chart: Chart | SphereChart, columns: Columns, figures: Mapping[str, bytes]) -> str:
+    lines, name = traces(chart, columns), escape(chart.name)
+    thinned = "; ".join(f"{t.run}: {len(t.points)} of {t.total} points" for t in lines if len(t.points) < t.total)
+    hidden = sum(t.hidden for t in lines)
+    note = _note(
+        missing(chart, columns),
+        thinned and f"Thinned for this page{', extremes kept' * isinstance(chart, Chart)} ({thinned}).",
+        f"Not on a logarithmic axis: {number(hidden)} at or below zero." if hidden else "",
+    )
+    if not any(t.points for t in lines):
+        return f'<figure id="chart-{name}"><h4>{escape(chart.title)}</h4><p class="missing">{note}</p></figure>'
+    numbers = _numbers(chart, lines) if isinstance(chart, Chart) else ""
+    said = f"Chart: {chart.title}. Runs: {', '.join(t.run for t in lines if t.points)}."
+    png = b64encode(figures.get(chart.name, b"")).decode()
+    picture = f'<img alt="{escape(said)}" src="data:image/png;base64,{png}">' if png else UNSCRIPTED
+    return (
+        f'<figure id="chart-{name}"><h4>{escape(chart.title)}</h4>'
+        f'<div class="chart" data-chart="{name}" data-label="{escape(said)}"></div><noscript>{picture}</noscript>'
+        f"<figcaption>{escape(chart.caption)}{note}{numbers}</figcaption></figure>"
+    )
+
+
+def _numbers(chart: Chart, lines: Sequence[Trace]) -> str:
+    """The chart for those who cannot see it: ends and extremes of every line."""
+    rows = ""
+    for t in (t for t in lines if t.points):
+        y = [point[1] for point in t.points]
+        cells = map(number, (t.total, y[0], y[-1], min(y), max(y)))
+        rows += f'<tr><th scope="row">{escape(t.run)}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    heads = _heads("Run", "Points", "First", "Last", "Lowest", "Highest")
+    table = f'<table><caption class="unseen">{escape(chart.y_label)}</caption>{heads}<tbody>{rows}</tbody></table>'
+    return f'<details><summary>Numbers</summary><div class="wide">{table}</div></details>'
+
+
+def _data(chart: Chart | SphereChart, lines: Sequence[Trace]) -> dict[str, object]:
+    """What the page's script needs to draw the chart."""
+    if isinstance(chart, Chart):
+        look = {name: getattr(chart, name) for name in ("x_label", "y_label", "log_x", "log_y", "markers")}
+        marked = [line for line in chart.lines if math.isfinite(line[0])]
+        runs = [{"name": t.run, "color": i, **_axes(t, "xy")} for i, t in enumerate(lines) if t.points]
+        return {"runs": runs, "lines": marked, **look}
+    curve, *paths = lines
+    return {
+        "runs": [{"name": t.run, "color": i, **_axes(t, "xyz")} for i, t in enumerate(paths) if t.points],
+        "curve": {"label": chart.color.replace("_", " "), **_axes(curve, "xyzv")},
+        "grid": [_axes(Trace("", list(circle), 0), "xyz") for circle in graticule()],
+        "view": viewpoint([point for t in paths for point in t.points] or curve.points),
+    }
+
+
+def _axes(trace: Trace, letters: str) -> dict[str, list[float]]:
+    return {letter: [float(f"{point[i]:.8g}") for point in trace.points] for i, letter in enumerate(letters)}
+
+
+def _facts(head: str, rows: Mapping[str, object], state: str = "") -> str:
+    cells = ((escape(str(name)), escape(_words(value))) for name, value in rows.items())
+    html = "".join(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in cells)
+    table = f'<table class="facts"><caption class="unseen">{head}</caption><tbody>{html}</tbody></table>'
+    return f"<details{state}><summary>{head}</summary>{table}</details>" if rows else ""
+
+
+def _words(value: object) -> str:
+    """A value of a configuration, exactly; containers without their brackets."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{k}: {_words(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ("; " if isinstance(value, list) else ", ").join(map(_words, value)) or "none"
+    return str(value)
+
+
+def _grouped(items: Sequence[Any], part: Callable[[Any], str]) -> list[tuple[str, list[Any]]]:
+    """Items by part, parts in the order in which they first appear."""
+    parts = dict.fromkeys(map(part, items))
+    return [(name, [item for item in items if part(item) == name]) for name in parts]

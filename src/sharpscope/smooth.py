@@ -1,0 +1,183 @@
+"""A context in which normalization and attention can be differentiated to any order.
+
+Some kernels of torch save intermediate results for their backward pass and treat them as constants when that pass is
+itself differentiated.  Derivatives beyond the first then come out silently wrong (second ones of weight normalization,
+third ones of layer, instance and train-mode batch normalization), or they are missing (fused attention has no second
+derivative).  Inside ``smooth()``
+the same formulas run in elementary operations, whose derivatives are right to every order.
+
+    with smooth():
+        loss = loss_fn(model(x), y)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+def _standardize(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+    """``(x - mean) / √(var + eps)`` with both moments over `dims`."""
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+
+def _per_channel(v: Tensor, x: Tensor) -> Tensor:
+    return v.view(1, -1, *(1,) * (x.dim() - 2))
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _channel_affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return _affine(
+        x, None if weight is None else _per_channel(weight, x), None if bias is None else _per_channel(bias, x)
+    )
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    dims = range(input.dim() - len(normalized_shape), input.dim())
+    return _affine(_standardize(input, tuple(dims), eps), weight, bias)
+
+
+def _update_running(
+    input: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float, dims: Sequence[int]
+) -> None:
+    """Running averages as the native kernels keep them: moments over `dims` (unbiased variance), averaged per channel."""
+    with torch.no_grad():
+        moments = ((mean, input.mean(dims, keepdim=True)), (var, input.var(dims, keepdim=True)))
+        for running, now in moments:
+            if running is not None:
+                running.lerp_(now.mean((0, *range(2, now.dim()))).to(running.dtype), momentum)
+
+
+def _normalize_channels(
+    input: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    own_statistics: bool,
+    momentum: float,
+    eps: float,
+    dims: Sequence[int],
+) -> Tensor:
+    if own_statistics:
+        if mean is not None or var is not None:
+            _update_running(input, mean, var, momentum, dims)
+        return _channel_affine(_standardize(input, dims, eps), weight, bias)
+    if mean is None or var is None:
+        raise ValueError("normalization in eval mode needs running statistics; this layer keeps none")
+    centred = input - _per_channel(mean, input)
+    return _channel_affine(centred * _per_channel(torch.rsqrt(var + eps), input), weight, bias)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    dims = (0, *range(2, input.dim()))
+    return _normalize_channels(input, running_mean, running_var, weight, bias, training, momentum, eps, dims)
+
+
+def _torch_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    dims = tuple(range(2, input.dim()))
+    return _normalize_channels(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, dims)
+
+
+def _torch_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``g v / ‖v‖``, the norm over all dimensions but `dim` (-1: over all)."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _with_math_attention(func: Callable[..., Any]) -> Callable[..., Any]:
+    """`func` on the one attention kernel that is made of elementary operations."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return func(*args, **kwargs)
+
+    return call
+
+
+ELEMENTARY: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    torch.batch_norm: _torch_batch_norm,
+    F.instance_norm: _instance_norm,
+    torch.instance_norm: _torch_instance_norm,
+    torch._weight_norm: _weight_norm,
+    F.scaled_dot_product_attention: _with_math_attention(F.scaled_dot_product_attention),
+    F.multi_head_attention_forward: _with_math_attention(F.multi_head_attention_forward),
+}
+"""One row per kernel that autograd gets wrong or cannot differentiate twice."""
+
+
+class smooth(TorchFunctionMode):  # noqa: N801 - used as a context, like torch.no_grad
+    """Context: the operations of `ELEMENTARY` run in differentiable form; everything else is untouched."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return ELEMENTARY.get(func, func)(*args, **(kwargs or {}))

@@ -1,0 +1,167 @@
+"""Small networks that are scale-invariant in all their weights, and their normalizations.
+
+Every linear map is followed by a normalization without affine parameters and with eps = 0; there are no biases and a
+readout is fixed.  Everything is in elementary operations, so that all derivatives are right.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, unfold
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class BatchNorm(nn.Module):
+    """Per channel over the batch; in eval mode with the statistics of the last batch seen in training mode."""
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(width, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (1, -1, *(1,) * (x.dim() - 2))
+        if not self.training:
+            return (x - self.mean.view(shape)) * torch.rsqrt(self.var.view(shape))
+        dims = (0, *range(2, x.dim()))
+        mean = x.mean(dims, keepdim=True)
+        centred = x - mean
+        var = centred.square().mean(dims, keepdim=True)
+        self.mean.copy_(mean.detach().flatten())
+        self.var.copy_(var.detach().flatten())
+        return centred * torch.rsqrt(var)
+
+
+class GroupNorm(nn.Module):
+    """Per example over each of `groups` groups of channels; one group is layer normalization."""
+
+    def __init__(self, groups: int, *, centre: bool = True) -> None:
+        super().__init__()
+        self.groups, self.centre = groups, centre
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.reshape(len(x), self.groups, -1)
+        if self.centre:
+            parts = parts - parts.mean(2, keepdim=True)
+        return (parts * torch.rsqrt(parts.square().mean(2, keepdim=True))).view_as(x)
+
+
+class Weights(nn.Module):
+    """A linear map or a 3×3 convolution of stride 2, without bias, N(0, 1/fan-in).
+
+    `unit_rows` divides each row (or filter) by its norm: weight normalization.
+    """
+
+    def __init__(self, shape: tuple[int, ...], generator: torch.Generator, *, unit_rows: bool = False) -> None:
+        super().__init__()
+        fan_in = torch.Size(shape[1:]).numel()
+        self.weight = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64) / fan_in**0.5)
+        self.unit_rows = unit_rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight.flatten(1)
+        if self.unit_rows:
+            w = w / w.norm(dim=1, keepdim=True)
+        if self.weight.dim() == 2:
+            return linear(x, w)
+        # As a matrix product: its double backward is many times faster than that of a convolution on a CPU.
+        patches = unfold(x, kernel_size=3, padding=1, stride=2)
+        return (w @ patches).view(len(x), len(w), (x.shape[2] + 1) // 2, -1)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "BN": BatchNorm,
+    "LN": lambda width: GroupNorm(1),
+    "RMSNorm": lambda width: GroupNorm(1, centre=False),
+    "GN": lambda width: GroupNorm(4 if width % 4 == 0 else 1),
+    "WN": lambda width: nn.Identity(),
+    "none": lambda width: nn.Identity(),
+}
+"""Normalization of a layer of the given width; weight normalization ("WN") acts in `Weights`."""
+
+
+class Readout(nn.Module):
+    """A fixed linear map, no parameter."""
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.matrix)
+
+
+def _layer(shape: tuple[int, ...], norm: str, generator: torch.Generator) -> list[nn.Module]:
+    return [Weights(shape, generator, unit_rows=norm == "WN"), NORMS[norm](shape[0])]
+
+
+def regression_net(norm: str, seed: int) -> nn.Module:
+    """20→48→48→1: two normalized tanh layers and a fixed random readout N(0, 1/48) times 1.5."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = [*_layer((48, 20), norm, g), nn.Tanh(), *_layer((48, 48), norm, g), nn.Tanh()]
+    readout = 1.5 * torch.randn(1, 48, generator=g, dtype=torch.float64) / 48**0.5
+    return nn.Sequential(*hidden, Readout(readout))
+
+
+def digits_mlp(norm: str, seed: int) -> nn.Module:
+    """64→64→64→10 with normalization after each map, also the last, and GELU between."""
+    g = torch.Generator().manual_seed(seed)
+    first, second, last = (_layer(shape, norm, g) for shape in ((64, 64), (64, 64), (10, 64)))
+    return nn.Sequential(nn.Flatten(), *first, nn.GELU(), *second, nn.GELU(), *last)
+
+
+def digits_conv(norm: str, seed: int) -> nn.Module:
+    """Two 3×3 convolutions of stride 2 (16 and 32 channels) with GELU, then 128→10, all normalized."""
+    g = torch.Generator().manual_seed(seed)
+    first, second, last = (_layer(shape, norm, g) for shape in ((16, 1, 3, 3), (32, 16, 3, 3), (10, 128)))
+    return nn.Sequential(*first, nn.GELU(), *second, nn.GELU(), nn.Flatten(), *last)
+
+
+class Product(nn.Module):
+    """``X = U Vᵀ`` read at given entries and normalized over them: matrix completion with batch normalization."""
+
+    def __init__(self, size: int, scale: float, shift: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.scale, self.shift = scale, shift
+        self.left = nn.Parameter(torch.randn(size, size, generator=generator, dtype=torch.float64) / size**0.5)
+        self.right = nn.Parameter(torch.randn(size, size, generator=generator, dtype=torch.float64) / size**0.5)
+
+    def matrix(self) -> Tensor:
+        """``U Vᵀ`` before normalization."""
+        return self.left @ self.right.T
+
+    def forward(self, seen: Tensor, asked: Tensor | None = None) -> Tensor:
+        """Entries `asked` (default: those seen), normalized with the moments of those seen; flat indices."""
+        x = self.matrix().reshape(-1)
+        moments = x[seen]
+        asked = seen if asked is None else asked
+        centred = x[asked] - moments.mean()
+        return self.scale * centred * torch.rsqrt((moments - moments.mean()).square().mean()) + self.shift
+
+
+def half_squares(output: Tensor, target: Tensor) -> Tensor:
+    """``½ mean ‖output - target‖²``."""
+    return 0.5 * (output - target).square().sum(1).mean()
+
+
+def squares(output: Tensor, target: Tensor) -> Tensor:
+    """``mean (output - target)²``."""
+    return (output - target).square().mean()
+
+
+def soft_cross_entropy(output: Tensor, target: Tensor, *, logit: float, smoothing: float) -> Tensor:
+    """Binary cross-entropy of ``logit·output`` on the target's sign, softened by `smoothing`."""
+    hard = (target > 0).to(output)
+    return nn.functional.binary_cross_entropy_with_logits(logit * output, hard * (1 - 2 * smoothing) + smoothing)
+
+
+def cross_entropy(output: Tensor, target: Tensor, *, smoothing: float) -> Tensor:
+    """Cross-entropy on classes (the largest target), with label smoothing."""
+    return nn.functional.cross_entropy(output, target.argmax(1), label_smoothing=smoothing)

@@ -1,0 +1,77 @@
+"""The networks of the studies and their variants, each one change away from a base."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ..history import Track
+from ..rules import GD, SphericalRMSprop, UpdateRule
+from . import _data, _nets
+from ._study import Job, Report
+from ._train import Schedule, Task, judge, train
+
+LOSSES: dict[str, _nets.Loss] = {
+    "squares": _nets.squares,
+    "half squares": _nets.half_squares,
+    "soft labels": partial(_nets.soft_cross_entropy, logit=3.0, smoothing=0.1),
+    "hard labels": partial(_nets.soft_cross_entropy, logit=2.0, smoothing=0.0),
+    "cross-entropy": partial(_nets.cross_entropy, smoothing=0.1),
+}
+
+SECONDS_PER_STEP = {"regression": 0.9e-3, "mlp": 3.2e-3, "conv": 12e-3}
+"""Rough cost, measurements included."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A network, its data, and how it is trained: for `steps`, or until `tau` = lr·wd·steps/(1 - momentum)."""
+
+    net: str
+    norm: str
+    loss: str
+    learning_rate: float
+    weight_decay: float
+    steps: int = 0
+    tau: float = 0.0
+    momentum: float = 0.0
+    batch: int | None = None
+    rmsprop: bool = False
+    seed: int = 0
+    every: int = 50
+    train: int = 500  # images of the digits
+
+    @property
+    def num_steps(self) -> int:
+        """Steps until `tau` where it is given."""
+        if not self.tau:
+            return self.steps
+        return round(self.tau / (self.learning_rate * self.weight_decay) * (1 - self.momentum))
+
+    def job(self, name: str) -> Job:
+        """The run of this variant."""
+        return Job(name, run_variant, {"variant": self}, SECONDS_PER_STEP[self.net] * self.num_steps)
+
+
+def run_variant(track: Track, report: Report, variant: Variant) -> None:
+    """Train one variant."""
+    task = _task(variant)
+    rule: UpdateRule = GD(variant.learning_rate, variant.weight_decay, variant.momentum)
+    if variant.rmsprop:
+        norm = torch.cat([p.detach().flatten() for p in task.net.parameters()]).norm().item()
+        rule = SphericalRMSprop.like(GD(variant.learning_rate, variant.weight_decay), norm)
+    schedule = Schedule(variant.num_steps, variant.every, batch=variant.batch, seed=variant.seed)
+    train(track, report, task, rule, schedule, unit_start=variant.rmsprop)
+
+
+def _task(variant: Variant) -> Task:
+    loss = LOSSES[variant.loss]
+    if variant.net == "regression":
+        data = _data.smooth_function(seed=variant.seed)
+        net = _nets.regression_net(variant.norm, variant.seed)
+    else:
+        data = _data.digits(variant.train, variant.seed)
+        build = {"mlp": _nets.digits_mlp, "conv": _nets.digits_conv}[variant.net]
+        net = build(variant.norm, variant.seed)
+    judged = judge(loss, data.x, data.labels, data.test_x, data.test_y, data.test_labels)
+    return Task(net, loss, data.x, data.y, judged)

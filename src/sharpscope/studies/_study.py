@@ -1,0 +1,81 @@
+"""What a study is, and where studies are found.
+
+A study is a module of this package with these names:
+
+    PAPER     who claims what, in one line
+    Config    a frozen dataclass: everything that turns; its defaults are the full size
+    QUICK     the same with small sizes
+    jobs      Config -> the independent runs it consists of
+    CLAIMS    sentences as numbers, with criteria that can fail
+    CHARTS    what to look at
+
+Modules whose names begin with an underscore are shared by studies and are none themselves.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..claims import Claim
+from ..history import Track
+from ..plots import Chart, SphereChart
+
+
+@dataclass(frozen=True)
+class Job:
+    """One independent run: ``work(track, report, **arguments)`` in a process of its own.
+
+    `work` is a module-level function.  It appends rows to the track, leaves checkpoints, and calls ``report(share)``
+    with the share of its work that is done.  `cost` is its rough duration in seconds, for the order of execution and
+    the progress bar.
+    """
+
+    name: str
+    work: Callable[..., None]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    cost: float = 1.0
+
+
+Report = Callable[[float], None]
+Work = Callable[[Track, Report], None]
+
+
+class Study(Protocol):
+    """The names a study module defines."""
+
+    __name__: str
+    __doc__: str | None
+    PAPER: str
+    Config: type
+    QUICK: Any
+    CLAIMS: Sequence[Claim]
+    CHARTS: Sequence[Chart | SphereChart]
+
+    @staticmethod
+    def jobs(config: Any) -> Sequence[Job]: ...
+
+
+def discover() -> dict[str, Study]:
+    """Every study in this package, by name."""
+    package = importlib.import_module(__package__)
+    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return {name: find(name, names) for name in names}
+
+
+def find(name: str, names: Sequence[str] | None = None) -> Study:
+    """The study called `name`.
+
+    Raises:
+        LookupError: there is none; the message names the nearest.
+    """
+    if names is None:
+        names = list(discover())
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1, 0.3)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
+        raise LookupError(f"there is no study '{name}'; {hint}")
+    module: Any = importlib.import_module(f"{__package__}.{name}")
+    return module

@@ -1,0 +1,47 @@
+"""What turns in the study."""
+
+from dataclasses import dataclass
+
+LR_CLOSED = 0.1
+"""Learning rate of the toys and of the linear regression."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of all parts; the defaults are the full study."""
+
+    toy_rates: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6)  # intrinsic rates il = lr·wd
+    speed_rate: float = 1e-6  # il at which speeds are measured
+    regression_rates: tuple[float, ...] = (1e-3, 1e-4, 1e-5)
+    regression_data: int = 4  # data sets
+    completion_tau: float = 30.0
+    completion_seeds: int = 3
+    learning_rate: float = 0.5  # of the regression network
+    weight_decay: float = 1e-3
+    network_seeds: int = 2
+    network_tau: float = 6.0
+    ablations: bool = True  # also the runs that are only reported
+    digits_steps: int = 6000
+    digits_every: int = 50  # steps between measurements
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            for v in value if isinstance(value, tuple) else (value,):
+                if not isinstance(v, bool) and not v > 0:
+                    raise ValueError(f"{name} is {v}; it must be positive")
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(f"lr·wd is {self.learning_rate * self.weight_decay:g}; it must be below one")
+
+
+QUICK = Config(
+    toy_rates=(1e-3, 1e-4, 1e-5),
+    speed_rate=1e-5,
+    regression_rates=(1e-3, 1e-4),
+    regression_data=1,
+    completion_tau=8.0,
+    completion_seeds=1,
+    network_seeds=1,
+    ablations=False,
+    digits_steps=3000,
+    digits_every=100,
+)

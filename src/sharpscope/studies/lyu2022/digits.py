@@ -1,0 +1,228 @@
+"""Handwritten digits: an MLP and a convolutional network, scale-invariant in all weights.
+
+The reference is the MLP with batch normalization, 500 images, squares of standardized one-hot targets, lr 0.2,
+wd 5e-4.  Flatness changes a lot here, accuracy hardly at all, and both are reported as they are.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from ...claims import Claim, at_least, at_most, within
+from ...plots import Chart
+from .._networks import Variant
+from .._observe import apart, fall, late_fall, over_seeds, peak, ratio, span, value
+from .._study import Job
+from .config import Config
+
+PART = "Handwritten digits"
+
+
+def variants(config: Config) -> dict[str, Variant]:
+    """The reference run "digits BN" (il = 1e-4) and its relatives, most of them at twice its intrinsic rate."""
+    n, every = config.digits_steps, config.digits_every
+    base = Variant("mlp", "BN", "half squares", 0.2, 5e-4, steps=n, every=every)
+    fast = replace(base, weight_decay=1e-3, steps=n // 2)
+    wide = replace(fast, learning_rate=1.0, weight_decay=2e-4)  # the same il, for losses with small gradients
+    still = replace(base, weight_decay=0.0, steps=n // 2, every=4 * every)
+    conv = replace(fast, net="conv", weight_decay=2e-3, train=250)
+    none = replace(base, norm="none", steps=n // 2)
+    out = {
+        "BN": base,
+        "BN, larger il": fast,
+        "BN, no decay": still,
+        "LN": replace(fast, norm="LN"),
+        "RMSNorm": replace(fast, norm="RMSNorm"),
+        "GN": replace(fast, norm="GN"),
+        "WN": replace(wide, norm="WN"),
+        "cross-entropy": replace(wide, loss="cross-entropy"),
+        "batches of 250": replace(fast, batch=250),
+        "heavy ball 0.5": replace(fast, momentum=0.5),
+        "RMSprop on the sphere": replace(fast, rmsprop=True),
+        "no normalization": none,
+        "no normalization, no decay": replace(none, weight_decay=0.0),
+        "conv BN": conv,
+        "conv BN, no decay": replace(conv, weight_decay=0.0, every=4 * every),
+    }
+    if config.ablations:
+        out |= {f"{norm}, no decay": replace(still, norm=norm) for norm in ("LN", "RMSNorm", "GN")}
+        out |= {f"conv {norm}": replace(conv, norm=norm) for norm in ("LN", "RMSNorm", "GN")}
+        out["conv WN"] = replace(conv, norm="WN", learning_rate=1.0, weight_decay=4e-4)
+        out["conv no normalization"] = replace(conv, norm="none")
+    return {f"digits {name}": variant for name, variant in out.items()}
+
+
+def jobs(config: Config) -> list[Job]:
+    return [variant.job(name) for name, variant in variants(config).items()]
+
+
+def _claim(sentence: str, reading: Any, criterion: Any, kind: str, *runs: str, **more: Any) -> Claim:
+    return Claim(sentence, over_seeds(reading, runs[0]), criterion, kind, PART, runs, **more)
+
+
+FALLS = (
+    # label, run, from τ, to τ, least factor
+    ("BN", "BN", 0.02, 0.29, 1.3),
+    ("LN", "LN", 0.04, 0.29, 1.3),
+    ("RMSNorm", "RMSNorm", 0.04, 0.29, 1.3),
+    ("GN", "GN", 0.04, 0.29, 1.3),
+    ("WN", "WN", 0.04, 0.29, 1.1),
+    ("Cross-entropy", "cross-entropy", 0.04, 0.29, 1.3),
+    ("Mini-batches of 250", "batches of 250", 0.04, 0.29, 1.3),
+    ("Heavy ball 0.5", "heavy ball 0.5", 0.08, 0.56, 1.3),
+    ("Scalar RMSprop on the sphere", "RMSprop on the sphere", 0.04, 0.29, 1.3),
+    ("Convolutions with BN", "conv BN", 0.12, 0.52, 1.3),
+    ("Convolutions with LN", "conv LN", 0.12, 0.52, 1.3),
+    ("Convolutions with RMSNorm", "conv RMSNorm", 0.12, 0.52, 1.3),
+    ("Convolutions with GN", "conv GN", 0.12, 0.52, 1.3),
+    ("Convolutions with WN", "conv WN", 0.12, 0.52, 1.1),
+)
+
+CLAIMS = (
+    Claim(
+        "BN: the run sits at the edge from τ = 0.02 on (η̃λ1)",
+        span("digits BN", "edge", 0.02),
+        within(1.9, 2.5),
+        "inequality",
+        PART,
+        ("digits BN",),
+    ),
+    *(
+        _claim(
+            f"{label}: λ1 falls from τ = {start} to {end} (by the factor)",
+            fall(f"digits {run}", end, start),
+            at_least(factor),
+            "inequality",
+            f"digits {run}",
+        )
+        for label, run, start, end, factor in FALLS
+    ),
+    _claim(
+        "BN: λ1 depends on τ alone (largest relative difference at τ = 0.1, 0.2, 0.29 under twice the il)",
+        apart("digits BN", "digits BN, larger il", 0.1, 0.2, 0.29),
+        at_most(0.1),
+        "scaling",
+        "digits BN",
+        "digits BN, larger il",
+    ),
+    _claim(
+        "BN: test accuracy while λ1 falls (at the end minus at τ = 0.02)",
+        lambda h, seed: (
+            value("digits BN", "test_accuracy")(h, seed) - value("digits BN", "test_accuracy", 0.02)(h, seed)
+        ),
+        at_least(0),
+        "comparison",
+        "digits BN",
+        deciding=False,
+        note="On this task flatness changes a lot and accuracy hardly at all.",
+    ),
+    _claim(
+        "BN: weight decay against none (test accuracy at the end, difference)",
+        lambda h, seed: (
+            value("digits BN", "test_accuracy")(h, seed) - value("digits BN, no decay", "test_accuracy")(h, seed)
+        ),
+        at_least(0),
+        "comparison",
+        "digits BN",
+        "digits BN, no decay",
+        deciding=False,
+    ),
+    *(
+        _claim(
+            f"{label}, without weight decay: λ1 does not fall (factor over the second half)",
+            late_fall(f"digits {run}, no decay"),
+            at_most(1.05),
+            "negative control",
+            f"digits {run}, no decay",
+        )
+        for label, run in (("BN", "BN"), ("Convolutions with BN", "conv BN"), ("LN", "LN"), ("GN", "GN"))
+    ),
+    _claim(
+        "Without normalization the run stays off the edge (greatest lr·λ1)",
+        peak("digits no normalization", "edge"),
+        at_most(1.9),
+        "negative control",
+        "digits no normalization",
+    ),
+    _claim(
+        "Without normalization weight decay does not reduce sharpness (λ1 with weight decay over without)",
+        ratio(value("digits no normalization", "sharpness"), value("digits no normalization, no decay", "sharpness")),
+        at_least(0.9),
+        "negative control",
+        "digits no normalization",
+        "digits no normalization, no decay",
+    ),
+)
+
+
+def _chart(name: str, title: str, x: str, y: str, y_label: str, *runs: str, **more: Any) -> Chart:
+    x_label = "τ = lr · wd · steps" if x == "tau" else "step"
+    return Chart(name, title, x, y, tuple(f"digits {run}" for run in runs), x_label, y_label, part=PART, **more)
+
+
+CHARTS = (
+    _chart(
+        "digits-sharpness",
+        "Spherical sharpness at equal τ",
+        "tau",
+        "spherical_sharpness",
+        "λ1",
+        "BN",
+        "BN, larger il",
+        "LN",
+        "RMSNorm",
+        "GN",
+        "conv BN",
+        log_y=True,
+    ),
+    _chart(
+        "digits-edge",
+        "Distance to the edge",
+        "tau",
+        "edge",
+        "η̃ λ1",
+        "BN",
+        "BN, larger il",
+        "LN",
+        "conv BN",
+        "cross-entropy",
+        "no normalization",
+        log_y=True,
+        lines=((2.0, "edge of stability"),),
+        caption="Without normalization: lr·λ1 of the plain Hessian.",
+    ),
+    _chart(
+        "digits-loss",
+        "Training loss of the iterates",
+        "step",
+        "loss",
+        "loss",
+        "BN",
+        "BN, no decay",
+        "LN",
+        "no normalization",
+        log_y=True,
+    ),
+    _chart(
+        "digits-accuracy",
+        "Test accuracy",
+        "step",
+        "test_accuracy",
+        "share of 1297 images",
+        "BN",
+        "BN, no decay",
+        "LN",
+        "no normalization",
+        log_x=True,
+    ),
+    _chart(
+        "digits-norm",
+        "Norm of the weights",
+        "step",
+        "radius",
+        "‖w‖",
+        "BN",
+        "BN, larger il",
+        "BN, no decay",
+        caption="At the edge the squared norm is a sharpness meter: ‖w‖² = lr λ1/2.",
+    ),
+)

@@ -1,0 +1,87 @@
+"""Operators against dense matrices of the same name."""
+
+from collections.abc import Callable
+
+import problems
+import pytest
+import torch
+from problems import DTYPE, normal, relative, symmetric
+from torch import Tensor
+
+from sharpscope import SymmetricOperator, gauss_newton, hessian, preconditioned, projected, restricted
+from sharpscope.operators import scaled
+
+EXACT = 1e-12  # rounding of products with matrices of 50 rows
+MATRIX, OPERATOR = symmetric(torch.linspace(-1, 3, 50, dtype=DTYPE))
+U = normal(50, seed=3) / normal(50, seed=3).norm()
+P = normal(50, seed=4).square() + 0.1
+SOME = torch.tensor([4, 0, 31, 7])
+
+COMPOSED: dict[str, tuple[Callable[[], SymmetricOperator], Callable[[], Tensor]]] = {
+    "preconditioned": (
+        lambda: preconditioned(OPERATOR, P),
+        lambda: torch.diag(P**-0.5) @ MATRIX @ torch.diag(P**-0.5),
+    ),
+    "restricted": (lambda: restricted(OPERATOR, SOME), lambda: MATRIX[SOME][:, SOME]),
+    "projected": (
+        lambda: projected(OPERATOR, lambda v: v - (U @ v) * U),
+        lambda: (torch.eye(50, dtype=DTYPE) - torch.outer(U, U)) @ MATRIX @ (torch.eye(50) - torch.outer(U, U)),
+    ),
+    "scaled": (lambda: scaled(OPERATOR, -2.5), lambda: -2.5 * MATRIX),
+    "restricted and preconditioned": (
+        lambda: restricted(preconditioned(OPERATOR, P), SOME),
+        lambda: MATRIX[SOME][:, SOME] / (P[SOME][:, None] * P[SOME]).sqrt(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_composed_operators_are_the_matrices_they_say(name: str) -> None:
+    build, matrix = COMPOSED[name]
+    dense = build().dense()
+    assert relative(dense, matrix()) < EXACT
+    assert relative(dense.T, dense) < EXACT
+    assert build().size == len(dense)
+
+
+@pytest.mark.parametrize("norm", ["LayerNorm", "BatchNorm2d", "MultiheadAttention"])
+def test_curvature_operators_are_symmetric_and_share_one_expansion(norm: str) -> None:
+    f = problems.objective(norm, "cross-entropy")
+    w = f.weights()
+    at = f.at(w)
+    for make, dense in ((hessian, torch.func.jacrev(torch.func.grad(problems.reference(norm, "cross-entropy")))(w)), (
+        gauss_newton,
+        None,
+    )):
+        matrix = make(at).dense()
+        assert relative(matrix.T, matrix) < 1e-10  # rounding, with the conditioning of normalization
+        assert make(f).dense().equal(matrix) and make(f, w).dense().equal(matrix)
+        if dense is not None:
+            assert relative(matrix, dense) < 1e-10
+    # Softmax and squares are convex in the outputs: J^T (convex) J has no negative eigenvalue but by rounding.
+    assert torch.linalg.eigvalsh(gauss_newton(at).dense()).min() > -1e-12
+
+
+def test_points_other_than_the_models_weights() -> None:
+    f = problems.objective("LayerNorm")
+    w, v = f.weights() + 0.1, normal(f.size, seed=1)
+    assert (hessian(f, w) @ v).equal(f.hvp(w, v))
+    assert (gauss_newton(f, w) @ v).equal(f.gauss_newton(w, v))
+
+
+def test_vectors_and_columns() -> None:
+    columns = normal(50, 3, seed=1)
+    assert relative(OPERATOR @ columns, MATRIX @ columns) < EXACT
+    assert relative(OPERATOR @ columns[:, 0], MATRIX @ columns[:, 0]) < EXACT
+
+
+@pytest.mark.parametrize("shape", [(49,), (3, 50), (50, 2, 2), ()])
+def test_other_shapes_are_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"an operator of size 50 cannot act on a tensor of shape \("):
+        OPERATOR @ torch.zeros(shape, dtype=DTYPE)
+
+
+@pytest.mark.parametrize("p", [-P, P * 0, P[:-1], P * torch.nan])
+def test_preconditioners_are_positive_and_of_the_right_size(p: Tensor) -> None:
+    with pytest.raises(ValueError, match="a preconditioner for size 50 has 50 positive entries"):
+        preconditioned(OPERATOR, p)

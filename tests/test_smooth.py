@@ -1,0 +1,123 @@
+"""Inside `smooth`, the layers are what they were, and have right derivatives to third order."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import DTYPE, normal
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.parametrizations import weight_norm
+
+from sharpscope import smooth
+
+X, IMAGES = normal(7, 6, seed=0), normal(3, 4, 5, 5, seed=1)
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "layer": (lambda: nn.LayerNorm(6), X),
+    "layer, two dimensions": (lambda: nn.LayerNorm((5, 5), bias=False), IMAGES),
+    "batch": (lambda: nn.BatchNorm1d(6), X),
+    "batch, cumulative": (lambda: nn.BatchNorm2d(4, momentum=None), IMAGES),
+    "batch, eval": (lambda: nn.BatchNorm2d(4).eval(), IMAGES),
+    "batch, no statistics": (lambda: nn.BatchNorm2d(4, affine=False, track_running_stats=False), IMAGES),
+    "instance": (lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), IMAGES),
+    "instance, eval": (lambda: nn.InstanceNorm2d(4, track_running_stats=True).eval(), IMAGES),
+    "instance, no statistics": (lambda: nn.InstanceNorm2d(4), IMAGES),
+    "group": (lambda: nn.GroupNorm(2, 4), IMAGES),
+    "root mean square": (lambda: nn.RMSNorm(6), X),
+    "weight": (lambda: weight_norm(nn.Linear(6, 3)), X),
+    "weight, over all": (lambda: weight_norm(nn.Linear(6, 3), dim=None), X),
+    "weight, second dimension": (lambda: weight_norm(nn.Linear(6, 3), dim=1), X),
+}
+
+
+def scattered(build: Callable[[], nn.Module]) -> nn.Module:
+    """The layer with parameters and statistics unlike their initial zeros and ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = build().to(DTYPE)
+        with torch.no_grad():
+            for t in [*layer.parameters(), *layer.buffers()]:
+                if t.is_floating_point():
+                    t.add_(0.3 * torch.rand(t.shape, dtype=DTYPE))
+    return layer
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_keep_their_output_and_their_running_statistics(name: str) -> None:
+    build, x = LAYERS[name]
+    native, inside = scattered(build), scattered(build)
+    for repeat in (1, 2):
+        with smooth():
+            y = inside(repeat * x)
+        assert torch.allclose(y, native(repeat * x), rtol=0, atol=1e-13)  # rounding of numbers of order one
+    for now, then in zip(inside.buffers(), native.buffers(), strict=True):
+        assert torch.allclose(now, then, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_derivative_is_the_slope_of_the_one_before(name: str, order: int) -> None:
+    build, x = LAYERS[name]
+    layer = scattered(build)
+    params = dict(layer.named_parameters())
+    point = torch.cat([x.flatten(), *(p.detach().flatten() for p in params.values())])
+    weights, u = normal(*layer(x).shape, seed=2), normal(len(point), seed=3)
+    u = u / u.norm()
+
+    def value(at: Tensor) -> Tensor:
+        x_now, *cut = at.split([x.numel(), *(p.numel() for p in params.values())])
+        now = {name: part.view(p.shape) for (name, p), part in zip(params.items(), cut, strict=True)}
+        buffers = {name: b.clone() for name, b in layer.named_buffers()}
+        with smooth():
+            return (functional_call(layer, {**now, **buffers}, x_now.view(x.shape)) * weights).sum()
+
+    def derivative(at: Tensor, order: int) -> Tensor:
+        """Of the value along u."""
+        at = at.detach().requires_grad_()
+        out = value(at)
+        for _ in range(order):
+            (g,) = torch.autograd.grad(out, at, create_graph=True, materialize_grads=True)
+            out = g @ u if g.requires_grad else (g @ u).requires_grad_()  # linear in u already
+        return out.detach()
+
+    h = 1e-4
+    slope = (derivative(point + h * u, order - 1) - derivative(point - h * u, order - 1)) / (2 * h)
+    # Central difference: h² times a derivative two orders up, and rounding of 1e-16/h.
+    assert derivative(point, order).item() == pytest.approx(slope.item(), rel=1e-5)
+
+
+def test_attention_has_a_second_derivative() -> None:
+    q, k, v = (normal(2, 5, 4, seed=i).requires_grad_() for i in range(3))
+    with smooth():
+        out = F.scaled_dot_product_attention(q, k, v).square().sum()
+    (g,) = torch.autograd.grad(out, q, create_graph=True)
+    (second,) = torch.autograd.grad(g.square().sum(), k)
+    assert second.norm() > 0
+
+
+def test_called_by_torch_names_too() -> None:
+    """`torch.layer_norm` and its like are what compiled or hand-written modules call."""
+    w, b, mean, var = (normal(4, seed=i).square() + 0.5 for i in range(4))
+    calls: list[Callable[[], Tensor]] = [
+        lambda: torch.layer_norm(IMAGES, (5, 5)),
+        lambda: torch.batch_norm(IMAGES, w, b, mean.clone(), var.clone(), True, 0.1, 1e-5, False),
+        lambda: torch.batch_norm(IMAGES, w, b, mean, var, False, 0.1, 1e-5, False),
+        lambda: torch.instance_norm(IMAGES, w, b, None, None, True, 0.1, 1e-5, False),
+    ]
+    for call in calls:
+        with smooth():
+            inside = call()
+        assert torch.allclose(inside, call(), rtol=0, atol=1e-13)  # rounding of numbers of order one
+
+
+def test_eval_mode_without_statistics_is_refused() -> None:
+    with smooth(), pytest.raises(ValueError, match="needs running statistics; this layer keeps none"):
+        F.batch_norm(X, None, None, training=False)
+
+
+def test_nothing_changes_after_the_context() -> None:
+    with smooth():
+        pass
+    assert F.layer_norm(X, (6,)).equal(nn.LayerNorm(6, elementwise_affine=False)(X))
