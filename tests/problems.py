@@ -158,9 +158,7 @@ CASES: dict[str, Case] = {
         lambda: _dense_net(nn.BatchNorm1d(6, track_running_stats=False, momentum=None).eval()),
         _dense(lambda p, h: _gain(p, _standardized(h, (0,), 1e-5))),
     ),
-    "LayerNorm": Case(
-        lambda: _dense_net(nn.LayerNorm(6)), _dense(lambda p, h: _gain(p, _standardized(h, (1,), 1e-5)))
-    ),
+    "LayerNorm": Case(lambda: _dense_net(nn.LayerNorm(6)), _dense(lambda p, h: _gain(p, _standardized(h, (1,), 1e-5)))),
     "RMSNorm": Case(
         lambda: _dense_net(nn.RMSNorm(6, eps=1e-5)), _dense(lambda p, h: p["1.weight"] * _root_mean_square(h, 1e-5))
     ),
@@ -222,7 +220,7 @@ class LossCase:
     """A loss of torch, the same by formula, and its targets."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
-    formula: Callable[[Tensor, Tensor], Tensor]
+    formula: Callable[..., Tensor]
     targets: Callable[[int, int], Tensor]
 
 
@@ -268,7 +266,7 @@ def reference(norm: str, loss: str = "MSE") -> Callable[[Tensor], Tensor]:
     return total
 
 
-def outputs(norm: str) -> Callable[[Tensor, Tensor], Tensor]:
+def outputs(norm: str) -> Callable[..., Tensor]:
     """The network's output ``(n, classes)`` by formula, at flat weights and an input."""
     shapes = {name: p.shape for name, p in model(norm).named_parameters()}
 

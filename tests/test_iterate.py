@@ -63,7 +63,7 @@ def test_partly_invariant_networks_are_read_in_their_invariant_weights_alone() -
     slices = [f.slices[name] for name in ("0.weight", "3.weight")]
     maps = torch.cat([torch.arange(s.start, s.stop) for s in slices])
     w = f.weights()
-    it = Iterate(f, w)
+    it = Iterate(f, w, GD(0.1))
     assert it.scale_groups.joint.tolist() == maps.tolist()
 
     on_sphere, on_product = w.clone(), w.clone()
@@ -73,6 +73,7 @@ def test_partly_invariant_networks_are_read_in_their_invariant_weights_alone() -
     block = dense(f, on_sphere)[maps][:, maps]
     assert measures.spherical_sharpness(it) == pytest.approx(cases.dense_top(block), rel=SOLVER)
     assert measures.radius(it) == pytest.approx(w[maps].norm().item(), rel=1e-15)
+    assert measures.effective_learning_rate(it) == pytest.approx(0.1 / w[maps].square().sum().item(), rel=1e-14)
     block = dense(f, on_product)[maps][:, maps]
     assert measures.product_sphere_sharpness(it) == pytest.approx(cases.dense_top(block), rel=SOLVER)
 

@@ -137,6 +137,16 @@ def test_measuring_never_is_refused() -> None:
         Monitor(f, torch.optim.SGD(f.model.parameters(), lr=0.1), every=0)
 
 
+def test_an_optimizer_of_other_weights_is_refused() -> None:
+    f = cases.invariant()
+    part = torch.optim.SGD(list(f.model.parameters())[:1], lr=0.1)
+    with pytest.raises(ValueError, match=r"does not train 3\.weight: pass the optimizer of this model"):
+        Monitor(f, part)
+    part.add_param_group({"params": list(f.model.parameters())[1:]})
+    with pytest.raises(TypeError, match="2 parameter groups"):
+        Monitor(f, part)
+
+
 def test_more_eigenvalues_are_written_down_when_asked_for() -> None:
     f = cases.invariant()
     monitor, path = watched(f, 0.05, 4, every=2, k=3, point=now)
@@ -151,12 +161,12 @@ def test_schedules_are_followed() -> None:
     sgd = torch.optim.SGD(f.model.parameters(), lr=0.1, weight_decay=0.02)
     monitor = Monitor(f, sgd, every=1, point=now)
     path = descend(f, sgd, monitor, 2)
-    sgd.param_groups[0]["lr"], sgd.param_groups[0]["momentum"] = 0.05, 0.5
+    sgd.param_groups[0]["lr"], sgd.param_groups[0]["momentum"] = 0.05, 0.75
     path += descend(f, sgd, monitor, 1)[1:]
-    assert monitor.rule == GD(0.05, 0.02, 0.5)
-    assert monitor.tau == pytest.approx(2 * 0.1 * 0.02 + 0.05 * 0.02 / 0.5, rel=1e-14)
+    assert monitor.rule == GD(0.05, 0.02, 0.75)
+    assert monitor.tau == pytest.approx(2 * 0.1 * 0.02 + 0.05 * 0.02 / 0.25, rel=1e-14)
     ratios, sharp = monitor.history.table(RUN, "stability_ratio", "sharpness")
-    thresholds = [2 / 0.1 - 0.02] * 3 + [3 / 0.05 - 0.02]
+    thresholds = [2 / 0.1 - 0.02] * 3 + [3.5 / 0.05 - 0.02]
     assert (sharp / ratios).tolist() == pytest.approx(thresholds, rel=1e-14)
 
 

@@ -27,7 +27,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "group": (lambda: nn.GroupNorm(2, 4), IMAGES),
     "root mean square": (lambda: nn.RMSNorm(6), X),
     "weight": (lambda: weight_norm(nn.Linear(6, 3)), X),
-    "weight, over all": (lambda: weight_norm(nn.Linear(6, 3), dim=None), X),
+    "weight, over all": (lambda: weight_norm(nn.Linear(6, 3), dim=-1), X),
     "weight, second dimension": (lambda: weight_norm(nn.Linear(6, 3), dim=1), X),
 }
 

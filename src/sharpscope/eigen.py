@@ -8,7 +8,8 @@ pairs finds eigenvalues of that multiplicity.
 A warm start may hold eigenvectors of smaller eigenvalues, whose residuals are zero at once.  Hence a random column in
 every start, and a warm result is believed only after ``1 + ln √P`` blocks, in which the random column's share of an
 unseen larger eigenvector (``1/√P`` of it) has grown to order one, and when the next unconverged Ritz pair is far from
-reaching the wanted ones.  (Copies of an exactly multiple eigenvalue need a column each: start cold to count them.)  Directions that have converged leave the block, so that those extra products are mostly one per step.
+reaching the wanted ones.  Directions that have converged leave the block, so that those extra products are mostly one
+per step.  Copies of an exactly multiple eigenvalue need a column each: start cold to count them.
 
 P parameters, k wanted pairs, m columns in the basis.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 from .operators import SymmetricOperator
 
 
-class NotConverged(RuntimeError):  # noqa: N818 - an outcome rather than a mistake
+class NotConverged(RuntimeError):
     """A solver used up its products before its residuals met the tolerance."""
 
 
@@ -94,8 +95,8 @@ def lanczos(
         bound = max(rtol, 8 * torch.finfo(v.dtype).eps * new**0.5) * scale
         done = blocks <= 0 and bool((residuals[:k] <= bound).all())
         if done and warm:
-            reach = (ritz + 4 * residuals)[residuals > bound][:1]  # of the first pair that has not converged
-            done = bool((reach <= ritz[k - 1]).all())
+            reach = (ritz + 2 * residuals)[residuals > bound][:1]  # of the first pair that has not converged
+            done = bool((reach <= ritz[k - 1] + bound).all())
         if done or len(rows) == 0:
             return Eigenpairs(ritz[:k].to(v), (s[:, :k].T.to(v) @ v[:new]).T, residuals[:k].to(v), used)
         if used + len(rows) > budget:

@@ -60,6 +60,7 @@ class Monitor:
     ) -> None:
         if every < 1:
             raise ValueError(f"every={every}: the number of steps between measurements is at least 1")
+        _check_trains(optimizer, objective)
         self.objective, self.optimizer, self.every, self.point, self.k = objective, optimizer, every, point, k
         self._fixed_rule = rule
         self.history = History()
@@ -116,6 +117,17 @@ class Monitor:
             columns=self.history.columns,
             config={"rule": str(self.rule), "every": self.every, "k": self.k},
             environment={"torch": torch.__version__},
+        )
+
+
+def _check_trains(optimizer: torch.optim.Optimizer, objective: Objective) -> None:
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    params = dict(objective.model.named_parameters())
+    idle = [name for name in objective.slices if id(params[name]) not in trained]
+    if idle:
+        raise ValueError(
+            f"the optimizer does not train {', '.join(idle)}: pass the optimizer of this model, or freeze what is not"
+            " trained by requires_grad_(False) before making the Objective"
         )
 
 

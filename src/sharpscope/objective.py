@@ -41,8 +41,9 @@ class Objective:
             at every product (about twice as dear).
 
     Raises:
-        ValueError: nothing to train, parameters of several or of low precisions, a loss that is not a finite differentiable scalar, parameters that the loss
-            does not reach, active dropout, data that are empty or can be read only once.
+        ValueError: nothing to train, parameters of several or of low precisions, a loss that is not a finite
+            differentiable scalar, parameters that the loss does not reach, active dropout, data that are empty or
+            can be read only once.
 
     >>> net = nn.Linear(3, 1)
     >>> f = Objective(net, nn.functional.mse_loss, [(torch.ones(4, 3), torch.zeros(4, 1))])
@@ -50,9 +51,7 @@ class Objective:
     (4, {'weight': slice(0, 3, None), 'bias': slice(3, 4, None)})
     """
 
-    def __init__(
-        self, model: nn.Module, loss: Loss, data: Iterable[Any], *, memory_budget: int = 2 << 30
-    ) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, data: Iterable[Any], *, memory_budget: int = 2 << 30) -> None:
         self.model, self.loss, self.data, self.memory_budget = model, loss, data, memory_budget
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
@@ -94,7 +93,7 @@ class Objective:
         with torch.no_grad():
             total, count = w.new_zeros(()), 0
             for chunk in self._chunks(self.unflatten(w)):
-                total, count = total + chunk.count * chunk.loss.detach(), count + chunk.count
+                total, count = total + chunk.examples * chunk.loss.detach(), count + chunk.examples
         return total / count
 
     @torch.enable_grad()
@@ -104,8 +103,8 @@ class Objective:
         total, slope, count = w.new_zeros(()), torch.zeros_like(w), 0
         for chunk in self._chunks(self.unflatten(w)):
             (g,) = torch.autograd.grad(chunk.loss, w)
-            total, slope = total + chunk.count * chunk.loss.detach(), slope.add_(g, alpha=chunk.count)
-            count += chunk.count
+            total, slope = total + chunk.examples * chunk.loss.detach(), slope.add_(g, alpha=chunk.examples)
+            count += chunk.examples
         return total / count, slope / count
 
     def grad(self, w: Tensor) -> Tensor:
@@ -180,7 +179,7 @@ class Objective:
             raise ValueError(
                 f"the loss does not depend on {', '.join(unused)}; freeze what is not trained by requires_grad_(False)"
             )
-        return saved() / chunk.count
+        return saved() / chunk.examples
 
 
 class Expansion:
@@ -200,12 +199,12 @@ class Expansion:
         slope, self._slope = torch.zeros_like(w), torch.zeros_like(w)
         for chunk, g in self._graphs():
             self.chunks += 1
-            self.count += chunk.count
-            self.value = self.value + chunk.count * chunk.loss.detach()
-            slope.add_(g.detach(), alpha=chunk.count)
+            self.count += chunk.examples
+            self.value = self.value + chunk.examples * chunk.loss.detach()
+            slope.add_(g.detach(), alpha=chunk.examples)
             if self.count * f._graph_bytes_per_example <= f.memory_budget:
                 self._kept.append(chunk)
-                self._slope = self._slope + chunk.count * g
+                self._slope = self._slope + chunk.examples * g
         self.value = self.value / self.count
         self.grad = slope / self.count
         self._slope = self._slope / self.count
@@ -220,7 +219,7 @@ class Expansion:
         """``∇²L(w) v`` for `v` ``(P,)``."""
         total = _vjp(self._slope, self.w, v, retain=True)
         for chunk, g in self._rebuilt():
-            total = total + chunk.count / self.count * _vjp(g, self.w, v)
+            total = total + chunk.examples / self.count * _vjp(g, self.w, v)
         return total
 
     @torch.enable_grad()
@@ -228,7 +227,7 @@ class Expansion:
         """``∇_w (uᵀ ∇²L(w) v)`` with u and v ``(P,)`` held fixed."""
         total = _vjp(_vjp(self._slope, self.w, u, retain=True, differentiable=True), self.w, v, retain=True)
         for chunk, g in self._rebuilt():
-            total = total + chunk.count / self.count * _vjp(_vjp(g, self.w, u, differentiable=True), self.w, v)
+            total = total + chunk.examples / self.count * _vjp(_vjp(g, self.w, u, differentiable=True), self.w, v)
         return total
 
     @torch.enable_grad()
@@ -236,9 +235,9 @@ class Expansion:
         """``Jᵀ ∇²ℓ J v`` for `v` ``(P,)``: forward products as reverse over reverse."""
         total = torch.zeros_like(v)
         for chunk in self._kept:
-            total = total + chunk.count / self.count * _gauss_newton(chunk, self.w, v)
+            total = total + chunk.examples / self.count * _gauss_newton(chunk, self.w, v)
         for chunk, _ in self._rebuilt():
-            total = total + chunk.count / self.count * _gauss_newton(chunk, self.w, v)
+            total = total + chunk.examples / self.count * _gauss_newton(chunk, self.w, v)
         return total
 
     def _graphs(self, start: int = 0) -> Iterator[tuple["_Chunk", Tensor]]:
@@ -252,7 +251,7 @@ class Expansion:
 
 
 class _Chunk(NamedTuple):
-    count: int
+    examples: int
     loss: Tensor
     output: Any
 

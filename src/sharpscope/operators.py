@@ -67,7 +67,10 @@ def gauss_newton(f: Objective | Expansion, w: Tensor | None = None) -> Symmetric
 def preconditioned(a: SymmetricOperator, p: Tensor) -> SymmetricOperator:
     """``P^-1/2 A P^-1/2`` with ``P = diag(p)``, p positive ``(P,)``."""
     if p.shape != a.like.shape or not bool((p > 0).all()):
-        raise ValueError(f"a preconditioner for size {a.size} has {a.size} positive entries; got shape {tuple(p.shape)}")
+        raise ValueError(
+            f"a preconditioner for size {a.size} has {a.size} positive entries; got {int((p > 0).sum())} among"
+            f" {p.numel()}"
+        )
     s = p.rsqrt()
     return SymmetricOperator(lambda v: s * a.matvec(s * v), a.like)
 

@@ -146,7 +146,7 @@ def missing(chart: Chart | SphereChart, columns: Columns) -> str:
         return f"The data have no column {_listed(absent)}."
     empty = [trace.run for trace in traces(chart, columns) if not trace.points]
     if empty:
-        return f"No values of {_listed(names)} to show for run {_listed(empty)}."
+        return f"No values of {_listed(names)} to show for run{'s' * (len(empty) > 1)} {_listed(empty)}."
     return "" if isinstance(chart, SphereChart) or chart.runs else "The chart names no runs."
 
 

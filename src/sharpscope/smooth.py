@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
-def _standardize(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+def _standardize(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     """``(x - mean) / √(var + eps)`` with both moments over `dims`."""
     centred = x - x.mean(dims, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
@@ -54,9 +54,9 @@ def _layer_norm(
 
 
 def _update_running(
-    input: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float, dims: Sequence[int]
+    input: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float, dims: tuple[int, ...]
 ) -> None:
-    """Running averages as the native kernels keep them: moments over `dims` (unbiased variance), averaged per channel."""
+    """Running averages as the native kernels keep them: of moments over `dims` (unbiased variance), per channel."""
     with torch.no_grad():
         moments = ((mean, input.mean(dims, keepdim=True)), (var, input.var(dims, keepdim=True)))
         for running, now in moments:
@@ -73,7 +73,7 @@ def _normalize_channels(
     own_statistics: bool,
     momentum: float,
     eps: float,
-    dims: Sequence[int],
+    dims: tuple[int, ...],
 ) -> Tensor:
     if own_statistics:
         if mean is not None or var is not None:
@@ -170,7 +170,7 @@ ELEMENTARY: dict[Callable[..., Any], Callable[..., Any]] = {
 """One row per kernel that autograd gets wrong or cannot differentiate twice."""
 
 
-class smooth(TorchFunctionMode):  # noqa: N801 - used as a context, like torch.no_grad
+class smooth(TorchFunctionMode):
     """Context: the operations of `ELEMENTARY` run in differentiable form; everything else is untouched."""
 
     def __torch_function__(

@@ -179,7 +179,7 @@
     };
     const u = new uPlot({
       ...size(),
-      padding: [10, 12, 0, 0],
+      padding: [10, 24, 0, 0],
       legend: { show: false },
       cursor: { y: false, drag: { x: true, y: true, uni: 24 }, points: { size: 8, width: 2 },
         hover: { skip: [null, undefined], prox: 50 } },
