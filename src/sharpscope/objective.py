@@ -62,6 +62,7 @@ class Objective:
         ends = np.cumsum(sizes).tolist()
         self.slices = {name: slice(end - n, end) for name, n, end in zip(trainable, sizes, ends, strict=True)}
         self.size: int = ends[-1]
+        self._droppers = [(name, m) for name, m in model.named_modules() if isinstance(_rate(m), float)]
         _check_data(data)
         self._graph_bytes_per_example = self._check_first_batch()
 
@@ -144,7 +145,7 @@ class Objective:
 
     def _chunks(self, params: Mapping[str, Tensor]) -> Iterator["_Chunk"]:
         """The loss of each batch as a function of `params`, with buffers cloned once per pass."""
-        _check_deterministic(self.model)
+        _check_deterministic(self._droppers)
         device = next(iter(params.values())).device
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
         batch = None
@@ -405,9 +406,13 @@ def _check_data(data: Iterable[Any]) -> None:
         )
 
 
-def _check_deterministic(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        p = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
+def _rate(module: nn.Module) -> Any:
+    return module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", None)
+
+
+def _check_deterministic(droppers: Iterable[tuple[str, nn.Module]]) -> None:
+    for name, module in droppers:
+        p = _rate(module)
         if module.training and isinstance(p, float) and p > 0:
             raise ValueError(
                 f"dropout is on in '{name}' ({type(module).__name__}, p={p}): the loss is random, so its curvature is"

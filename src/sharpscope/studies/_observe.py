@@ -29,11 +29,13 @@ def last(h: History, run: str, column: str) -> float:
     return float(h.series(run, column)[-1])
 
 
-def over_seeds(reading: Reading, run: str) -> Observer:
-    """The reading of `run`; with repeats under other seeds, the least and the greatest."""
+def over_seeds(reading: Reading, *runs: str) -> Observer:
+    """The reading, which takes `runs`; where all of these have repeats under other seeds, the least and the greatest."""
 
     def observe(h: History, config: Any) -> float | tuple[float, float]:
-        suffixes = [name.removeprefix(run) for name in h.runs if name == run or name.startswith(f"{run}, seed ")]
+        first, names = runs[0], set(h.runs)
+        suffixes = [name.removeprefix(first) for name in h.runs if name == first or name.startswith(f"{first}, seed ")]
+        suffixes = [s for s in suffixes if all(run + s in names for run in runs)]
         values = [reading(h, suffix) for suffix in suffixes]
         return values[0] if len(values) == 1 else (min(values), max(values))
 

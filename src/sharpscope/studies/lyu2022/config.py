@@ -12,9 +12,12 @@ class Config:
 
     toy_rates: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6)  # intrinsic rates il = lr·wd
     speed_rate: float = 1e-6  # il at which speeds are measured
+    rmsprop_steps: int = 500_000
+    frozen_steps: int = 1_000_000  # without weight decay, below the edge
     regression_rates: tuple[float, ...] = (1e-3, 1e-4, 1e-5)
     regression_data: int = 4  # data sets
     completion_tau: float = 30.0
+    completion_control: int = 20_000  # steps without weight decay
     completion_seeds: int = 3
     learning_rate: float = 0.5  # of the regression network
     weight_decay: float = 1e-3
@@ -36,9 +39,12 @@ class Config:
 QUICK = Config(
     toy_rates=(1e-3, 1e-4, 1e-5),
     speed_rate=1e-5,
+    rmsprop_steps=100_000,
+    frozen_steps=100_000,
     regression_rates=(1e-3, 1e-4),
     regression_data=1,
     completion_tau=8.0,
+    completion_control=8000,
     completion_seeds=1,
     network_seeds=1,
     ablations=False,

@@ -41,7 +41,7 @@ def variants(config: Config) -> dict[str, Variant]:
         "no normalization": none,
         "no normalization, no decay": replace(none, weight_decay=0.0),
         "conv BN": conv,
-        "conv BN, no decay": replace(conv, weight_decay=0.0, every=4 * every),
+        "conv BN, no decay": replace(conv, weight_decay=0.0, steps=n // 4, every=2 * every),
     }
     if config.ablations:
         out |= {f"{norm}, no decay": replace(still, norm=norm) for norm in ("LN", "RMSNorm", "GN")}
@@ -56,7 +56,7 @@ def jobs(config: Config) -> list[Job]:
 
 
 def _claim(sentence: str, reading: Any, criterion: Any, kind: str, *runs: str, **more: Any) -> Claim:
-    return Claim(sentence, over_seeds(reading, runs[0]), criterion, kind, PART, runs, **more)
+    return Claim(sentence, over_seeds(reading, *runs), criterion, kind, PART, runs, **more)
 
 
 FALLS = (

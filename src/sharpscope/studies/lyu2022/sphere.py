@@ -30,9 +30,9 @@ def jobs(config: Config) -> list[Job]:
         *paths,
         Job("toy speeds", _speeds, {"il": config.speed_rate}, 5e-6 / config.speed_rate),
         Job("toy entry", _entry, {"il": config.toy_rates[-1]}, max(0.2, 1e-6 / config.toy_rates[-1])),
-        Job("toy below the edge", _below, {}, 3.0),
+        Job("toy below the edge", _below, {"steps": config.frozen_steps}, 3e-6 * config.frozen_steps),
         Job("toy catapults", _catapults, {}, 0.3),
-        Job("toy RMSprop", _rmsprop, {}, 10.0),
+        Job("toy RMSprop", _rmsprop, {"steps": config.rmsprop_steps}, 2e-5 * config.rmsprop_steps),
         Job("toy portrait", _portrait, {}, 1.0),
     ]
 
@@ -52,9 +52,15 @@ def _entry(track: Track, report: Report, il: float) -> None:
     walk(track, report, process, ["A3 from below the edge"], _evenly(0.4 / il, 400))
 
 
-def _below(track: Track, report: Report) -> None:
+def _below(track: Track, report: Report, steps: int) -> None:
     process = toys.descent(toys.named("A3", "A3"), 1.0, LR_CLOSED, 0.0, edge=np.array(BELOW), h=1e-2)
-    walk(track, report, process, [f"A3 without decay from {e}" for e in BELOW], [0, 1000, 10_000, 100_000, 1_000_000])
+    walk(
+        track,
+        report,
+        process,
+        [f"A3 without decay from {e}" for e in BELOW],
+        [0, *np.geomspace(1000, steps, 4).round().astype(int).tolist()],
+    )
 
 
 def _catapults(track: Track, report: Report) -> None:
@@ -62,10 +68,10 @@ def _catapults(track: Track, report: Report) -> None:
     walk(track, report, process, [f"catapult, K {k:g}" for k in KICKED], range(0, 40_001, 400))
 
 
-def _rmsprop(track: Track, report: Report) -> None:
+def _rmsprop(track: Track, report: Report, steps: int) -> None:
     c, k, first = (np.array(column) for column in zip(*RMSPROP, strict=True))
     process = toys.scalar_rmsprop(toys.Toy(k), 1.0, ETA, c, first)
-    walk(track, report, process, [_rmsprop_name(*row) for row in RMSPROP], range(0, 500_001, 50_000))
+    walk(track, report, process, [_rmsprop_name(*row) for row in RMSPROP], _evenly(steps, 10))
 
 
 def _rmsprop_name(c: float, k: float, first: bool) -> str:
