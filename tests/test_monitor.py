@@ -120,7 +120,7 @@ def test_readings_are_those_of_iterates(
             assert row["edge"] == pytest.approx(measures.spherical_edge(it), rel=SOLVER)
             assert row["radius"] == pytest.approx(measures.radius(it), rel=1e-15)
         else:
-            assert row.keys() == {"run", "step", "tau", "loss", "sharpness", "stability_ratio"}
+            assert row.keys() == {"run", "step", "tau", "loss", "sharpness", "stability_ratio", "residual"}
 
 
 def test_every_step_can_be_measured() -> None:
@@ -234,3 +234,23 @@ def test_reports_show_only_what_was_measured(tmp_path: Path) -> None:
     text = monitor.report(str(tmp_path / "run.html")).read_text(encoding="utf-8")
     assert "Spherical sharpness" not in text
     assert "The run diverged" in text
+
+
+def test_a_schedule_may_begin_and_end_at_zero() -> None:
+    """A learning rate of zero has no threshold; the run goes on, and readings at positive rates have one."""
+    net = nn.Linear(3, 1, dtype=torch.float64)
+    batch = (torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64))
+    f = Objective(net, nn.functional.mse_loss, [batch])
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 0.0 if step in (0, 4) else 1.0)
+    monitor = Monitor(f, sgd, every=1)
+    assert "no reading at a positive learning rate" in monitor.diagnosis()
+    for _ in range(4):
+        sgd.zero_grad()
+        f.loss(net(batch[0]), batch[1]).backward()
+        sgd.step()
+        schedule.step()
+        monitor.step()
+    assert len(monitor.history.series("training", "sharpness")) == 5
+    assert monitor.history.table("training", "step", "stability_ratio")[0].tolist() == [1, 2, 3]
+    assert "edge of stability" in monitor.diagnosis()

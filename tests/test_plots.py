@@ -140,3 +140,14 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"sharpscope\[studies\]"):
         figure(LOSS, {})
+
+
+def test_columns_beside_are_drawn_for_every_run() -> None:
+    chart = Chart("c", "C", "step", "a", ("r", "s"), "step", "a", beside=(("b", "2/η̃"),))
+    columns = {"run": ["r", "s"], "step": [0, 0], "a": [1.0, 2.0], "b": [3.0, None]}
+    assert [(t.run, t.points) for t in traces(chart, columns)] == [
+        ("r", [(0.0, 1.0)]),
+        ("s", [(0.0, 2.0)]),
+        ("r: 2/η̃", [(0.0, 3.0)]),
+        ("s: 2/η̃", []),
+    ]

@@ -10,7 +10,7 @@ AT_THE_EDGE = (0.95, 1.3)
 """Range of sharpness / threshold called "at the edge": oscillation and several unstable modes push it above one."""
 
 
-def diagnose(history: History, run: str, rule: UpdateRule, groups: ScaleGroups) -> list[str]:
+def diagnose(history: History, run: str, rule: UpdateRule | None, groups: ScaleGroups) -> list[str]:
     """Sentences on the regime, the invariant weights and the weight-decay clock of `run`."""
     return [
         *_divergence(history, run),
@@ -21,13 +21,16 @@ def diagnose(history: History, run: str, rule: UpdateRule, groups: ScaleGroups) 
 
 
 def _divergence(history: History, run: str) -> list[str]:
-    lost = np.setdiff1d(history.series(run, "step"), history.table(run, "step", "stability_ratio")[0])
-    if len(lost) == 0:
+    rows = zip(history.columns["run"], history.columns["step"], history.columns["loss"], strict=True)
+    lost = [step for name, step, loss in rows if name == run and not np.isfinite(np.nan if loss is None else loss)]
+    if not lost:
         return []
-    return [f"The run diverged: at step {lost[0]:.0f} the loss was not finite; what follows is about the steps before."]
+    return [f"The run diverged: at step {lost[0]} the loss was not finite; what follows is about the steps before."]
 
 
 def _regime(history: History, run: str) -> str:
+    if "stability_ratio" not in history.columns:
+        return "There is no reading at a positive learning rate yet, and so no threshold to compare with."
     ratios = history.series(run, "stability_ratio")
     late = ratios[-max(1, len(ratios) // 4) :]
     ratio, count = float(np.median(late)), len(late)
@@ -54,8 +57,8 @@ def _invariance(groups: ScaleGroups) -> str:
     )
 
 
-def _clock(history: History, run: str, rule: UpdateRule, groups: ScaleGroups) -> list[str]:
-    if groups.joint.numel() == 0:
+def _clock(history: History, run: str, rule: UpdateRule | None, groups: ScaleGroups) -> list[str]:
+    if groups.joint.numel() == 0 or rule is None:
         return []
     if rule.clock == 0:
         return ["There is no weight decay: the norm of the invariant weights can only grow, and their steps shrink."]

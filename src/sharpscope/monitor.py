@@ -3,6 +3,7 @@
 It decides when to measure, keeps the vectors that make the next measurement cheap, and collects the history.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from . import measures
 from .diagnose import diagnose
+from .eigen import NotConverged
 from .history import History
 from .invariance import ScaleGroups, find_groups
 from .iterate import Iterate, midpoint
@@ -71,35 +73,47 @@ class Monitor:
         self.measure(self._before)
 
     @property
-    def rule(self) -> UpdateRule:
-        """What the optimizer does at present."""
-        return rule_of(self.optimizer) if self._fixed_rule is None else self._fixed_rule
+    def rule(self) -> UpdateRule | None:
+        """What the optimizer does at present; None while its learning rate is zero, as at the ends of a schedule."""
+        if self._fixed_rule is not None:
+            return self._fixed_rule
+        return rule_of(self.optimizer) if any(group["lr"] for group in self.optimizer.param_groups) else None
 
     def step(self) -> None:
         """Call this after every step of the optimizer."""
         self.steps += 1
-        self.tau += self.rule.clock
+        self.tau += self.rule.clock if self.rule else 0.0
         if self.steps % self.every == 0:
             self.measure(self.point(self._before, self.objective.weights()))
         if (self.steps + 1) % self.every == 0:
             self._before = self.objective.weights()
 
     def measure(self, w: Tensor) -> Iterate:
-        """Measure at `w` now, whatever the schedule, and add a row to the history: without curvature once the loss is
-        not finite, since a diverged run is not to be stopped by being watched."""
+        """Measure at `w` now, whatever the schedule, and add a row to the history.
+
+        A run is never stopped by being watched: where the loss is not finite, or the solver does not converge, the
+        row has no curvature.
+        """
         it = Iterate(self.objective, w, self.rule, step=self.steps, groups=self.groups, k=self.k, start=self._vectors)
         row: dict[str, Any] = {"tau": self.tau, "loss": measures.loss(it)}
         if math.isfinite(row["loss"]):
-            row["sharpness"] = measures.sharpness(it)
-            row |= {f"sharpness{i}": v for i, v in enumerate(it.top.values[1:].tolist(), start=2)}
-            row["stability_ratio"] = measures.stability_ratio(it)
-            if self.groups.joint.numel():
-                row["spherical_sharpness"] = measures.spherical_sharpness(it)
-                row["edge"] = measures.spherical_edge(it)
-                row["radius"] = measures.radius(it)
-            self._vectors = it.vectors
+            with contextlib.suppress(NotConverged):
+                row |= self._curvature(it)
+                self._vectors = it.vectors
         self.history.append(run=RUN, step=self.steps, **row)
         return it
+
+    def _curvature(self, it: Iterate) -> dict[str, float]:
+        row = {"sharpness": measures.sharpness(it)}
+        row["residual"] = it.top.residuals[0].item()
+        row |= {f"sharpness{i}": v for i, v in enumerate(it.top.values[1:].tolist(), start=2)}
+        spherical = self.groups.joint.numel() > 0
+        if spherical:
+            row |= {"spherical_sharpness": measures.spherical_sharpness(it), "radius": measures.radius(it)}
+        if it.rule is not None:
+            row["stability_ratio"] = measures.stability_ratio(it)
+            row |= {"edge": measures.spherical_edge(it)} if spherical else {}
+        return row
 
     def diagnosis(self) -> str:
         """What the readings so far say about this run, one sentence a line."""

@@ -46,6 +46,7 @@ class Chart:
     caption: str = ""
     part: str = ""
     markers: bool = False  # dots instead of lines (e.g. error against il)
+    beside: tuple[tuple[str, str], ...] = ()  # further columns to draw for every run: (column, label)
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,12 @@ def traces(chart: Any, columns: Columns) -> list[Trace]:
 @traces.register(Chart)
 def _(chart: Chart, columns: Columns) -> list[Trace]:
     result = []
-    for run, points in _points(columns, dict.fromkeys(chart.runs, (chart.x, chart.y))).items():
-        shown = [p for p in points if (p[0] > 0 or not chart.log_x) and (p[1] > 0 or not chart.log_y)]
-        shown.sort(key=lambda p: p[0])  # by x alone: equal x keep the order of the history
-        result.append(Trace(run, thin(shown, chart.log_x), len(shown), len(points) - len(shown)))
+    for column, label in ((chart.y, ""), *chart.beside):
+        for run, points in _points(columns, dict.fromkeys(chart.runs, (chart.x, column))).items():
+            shown = [p for p in points if (p[0] > 0 or not chart.log_x) and (p[1] > 0 or not chart.log_y)]
+            shown.sort(key=lambda p: p[0])  # by x alone: equal x keep the order of the history
+            name = f"{run}: {label}" if label else run
+            result.append(Trace(name, thin(shown, chart.log_x), len(shown), len(points) - len(shown)))
     return result
 
 

@@ -30,7 +30,7 @@ def last(h: History, run: str, column: str) -> float:
 
 
 def over_seeds(reading: Reading, *runs: str) -> Observer:
-    """The reading, which takes `runs`; where all of these have repeats under other seeds, the least and the greatest."""
+    """The reading, which takes `runs`; where all of them have repeats under other seeds, least and greatest."""
 
     def observe(h: History, config: Any) -> float | tuple[float, float]:
         first, names = runs[0], set(h.runs)

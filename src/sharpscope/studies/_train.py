@@ -82,6 +82,7 @@ def train(
         if groups.joint.numel():
             row["spherical_sharpness"] = measures.spherical_sharpness(it)
             row["edge"] = measures.spherical_edge(it)
+            row["threshold"] = rule.edge / measures.effective_learning_rate(it)
             row |= {f"lambda{i + 1}": v for i, v in enumerate(it.spherical_top.values.tolist())}
         else:
             row["edge"] = measures.stability_ratio(it) * rule.edge

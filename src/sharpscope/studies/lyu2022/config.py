@@ -23,6 +23,8 @@ class Config:
     weight_decay: float = 1e-3
     network_seeds: int = 2
     network_tau: float = 6.0
+    network_every: int = 50  # steps between measurements
+    smaller: float = 5.0  # weight decay is divided by this for the comparison at equal τ
     ablations: bool = True  # also the runs that are only reported
     digits_steps: int = 6000
     digits_every: int = 50  # steps between measurements
@@ -47,6 +49,8 @@ QUICK = Config(
     completion_control=8000,
     completion_seeds=1,
     network_seeds=1,
+    network_every=200,
+    smaller=2.5,
     ablations=False,
     digits_steps=3000,
     digits_every=100,

@@ -175,6 +175,18 @@ CHARTS = (
         log_y=True,
     ),
     _chart(
+        "digits-threshold",
+        "Sharpness rides on the threshold",
+        "step",
+        "spherical_sharpness",
+        "λ1",
+        "BN",
+        "BN, no decay",
+        log_y=True,
+        beside=(("threshold", "2/η̃"),),
+        caption="Spherical sharpness beside 2/η̃, at which it is at the edge. Weight decay lowers 2/η̃, and λ1 follows.",
+    ),
+    _chart(
         "digits-edge",
         "Distance to the edge",
         "tau",
