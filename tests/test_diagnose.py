@@ -22,7 +22,14 @@ def groups(count: int) -> ScaleGroups:
 def say(ratios: Sequence[float | None], *, rule: GD = PLAIN, invariant: int = 0, tau: float = 0.0) -> list[str]:
     """The sentences on a run with these readings of sharpness / threshold, every tenth step."""
     rows = [
-        {"run": "r", "step": 10 * i, "tau": tau, "loss": None if ratio is None else 1.0, "stability_ratio": ratio}
+        {
+            "run": "r",
+            "step": 10 * i,
+            "tau": tau,
+            "loss": None if ratio is None else 1.0,
+            "sharpness": ratio,
+            "stability_ratio": ratio,
+        }
         for i, ratio in enumerate(ratios)
     ]
     return diagnose(History(rows), "r", rule, groups(invariant))

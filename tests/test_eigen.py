@@ -209,3 +209,14 @@ def test_k_out_of_range(k: int) -> None:
 def test_a_product_that_is_not_finite(bad: float) -> None:
     with pytest.raises(ValueError, match="a product with the operator is not finite"):
         lanczos(SymmetricOperator(lambda v: bad * v, zeros(10)))
+
+
+def test_a_start_of_another_size_is_refused() -> None:
+    operator = SymmetricOperator(lambda v: v, torch.zeros(5))
+    with pytest.raises(ValueError, match=r"a start of shape \(3,\) does not fit an operator of size 5"):
+        lanczos(operator, start=torch.ones(3))
+
+
+def test_more_start_columns_than_dimensions() -> None:
+    _, operator = symmetric(torch.arange(1.0, 6.0, dtype=torch.float64))
+    assert lanczos(operator, start=normal(5, 9, seed=1)).values.item() == pytest.approx(5, rel=1e-12)

@@ -244,7 +244,7 @@ def test_a_schedule_may_begin_and_end_at_zero() -> None:
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 0.0 if step in (0, 4) else 1.0)
     monitor = Monitor(f, sgd, every=1)
-    assert "no reading at a positive learning rate" in monitor.diagnosis()
+    assert "no reading of the curvature at a positive learning rate" in monitor.diagnosis()
     for _ in range(4):
         sgd.zero_grad()
         f.loss(net(batch[0]), batch[1]).backward()
@@ -254,3 +254,15 @@ def test_a_schedule_may_begin_and_end_at_zero() -> None:
     assert len(monitor.history.series("training", "sharpness")) == 5
     assert monitor.history.table("training", "step", "stability_ratio")[0].tolist() == [1, 2, 3]
     assert "edge of stability" in monitor.diagnosis()
+
+
+def test_a_finite_loss_of_infinite_curvature_does_not_stop_the_run() -> None:
+    """√ of an error that has become zero: the loss is finite, its derivatives are not."""
+    net = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    f = Objective(net, lambda output, target: nn.functional.mse_loss(output, target).sqrt(), [(one, 3 * one)])
+    monitor = Monitor(f, torch.optim.SGD(net.parameters(), lr=0.1))
+    monitor.measure(torch.tensor([3.0], dtype=torch.float64))
+    assert monitor.history.columns["loss"][-1] == 0
+    assert monitor.history.columns["sharpness"][-1] is None
+    assert "At 1 of 2 readings, first at step 0, no curvature was found" in monitor.diagnosis()

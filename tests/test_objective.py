@@ -602,3 +602,30 @@ def test_data_that_are_used_up_later_are_refused_then() -> None:
             evaluate(w)
     with pytest.raises(ValueError, match="no batch"):
         f.on([]).value(w)
+
+
+def test_a_data_set_of_single_examples_is_refused() -> None:
+    examples = TensorDataset(normal(8, 5, seed=1), normal(8, problems.CLASSES, seed=2))
+    with pytest.raises(ValueError, match="the data are a TensorDataset, not an iterable of batches"):
+        Objective(problems.model("none"), F.mse_loss, examples)  # type: ignore[arg-type]
+
+
+def test_shuffled_data_are_one_function() -> None:
+    """With batch statistics the partition into batches matters: every pass must see the same one."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double()
+    data = torch.utils.data.TensorDataset(torch.randn(24, 4).double(), torch.randn(24, 1).double())
+    for own in (None, torch.Generator().manual_seed(5)):
+        f = Objective(net, nn.functional.mse_loss, torch.utils.data.DataLoader(data, 8, shuffle=True, generator=own))
+        w, before = f.weights(), f.value(f.weights())
+        torch.rand(3)
+        if own is not None:
+            torch.rand(3, generator=own)
+        assert f.value(w) == before
+        with pytest.raises(ValueError, match="two passes"):
+            f.check()
+
+
+def test_a_summed_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match="reduction='sum'"):
+        Objective(nn.Linear(2, 1), nn.MSELoss(reduction="sum"), [(torch.ones(3, 2), torch.ones(3, 1))])

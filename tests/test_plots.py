@@ -9,6 +9,7 @@ import pytest
 
 from sharpscope.plots import (
     Chart,
+    Columns,
     Point,
     SphereChart,
     figure,

@@ -11,7 +11,7 @@
 ['0.weight']
 """
 
-from .eigen import Eigenpairs, NotConverged, lanczos
+from .eigen import Eigenpairs, NotConverged, NotFinite, lanczos
 from .history import History
 from .invariance import ScaleGroups, find_groups
 from .iterate import Iterate, midpoint
@@ -29,6 +29,7 @@ __all__ = [
     "Iterate",
     "Monitor",
     "NotConverged",
+    "NotFinite",
     "Objective",
     "ScaleGroups",
     "SphericalRMSprop",

@@ -6,14 +6,18 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-EXTRA = "the command line needs the extra packages of sharpscope[studies]: pip install 'sharpscope[studies]'"
+EXTRAS = ("tyro", "safetensors", "pyarrow", "sklearn", "tqdm", "matplotlib")
+HINT = "the command line needs the extra packages of sharpscope[studies]: pip install 'sharpscope[studies]'"
+OPTIONS = ("quick", "out", "workers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,9 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     commands.add_parser("list", help="every study, its paper and its claims")
     run = commands.add_parser(
-        "run", help="run a study and write its report", epilog="`sharpscope run NAME --help` shows the study's fields"
+        "run",
+        help="run a study and write its report",
+        epilog="`sharpscope run NAME --help` shows the study's fields",
+        add_help=False,
+        allow_abbrev=False,  # what is no option of ours may be a field of the study
     )
-    run.add_argument("study", help="name of a study, or all")
+    run.add_argument("-h", "--help", action=_Help, nargs=0, help="show this, and the fields of the study NAME")
+    run.add_argument("study", metavar="NAME", help="name of a study, or all")
     run.add_argument("--quick", action="store_true", help="small sizes")
     run.add_argument("--out", type=Path, help="directory of the run (default: runs/NAME or runs/NAME-quick)")
     run.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
@@ -45,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("sharpscope"):
             raise
-        print(f"sharpscope: {error.name} is not installed; {EXTRA}", file=sys.stderr)
+        print(f"sharpscope: {error.name} is not installed; {HINT}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nsharpscope: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -61,6 +70,17 @@ class _Parser(argparse.ArgumentParser):
         raise _Refused(f"{message}; see `{self.prog} --help`")
 
 
+class _Help(argparse.Action):
+    """The options of `run`, then the fields of the study named before."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> NoReturn:
+        parser.print_help()
+        if namespace.study not in (None, "all"):
+            study = _find(namespace.study)
+            _configure(namespace.study, study, study.QUICK if namespace.quick else study.Config(), ["--help"])
+        parser.exit()
+
+
 def _list() -> int:
     from .studies._study import discover
 
@@ -73,19 +93,23 @@ def _list() -> int:
 
 
 def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from .studies._study import discover, find
+    from .studies._study import discover
 
+    _need_extras()
     if args.study == "all":
         if rest:
             raise _Refused(f"{rest[0]} is a field of one study; `run all` takes only --quick, --out and --workers")
         names = list(discover())
         statuses = [_run_one(n, args, [], (args.out or Path("runs")) / _folder(n, args.quick)) for n in names]
         return max(statuses)
-    try:
-        find(args.study)
-    except LookupError as error:
-        raise _Refused(str(error)) from error
     return _run_one(args.study, args, rest, args.out or Path("runs") / _folder(args.study, args.quick))
+
+
+def _need_extras() -> None:
+    """Now, and not at the end of a long run."""
+    for name in EXTRAS:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
 
 
 def _folder(name: str, quick: bool) -> str:
@@ -94,9 +118,8 @@ def _folder(name: str, quick: bool) -> str:
 
 def _run_one(name: str, args: argparse.Namespace, rest: Sequence[str], out: Path) -> int:
     from .studies._run import Unusable, run_study
-    from .studies._study import find
 
-    study = find(name)
+    study = _find(name)
     config = _configure(name, study, study.QUICK if args.quick else study.Config(), rest)
     try:
         verdicts = run_study(name, config, out, workers=args.workers)
@@ -108,9 +131,19 @@ def _run_one(name: str, args: argparse.Namespace, rest: Sequence[str], out: Path
 def _report(directory: Path) -> int:
     from .studies._run import Unusable, reread
 
+    _need_extras()
     try:
         return _print(reread(directory), directory)
     except (Unusable, LookupError) as error:
+        raise _Refused(str(error)) from error
+
+
+def _find(name: str) -> Any:
+    from .studies._study import find
+
+    try:
+        return find(name)
+    except LookupError as error:
         raise _Refused(str(error)) from error
 
 
@@ -122,7 +155,7 @@ def _configure(name: str, study: Any, default: Any, rest: Sequence[str]) -> Any:
     for flag in rest:
         field = flag.removeprefix("--").partition("=")[0].replace("-", "_")
         if flag.startswith("--") and field not in (*known, "help", *(f"no_{k}" for k in known)):
-            near = difflib.get_close_matches(field, known, 1, 0.3)
+            near = difflib.get_close_matches(field, [*known, *OPTIONS], 1, 0.4)
             hint = f"did you mean --{near[0].replace('_', '-')}?" if near else f"fields: {', '.join(known)}"
             raise _Refused(f"{name} has no field '{field}'; {hint}")
     complaint = io.StringIO()
@@ -132,14 +165,19 @@ def _configure(name: str, study: Any, default: Any, rest: Sequence[str]) -> Any:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        words = " ".join(complaint.getvalue().translate({ord(c): " " for c in "│╭╮╰╯─"}).split())
-        raise _Refused(f"{' '.join(rest)} does not fit the fields of {name}: {words}") from stop
+        frame = re.compile("[│╭╮╰╯─]|-{3,}|^[|+]|[|+]$", re.MULTILINE)
+        words = " ".join(frame.sub(" ", complaint.getvalue()).split())
+        heading = r"Value error Error parsing (Config: )?|Missing argument |Unrecognized options "
+        reason = re.sub(rf"^({heading})|\.? (Argument|For full) helptext.*", "", words)
+        raise _Refused(f"{' '.join(rest)} does not fit {name}: {reason}; see `sharpscope run {name} --help`") from stop
     except ValueError as error:
         raise _Refused(str(error)) from error
 
 
 def _print(verdicts: Sequence[Any], out: Path) -> int:
     """The verdicts as lines, and the exit status they mean."""
+    from .studies._run import stopped
+
     part = ""
     for v in verdicts:
         if v.part != part:
@@ -149,6 +187,8 @@ def _print(verdicts: Sequence[Any], out: Path) -> int:
         many = v.observed if isinstance(v.observed, tuple) else (v.observed,)
         seen = " to ".join(f"{x:.4g}" for x in ((min(many), max(many)) if len(many) > 1 else many))
         print(f"  {mark} {v.claim}: {seen} ({v.criterion}{'' if v.deciding else '; does not decide'})")
+    for job, note in stopped(out).items():
+        print(f"  stop {job}: {note}")
     deciding = [v for v in verdicts if v.deciding]
     failed = [v for v in deciding if not v.passed]
     print(f"\n{len(deciding) - len(failed)} of {len(deciding)} deciding claims hold; report: {out / 'report.html'}")

@@ -14,6 +14,7 @@ def diagnose(history: History, run: str, rule: UpdateRule | None, groups: ScaleG
     """Sentences on the regime, the invariant weights and the weight-decay clock of `run`."""
     return [
         *_divergence(history, run),
+        *_gaps(history, run),
         _regime(history, run),
         _invariance(groups),
         *_clock(history, run, rule, groups),
@@ -28,9 +29,24 @@ def _divergence(history: History, run: str) -> list[str]:
     return [f"The run diverged: at step {lost[0]} the loss was not finite; what follows is about the steps before."]
 
 
+def _gaps(history: History, run: str) -> list[str]:
+    names = ("run", "step", "loss", "sharpness")
+    rows = list(zip(*(history.columns.get(name, [None] * len(history)) for name in names), strict=True))
+    finite = [row for row in rows if row[0] == run and row[2] is not None and np.isfinite(row[2])]
+    gaps = [step for _, step, _, sharpness in finite if sharpness is None]
+    if not gaps:
+        return []
+    return [
+        f"At {len(gaps)} of {len(finite)} readings, first at step {gaps[0]}, no curvature was found (not finite, or not"
+        " converged); what follows is about the others."
+    ]
+
+
 def _regime(history: History, run: str) -> str:
     if "stability_ratio" not in history.columns:
-        return "There is no reading at a positive learning rate yet, and so no threshold to compare with."
+        return (
+            "There is no reading of the curvature at a positive learning rate yet, and so no threshold to compare with."
+        )
     ratios = history.series(run, "stability_ratio")
     late = ratios[-max(1, len(ratios) // 4) :]
     ratio, count = float(np.median(late)), len(late)

@@ -27,6 +27,10 @@ class NotConverged(RuntimeError):
     """A solver used up its products before its residuals met the tolerance."""
 
 
+class NotFinite(ValueError):
+    """A product with the operator overflowed, or is not a number."""
+
+
 @dataclass(frozen=True)
 class Eigenpairs:
     """The k algebraically largest eigenpairs, largest first.
@@ -63,11 +67,14 @@ def lanczos(
 
     Raises:
         NotConverged: with the residuals reached.
-        ValueError: k outside 1..P, or an operator whose products are not finite.
+        NotFinite: a ValueError, for an operator whose products are not finite.
+        ValueError: k outside 1..P, or a start of another size.
     """
     size = a.size
     if not 1 <= k <= size:
         raise ValueError(f"k={k} eigenpairs asked of an operator of size {size}; k lies between 1 and {size}")
+    if start is not None and start.shape[:1] != (size,):
+        raise ValueError(f"a start of shape {tuple(start.shape)} does not fit an operator of size {size}")
     budget = max(400, 40 * k) if max_matvecs is None else max_matvecs
     block = _start_block(a.like, k, start, seed)
     basis = min(size, max(basis, 3 * block.shape[1] + k))
@@ -83,7 +90,7 @@ def lanczos(
         image = torch.stack([a.matvec(q) for q in v[old:new]])
         used += new - old
         if not bool(image.isfinite().all()):
-            raise ValueError("a product with the operator is not finite: its curvature is not defined at these weights")
+            raise NotFinite("a product with the operator is not finite: its curvature is not defined at these weights")
         blocks -= 1
         remainder = _project_out(v[:new], image, t, old, new)
         ritz, s = torch.linalg.eigh(t[:new, :new])
@@ -117,6 +124,7 @@ def lanczos(
 def _start_block(like: Tensor, k: int, start: Tensor | None, seed: int) -> Tensor:
     """Orthonormal columns ``(P, b)``: the given ones and one random, or as many random ones as pairs are wanted."""
     given = like.new_empty((like.numel(), 0)) if start is None else start.reshape(like.numel(), -1).to(like)
+    given = given[:, : like.numel()]
     wanted = min(like.numel(), max(k, given.shape[1] + 1))
     generator = torch.Generator().manual_seed(seed)
     fresh = torch.randn((like.numel(), wanted - given.shape[1]), generator=generator, dtype=torch.float64).to(like)

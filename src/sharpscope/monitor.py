@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import measures
 from .diagnose import diagnose
-from .eigen import NotConverged
+from .eigen import NotConverged, NotFinite
 from .history import History
 from .invariance import ScaleGroups, find_groups
 from .iterate import Iterate, midpoint
@@ -91,13 +91,13 @@ class Monitor:
     def measure(self, w: Tensor) -> Iterate:
         """Measure at `w` now, whatever the schedule, and add a row to the history.
 
-        A run is never stopped by being watched: where the loss is not finite, or the solver does not converge, the
-        row has no curvature.
+        A run is never stopped by being watched: where the loss or a product with its Hessian is not finite, or the
+        solver does not converge, the row has no curvature.
         """
         it = Iterate(self.objective, w, self.rule, step=self.steps, groups=self.groups, k=self.k, start=self._vectors)
         row: dict[str, Any] = {"tau": self.tau, "loss": measures.loss(it)}
         if math.isfinite(row["loss"]):
-            with contextlib.suppress(NotConverged):
+            with contextlib.suppress(NotConverged, NotFinite):
                 row |= self._curvature(it)
                 self._vectors = it.vectors
         self.history.append(run=RUN, step=self.steps, **row)

@@ -34,7 +34,8 @@ class Objective:
     Args:
         model: any module.  Its trainable parameters form `w`; buffers and frozen parameters are constants.
         loss: ``loss(output, target)`` with the *mean* over the batch as a scalar tensor.
-        data: batches, iterable again and again in the same order (a list, or a DataLoader that does not shuffle).
+        data: batches, iterable again and again (a list, a DataLoader).  What shuffles or augments is read under one
+            fixed seed in every pass, so that L is one function; `check` says whether another seed would change it.
             A batch is a pair ``(inputs, target)``, where inputs are one tensor, a tuple (positional arguments) or a
             dict (keyword arguments) - or a dict, which goes to the model as keywords and to the loss as the target.
         memory_budget: bytes that the graphs kept for repeated products may hold; batches beyond it are recomputed
@@ -42,8 +43,8 @@ class Objective:
 
     Raises:
         ValueError: nothing to train, parameters of several or of low precisions, a loss that is not a finite
-            differentiable scalar, parameters that the loss does not reach, active dropout, data that are empty or
-            can be read only once.
+            differentiable scalar, parameters that the loss does not reach, active dropout modules, data that are
+            empty or can be read only once, a loss module that sums.
 
     >>> net = nn.Linear(3, 1)
     >>> f = Objective(net, nn.functional.mse_loss, [(torch.ones(4, 3), torch.zeros(4, 1))])
@@ -64,6 +65,10 @@ class Objective:
         self.size: int = ends[-1]
         self._droppers = [(name, m) for name, m in model.named_modules() if isinstance(_rate(m), float)]
         _check_data(data)
+        reduction = getattr(loss, "reduction", "mean")
+        if reduction != "mean":
+            raise ValueError(f"the loss has reduction='{reduction}'; batches are weighted by size, so use 'mean'")
+        self._seed = None if isinstance(data, list | tuple) else 0
         self._graph_bytes_per_example = self._check_first_batch()
 
     def weights(self) -> Tensor:
@@ -87,6 +92,11 @@ class Objective:
         """The same model and loss on other data (a mini-batch, say), without checking anything again."""
         other = copy.copy(self)
         other.data = data
+        return other
+
+    def _seeded(self, seed: int) -> "Objective":
+        other = copy.copy(self)
+        other._seed = seed
         return other
 
     def value(self, w: Tensor) -> Tensor:
@@ -129,12 +139,9 @@ class Objective:
         return self.at(w).gauss_newton(v)
 
     def check(self) -> None:
-        """Read the data twice and raise ValueError unless the loss comes out the same (to rounding) and finite."""
+        """Read the data under two seeds and raise ValueError unless the loss is the same (to rounding) and finite."""
         w = self.weights()
-        with _same_random_states(self.data, numpy=True):
-            first = self.value(w).item()
-            _advance_random_states(self.data, w.device)
-            second = self.value(w).item()
+        first, second = (self._seeded(seed).value(w).item() for seed in (1, 2))
         if not math.isfinite(first):
             raise ValueError(f"the loss is {first} at the current weights; curvature needs a finite loss")
         if abs(first - second) > torch.finfo(w.dtype).eps ** 0.5 * max(abs(first), torch.finfo(w.dtype).tiny):
@@ -149,7 +156,7 @@ class Objective:
         device = next(iter(params.values())).device
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
         batch = None
-        with _same_random_states(self.data, numpy=not isinstance(self.data, list | tuple)):
+        with _own_randomness(self.data, self._seed):
             for batch in self.data:
                 args, kwargs, target = _split(_to(batch, device))
                 with smooth():
@@ -345,16 +352,24 @@ def _counting_saved_bytes(leaves: Iterable[Tensor]) -> Iterator[Callable[[], int
 
 
 @contextmanager
-def _same_random_states(data: Iterable[Any], *, numpy: bool) -> Iterator[None]:
-    """Put random states back: loaders draw a seed when they are iterated, data sets and models when they are read.
+def _own_randomness(data: Iterable[Any], seed: int | None) -> Iterator[None]:
+    """Draw from generators seeded by `seed` (None: as they stand), and put every random state back at the end.
 
-    NumPy's state is slow to copy (0.1 ms) and drawn from by data sets, not by lists of tensors: hence the flag.
+    Loaders draw a seed when they are iterated, data sets and models when they are read.  NumPy's state is slow to copy
+    (0.1 ms), and lists of tensors do not draw from it: without a seed it is left alone.
     """
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     cpu, python = torch.get_rng_state(), random.getstate()
-    legacy = np.random.get_state() if numpy else None
+    legacy = None if seed is None else np.random.get_state()
     own = [(generator, generator.get_state()) for generator in _generators(data)]
     on_devices = [torch.cuda.get_rng_state(d) for d in cuda]
+    if seed is not None:
+        random.seed(seed)
+        np.random.seed(seed)
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[d] for d in cuda)):
+            generator.manual_seed(seed)  # torch.manual_seed would also seed devices that are not in use yet
+        for generator, _ in own:
+            generator.manual_seed(seed)
     try:
         yield
     finally:
@@ -366,16 +381,6 @@ def _same_random_states(data: Iterable[Any], *, numpy: bool) -> Iterator[None]:
             generator.set_state(before)
         for device, state in zip(cuda, on_devices, strict=True):
             torch.cuda.set_rng_state(state, device)
-
-
-def _advance_random_states(data: Iterable[Any], device: torch.device) -> None:
-    """Draw once from everything that `_same_random_states` puts back."""
-    random.random()
-    np.random.random()
-    for where in {torch.device("cpu"), device}:
-        torch.rand((), device=where)
-    for generator in _generators(data):
-        torch.rand((), generator=generator, device=generator.device)
 
 
 def _generators(data: Iterable[Any]) -> list[torch.Generator]:
@@ -400,6 +405,11 @@ def _check_kind(params: Mapping[str, Tensor]) -> None:
 def _check_data(data: Iterable[Any]) -> None:
     if isinstance(data, Tensor) or (isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)):
         raise ValueError("the data are one batch, not an iterable of batches; pass [(inputs, target)]")
+    if not isinstance(data, Iterable):
+        raise ValueError(
+            f"the data are a {type(data).__name__}, not an iterable of batches; pass a list of pairs (inputs, target),"
+            " or a DataLoader around a data set of single examples"
+        )
     if isinstance(data, Iterator):
         raise ValueError(
             f"the data are a {type(data).__name__}, which can be read only once; pass a list or a DataLoader"

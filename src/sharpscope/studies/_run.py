@@ -13,9 +13,11 @@ import platform
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ def run_study(name: str, config: Any, out: Path, *, workers: int) -> list[Verdic
     """Run study `name` with `config` into `out`, going on where an earlier run of the same command stopped.
 
     Raises:
-        Unusable: the directory cannot be written or holds another run, or the disk is full.
+        Unusable: the directory cannot be written or holds another run, the disk is full, or a worker was killed.
     """
     study = find(name)
     asked = {"study": name, "config": dataclasses.asdict(config)}
@@ -57,6 +59,9 @@ def run_study(name: str, config: Any, out: Path, *, workers: int) -> list[Verdic
         return conclude(study, name, config, out)
     except OSError as error:
         raise Unusable(_explain(error, out)) from error
+    except BrokenProcessPool as error:
+        reason = "a worker process was killed (out of memory? --workers 1 needs the least)"
+        raise Unusable(f"{reason}; what is in {out} is kept, and the same command goes on from it") from error
 
 
 def conclude(study: Study, name: str, config: Any, out: Path) -> list[Verdict]:
@@ -89,15 +94,24 @@ def reread(out: Path) -> list[Verdict]:
     """Verdicts, figures and report of a finished run directory, made again.
 
     Raises:
-        Unusable: `out` is not a finished run.
+        Unusable: `out` is not a finished run, or cannot be written.
     """
     if not (out / "config.json").exists():
         raise Unusable(f"{out} holds no run: there is no config.json; give the directory of a `sharpscope run`")
     if not (out / "history.parquet").exists():
         raise Unusable(f"the run in {out} is not finished; repeat its `sharpscope run` command to go on with it")
-    asked = json.loads((out / "config.json").read_text())
+    asked = _asked(out)
     study = find(asked["study"])
-    return conclude(study, asked["study"], config_from(study, asked["config"]), out)
+    try:
+        return conclude(study, asked["study"], config_from(study, asked["config"]), out)
+    except OSError as error:
+        raise Unusable(_explain(error, out)) from error
+
+
+def stopped(out: Path) -> dict[str, str]:
+    """The jobs of a finished run that ended early, and why."""
+    notes: dict[str, str] = json.loads((out / "environment.json").read_text())["stopped"]
+    return notes
 
 
 def config_from(study: Study, values: Mapping[str, Any]) -> Any:
@@ -109,19 +123,30 @@ def _claim_directory(out: Path, asked: Mapping[str, Any]) -> None:
     path = out / "config.json"
     asked = json.loads(json.dumps(asked))
     if path.exists():
-        there = json.loads(path.read_text())
+        there = _asked(out)
         if there != asked:
             raise Unusable(f"{out} holds a different run ({_difference(there, asked)}); choose another --out")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(file.name != "config.tmp" for file in out.iterdir()):  # that one is ours, cut short
         raise Unusable(f"{out} is not empty and holds no run of sharpscope; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     _write_json(path, asked)
 
 
+def _asked(out: Path) -> dict[str, Any]:
+    """Study and configuration of the run in `out`."""
+    try:
+        asked = json.loads((out / "config.json").read_text())
+    except ValueError:
+        asked = None
+    if not isinstance(asked, dict) or asked.keys() != {"study", "config"}:
+        raise Unusable(f"{out / 'config.json'} is not that of a run of sharpscope; give another directory")
+    return asked
+
+
 def _difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    if there.get("study") != asked["study"]:
-        return f"study {there.get('study')}, not {asked['study']}"
-    old, new = there.get("config", {}), asked["config"]
+    if there["study"] != asked["study"]:
+        return f"study {there['study']}, not {asked['study']}"
+    old, new = there["config"], asked["config"]
     odd = [f"{k} {old.get(k)!r}, not {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)]
     return "; ".join(odd[:3])
 
@@ -155,7 +180,9 @@ def _run_jobs(jobs: Sequence[Job], log: Path, workers: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         pool = ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_worker, initargs=(shares,))
         try:
+            interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is for their parent
             waiting: set[Future[None]] = {pool.submit(_work_in_process, job, log, i) for i, job in enumerate(todo)}
+            signal.signal(signal.SIGINT, interrupt)
             while waiting:
                 done, waiting = wait(waiting, timeout=0.3, return_when="FIRST_COMPLETED")
                 for future in done:
@@ -176,7 +203,15 @@ def _worker(shares: Any) -> None:
     global _shares
     _shares = shares
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed must not write on, beside the run that goes on in its place."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work_in_process(job: Job, log: Path, i: int) -> None:

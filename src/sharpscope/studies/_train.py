@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import measures
+from ..eigen import NotConverged
 from ..history import Track
 from ..invariance import find_groups
 from ..iterate import Iterate, midpoint
@@ -55,14 +56,19 @@ class Schedule:
 def train(
     track: Track, report: Report, task: Task, rule: UpdateRule, schedule: Schedule, *, unit_start: bool = False
 ) -> None:
-    """Run `rule` on `task`; rows at midpoints ``(w_{t-1} + w_t)/2``, resumable, stopped when it diverges.
+    """Run `rule` on `task`; rows at midpoints ``(w_{t-1} + w_t)/2``, resumable.
 
+    A run that diverges, or whose eigenvalues cannot be found, ends there with a note that says so.
     `loss` is that of the iterate w_{t-1}, `midpoint_loss` that of the midpoint, as are all columns about curvature,
     accuracy and test loss.  `balance:g` is ``⟨lr²‖∇_g‖²⟩ / ⟨(2il - il²)‖w_g‖²⟩`` over the steps since the last row.
     """
     f = Objective(task.net, task.loss, [(task.x, task.y)])
     groups = find_groups(f)
     draw = torch.Generator().manual_seed(schedule.seed)
+    first = f.weights()
+    if unit_start:
+        first = first / first.norm()
+    first_norm = first.norm().item()
     saved = track.resume()
     if saved:
         done, w = int(saved["step"]), saved["w"]
@@ -70,23 +76,16 @@ def train(
         vectors = {name[2:]: t for name, t in saved.items() if name.startswith("v:")}
         draw.set_state(saved["draw"])
     else:
-        done, w = 0, f.weights()
-        w = w / w.norm() if unit_start else w
-        state, vectors = rule.init(w), {}
-    first_norm = w.norm().item()
+        done, w, state, vectors = 0, first, rule.init(first), {}
 
-    def measure(step: int, w: Tensor, state: State, **more: float) -> None:
+    def measure(step: int, w: Tensor, state: State, **more: float) -> bool:
+        """Add a row; False where the run ends because its curvature could not be measured."""
         it = Iterate(f, w, rule, state, step, groups, schedule.k, schedule.rtol, vectors)
-        pairs = it.top
-        row = {"tau": step * rule.clock, "midpoint_loss": measures.loss(it), "sharpness": measures.sharpness(it)}
-        if groups.joint.numel():
-            row["spherical_sharpness"] = measures.spherical_sharpness(it)
-            row["edge"] = measures.spherical_edge(it)
-            row["threshold"] = rule.edge / measures.effective_learning_rate(it)
-            row |= {f"lambda{i + 1}": v for i, v in enumerate(it.spherical_top.values.tolist())}
-        else:
-            row["edge"] = measures.stability_ratio(it) * rule.edge
-        row["residual"] = (pairs.residuals[0] / pairs.values[0].abs()).item()
+        try:
+            row = {"tau": step * rule.clock, "midpoint_loss": measures.loss(it), **_curvature(it, rule)}
+        except NotConverged as error:
+            track.finish(f"stopped at step {step}: {error}")
+            return False
         row |= {f"radius:{name}": w[s].norm().item() for name, s in f.slices.items()}
         f.load(w)
         with torch.no_grad():
@@ -94,9 +93,10 @@ def train(
         task.net.train()
         track.append(step=step, radius=w.norm().item(), **row, **more)
         vectors.update(it.vectors)
+        return True
 
-    if not saved:
-        measure(0, w, state, loss=f.value(w).item())
+    if not saved and not measure(0, w, state, loss=f.value(w).item()):
+        return
     sums = w.new_zeros(2, len(f.slices))
     sizes = [s.stop - s.start for s in f.slices.values()]
     for step in range(done + 1, schedule.steps + 1):
@@ -113,7 +113,8 @@ def train(
         sums += torch.stack([torch.stack([part.square().sum() for part in v.split(sizes)]) for v in (g, w)])
         if step % schedule.every == 0 or step in EARLY or step == schedule.steps:
             more = {"loss": loss.item(), "angle": angle(w, new).item(), **_balance(f, rule, sums)}
-            measure(step, midpoint(w, new), state, **more)
+            if not measure(step, midpoint(w, new), state, **more):
+                return
             sums.zero_()
             named = {f"r:{name}": t for name, t in state.items()} | {
                 f"v:{name}": t.clone() for name, t in vectors.items()
@@ -122,6 +123,20 @@ def train(
             report(step / schedule.steps)
         w = new
     track.finish()
+
+
+def _curvature(it: Iterate, rule: UpdateRule) -> dict[str, float]:
+    pairs = it.top
+    row = {"sharpness": measures.sharpness(it)}
+    if it.scale_groups.joint.numel():
+        row["spherical_sharpness"] = measures.spherical_sharpness(it)
+        row["edge"] = measures.spherical_edge(it)
+        row["threshold"] = rule.edge / measures.effective_learning_rate(it)
+        row |= {f"lambda{i + 1}": v for i, v in enumerate(it.spherical_top.values.tolist())}
+    else:
+        row["edge"] = measures.stability_ratio(it) * rule.edge
+    row["residual"] = (pairs.residuals[0] / pairs.values[0].abs()).item()
+    return row
 
 
 def _balance(f: Objective, rule: UpdateRule, sums: Tensor) -> dict[str, float]:

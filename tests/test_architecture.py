@@ -1,0 +1,161 @@
+"""The shape of the package: who imports whom, where derivatives are taken, what is written down where."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import sharpscope
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src/sharpscope"
+ORDER = (
+    *("smooth", "objective", "operators", "eigen", "sphere", "invariance", "rules", "iterate", "measures", "history"),
+    *("diagnose", "claims", "plots", "report", "monitor", "studies", "cli"),
+)
+EXTRAS = ("tyro", "pyarrow", "sklearn", "matplotlib", "safetensors", "tqdm")
+DERIVATIVES = {"grad", "grad_and_value", "hessian", "jacfwd", "jacrev", "jvp", "linearize", "vjp", "vhp", "hvp"}
+UNSAFE = {"eval", "exec", "compile", "__import__"}
+FILES = sorted(SOURCE.rglob("*.py"))
+MODULES = sorted(m.name for m in pkgutil.walk_packages([str(SOURCE)], "sharpscope."))
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module or name that a file imports, in full, also inside functions."""
+    package = ["sharpscope", *path.relative_to(SOURCE).parent.parts]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Every call, with the dotted name of what is called as it is written."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def chapter(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def test_the_order_names_every_module() -> None:
+    assert {chapter(path) for path in FILES} - {"__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if chapter(f) != "__init__"], ids=chapter)
+def test_modules_import_only_earlier_ones(path: Path) -> None:
+    own = chapter(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "sharpscope":
+            other = parts[1] if len(parts) > 1 else "__init__"
+            assert other == own or (other in ORDER and ORDER.index(other) < ORDER.index(own)), f"{own} imports {other}"
+
+
+def test_studies_are_discovered_and_not_imported() -> None:
+    for path in FILES:
+        if chapter(path) not in ("studies", "cli"):
+            assert not [name for name in imports(path) if "studies" in name]
+    named = [m.name for m in pkgutil.iter_modules([str(SOURCE / "studies")]) if not m.name.startswith("_")]
+    assert named
+    shared = [path for path in FILES if path.parent.name == "studies" or chapter(path) == "cli"]
+    assert not [(path, name) for path in shared for name in named if name in path.read_text(encoding="utf-8")]
+
+
+def test_derivatives_are_taken_in_one_file() -> None:
+    for path in FILES:
+        if path.name == "objective.py":
+            continue
+        taken = [name for name, _ in calls(path) if re.search(r"\bautograd\b|\bfunc\.", name) or ".backward" in name]
+        taken += [
+            n for n in imports(path) if re.match(r"torch\.(autograd|func)\.", n) and n.split(".")[-1] in DERIVATIVES
+        ]
+        assert not taken, f"{chapter(path)} takes derivatives: {', '.join(taken)}"
+    assert any(name == "torch.autograd.grad" for name, _ in calls(SOURCE / "objective.py"))
+
+
+def test_nothing_read_from_disk_is_executed() -> None:
+    for path in FILES:
+        assert not {n.split(".")[0] for n in imports(path)} & {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
+        for name, call in calls(path):
+            assert name not in UNSAFE, f"{path.name} calls {name}()"
+            assert name not in ("torch.load", "torch.save", "os.system", "os.popen"), f"{path.name} calls {name}()"
+            assert "allow_pickle" not in [keyword.arg for keyword in call.keywords]
+            shell = [keyword for keyword in call.keywords if keyword.arg == "shell"]
+            assert not shell, f"{path.name} passes shell="
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    assert sorted(sharpscope.__all__) == sorted(set(sharpscope.__all__))
+    for name in sharpscope.__all__:
+        thing = getattr(sharpscope, name)
+        assert (thing.__doc__ or "").strip(), f"{name} has no docstring"
+        assert not str(thing.__doc__).startswith(f"{name}("), f"{name} has only the docstring that dataclasses make up"
+
+
+@pytest.mark.parametrize("name", ["sharpscope", *MODULES])
+def test_examples_run(name: str) -> None:
+    module: ModuleType = importlib.import_module(name)
+    assert doctest.testmod(module).failed == 0
+
+
+def test_examples_exist() -> None:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    found = [test for name in MODULES for test in finder.find(importlib.import_module(name)) if test.examples]
+    assert len(found) >= 5
+
+
+def test_rows_of_the_notation_are_cited_and_cited_rows_exist() -> None:
+    text = (ROOT / "docs/notation.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (N\d+) \|", text, re.MULTILINE)
+    assert len(rows) == len(set(rows))
+    cited = {row for path in FILES for row in re.findall(r"\[(N\d+)\]", path.read_text(encoding="utf-8"))}
+    assert cited == set(rows)
+
+
+def test_importing_the_library_needs_no_extras() -> None:
+    """What torch itself imports (tqdm, at present) does not count: everything is compared with `import torch`."""
+    code = "import torch, sys; before = set(sys.modules); import sharpscope; print(*(set(sys.modules) - before))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "sharpscope.objective" in found
+    assert not {name.split(".")[0] for name in found} & {*EXTRAS, "scipy", "pandas"}
+    assert not [name for name in found if name.startswith(("sharpscope.studies", "sharpscope.cli"))]
+    mine = {name.split(".")[0] for path in FILES for name in module_level_imports(path) if chapter(path) != "studies"}
+    assert not mine & set(EXTRAS)
+
+
+def module_level_imports(path: Path) -> list[str]:
+    body = tree(path).body
+    plain = [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
+    return plain + [node.module or "" for node in body if isinstance(node, ast.ImportFrom) and not node.level]
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = [m[1] for m in re.finditer(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)]
+
+
+def test_the_readme_has_examples() -> None:
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_examples_of_the_readme_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(EXAMPLES[number], f"example {number + 1} of README.md", "exec"), {"__name__": "__main__"})

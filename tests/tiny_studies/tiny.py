@@ -1,0 +1,135 @@
+"""Small things happen quickly.
+
+All that a study may do, in a second: a network with and without momentum and batches, a toy whose steps are known in
+closed form, a job that keeps its own checkpoints, and a run that the quick configuration leaves out.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from sharpscope.claims import Claim, at_most, within
+from sharpscope.history import History, Track
+from sharpscope.plots import Chart
+from sharpscope.rules import GD
+from sharpscope.studies import _toys as toys
+from sharpscope.studies._nets import NORMS, Readout, Weights, squares
+from sharpscope.studies._study import Job, Report
+from sharpscope.studies._train import Schedule, Task, train
+from sharpscope.studies._walk import walk
+
+PAPER = "Nobody, On Small Things (nowhere, never)"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What turns."""
+
+    learning_rate: float = 0.05
+    weight_decay: float = 0.01
+    momentum: float = 0.5  # of the mini-batch run
+    norm: str = "BN"
+    steps: int = 12
+    walks: tuple[float, ...] = (1e-2, 1e-3)  # intrinsic rates of the toy
+    spare: bool = True  # also the run that quick leaves out
+    handicap: float = 0.0  # a claim fails when this is large
+
+    def __post_init__(self) -> None:
+        GD(self.learning_rate, self.weight_decay, self.momentum)  # says what is wrong
+
+
+QUICK = Config(spare=False)
+
+
+def jobs(config: Config) -> list[Job]:
+    names = ["descent", "heavy ball on batches", *(["spare"] if config.spare else [])]
+    return [
+        *(Job(name, _descend, {"config": config, "on_batches": name == "heavy ball on batches"}, 3) for name in names),
+        *(Job(f"toy, il {il:g}", _walk, {"il": il}, 1) for il in config.walks),
+        Job("plain walk", _plain_walk, {}, 2),
+    ]
+
+
+def _descend(track: Track, report: Report, config: Config, on_batches: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 4, generator=g, dtype=torch.float64)
+    y = torch.tanh(x[:, :1]) + 0.5 * torch.sin(x[:, 1:2])
+    maps = [Weights(shape, g, unit_rows=config.norm == "WN") for shape in ((6, 4), (6, 6))]
+    layers = [layer for weights in maps for layer in (weights, NORMS[config.norm](6), nn.GELU())]
+    net = nn.Sequential(*layers, Readout(torch.randn(1, 6, generator=g, dtype=torch.float64)))
+
+    def evaluate(net: nn.Module) -> dict[str, float]:
+        _wait_in_the_middle(track, 4)
+        return {"fit": squares(net(x), y).item()}
+
+    rule = GD(config.learning_rate, config.weight_decay, config.momentum if on_batches else 0.0)
+    schedule = Schedule(config.steps, every=3, k=1, batch=8 if on_batches else None)
+    train(track, report, Task(net, squares, x, y, evaluate), rule, schedule)
+
+
+def _walk(track: Track, report: Report, il: float) -> None:
+    process = toys.descent(toys.named("A1", "A3"), 1.0, 0.1, il)
+    walk(track, report, process, [f"{toy}, il {il:g}" for toy in ("A1", "A3")], range(0, 50, 10))
+
+
+def _plain_walk(track: Track, report: Report) -> None:
+    """Rows each step, a checkpoint every third."""
+    state = track.resume()
+    at = state.get("at", torch.zeros(2, dtype=torch.float64))
+    draw = torch.Generator().manual_seed(0)
+    if state:
+        draw.set_state(state["draw"])
+    for step in range(int(state["step"]) + 1 if state else 0, 12):
+        at = at.cos() + torch.randn(2, generator=draw, dtype=torch.float64)
+        track.append(step=step, x=at[0].item(), y=at[1].item())
+        _wait_in_the_middle(track, 8)
+        if step % 3 == 0:
+            track.checkpoint(at=at, step=torch.tensor(step), draw=draw.get_state())
+        report((step + 1) / 12)
+
+
+def _wait_in_the_middle(track: Track, rows: int) -> None:
+    """For tests that end a run half-way: the job that the environment names says so and waits there for its end."""
+    if os.environ.get("TINY_WAITS") in (track.run, "all") and len(track.rows) >= rows:
+        track.log.with_suffix(".waits").touch()
+        time.sleep(1000)
+
+
+def _last(run: str, column: str) -> Callable[[History, Config], float]:
+    return lambda h, config: float(h.series(run, column)[-1])
+
+
+claim = partial(Claim, part="Small things")
+
+CLAIMS = (
+    claim(
+        "The run goes to its end (last step, over those asked for)",
+        lambda h, config: _last("descent", "step")(h, config) / config.steps,
+        within(1, 1),
+        "identity",
+        runs=("descent",),
+    ),
+    claim(
+        "Nothing is in the way (handicap)",
+        lambda h, config: config.handicap,
+        at_most(0.5),
+        "negative control",
+        runs=("descent",),
+    ),
+    claim("The spare run fits (loss)", _last("spare", "fit"), at_most(10), "inequality", runs=("spare",)),
+    claim(
+        "Batches fit as well (loss)",
+        _last("heavy ball on batches", "fit"),
+        at_most(0),
+        "comparison",
+        runs=("heavy ball on batches",),
+        deciding=False,
+    ),
+)
+
+CHARTS = (Chart("fit", "Fit", "step", "fit", ("descent", "spare"), "step", "loss"),)
