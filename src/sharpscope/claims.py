@@ -5,6 +5,7 @@
 """
 
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,16 @@ KINDS = ("identity", "inequality", "scaling", "comparison", "negative control")
 
 @dataclass(frozen=True)
 class Criterion:
-    """A test of an observed number (of every one, where there are several), and its wording."""
+    """A test of an observed number (where there are several: of every one, or of what `pick` makes of them)."""
 
     text: str
     test: Callable[[float], bool]
+    pick: Callable[[tuple[float, ...]], float] | None = None
 
     def __call__(self, observed: Observed) -> bool:
         values = observed if isinstance(observed, tuple) else (observed,)
+        if self.pick is not None and values:
+            values = (self.pick(values),)
         return len(values) > 0 and all(math.isfinite(v) and self.test(v) for v in values)
 
 
@@ -37,6 +41,11 @@ def at_least(bound: float) -> Criterion:
 
 def within(low: float, high: float) -> Criterion:
     return Criterion(f"within [{low:g}, {high:g}]", lambda v: low <= v <= high)
+
+
+def median(criterion: Criterion) -> Criterion:
+    """The criterion on the median of several numbers: for repeats of a chaotic run under other seeds."""
+    return Criterion(f"median {criterion.text}", criterion.test, statistics.median)
 
 
 @dataclass(frozen=True)

@@ -30,25 +30,14 @@ def last(h: History, run: str, column: str) -> float:
 
 
 def over_seeds(reading: Reading, *runs: str) -> Observer:
-    """The reading, which takes `runs`; where all of them have repeats under other seeds, least and greatest."""
+    """The reading, which takes `runs`; where all of them have repeats under other seeds, one number per seed."""
 
-    def observe(h: History, config: Any) -> float | tuple[float, float]:
+    def observe(h: History, config: Any) -> float | tuple[float, ...]:
         first, names = runs[0], set(h.runs)
         suffixes = [name.removeprefix(first) for name in h.runs if name == first or name.startswith(f"{first}, seed ")]
         suffixes = [s for s in suffixes if all(run + s in names for run in runs)]
-        values = [reading(h, suffix) for suffix in suffixes]
-        return values[0] if len(values) == 1 else (min(values), max(values))
-
-    return observe
-
-
-def over_median(run: str, *taus: float, column: str, centre: float) -> Observer:
-    """At each τ the median over all seeds of a column; of these the one farthest from `centre`."""
-
-    def observe(h: History, config: Any) -> float:
-        names = [name for name in h.runs if name == run or name.startswith(f"{run}, seed ")]
-        medians = [float(np.median([at(h, name, column, t) for name in names])) for t in taus]
-        return max(medians, key=lambda v: abs(v - centre))
+        values = tuple(reading(h, suffix) for suffix in suffixes)
+        return values[0] if len(values) == 1 else values
 
     return observe
 
@@ -125,11 +114,31 @@ def farthest(run: str, *taus: float, column: str = "edge", centre: float = 2.0) 
     return read
 
 
+def extreme(run: str, column: str, start: float, end: float, centre: float) -> Reading:
+    """Of all readings between two times τ the one farthest from `centre`."""
+
+    def read(h: History, s: str) -> float:
+        tau, values = h.table(run + s, "tau", column)
+        inside = values[(tau >= start * (1 - 1e-9)) & (tau <= end * (1 + 1e-9))]
+        return float(inside[np.abs(inside - centre).argmax()])
+
+    return read
+
+
+def around(h: History, run: str, column: str, tau: float) -> float:
+    """The median of a column over the readings within 5 % of τ: single readings at the edge scatter by some percent."""
+    taus, values = h.table(run, "tau", column)
+    near = values[np.abs(taus - tau) <= 0.05 * tau]
+    if not len(near):
+        raise ValueError(f"'{run}' has no reading near τ = {tau}")
+    return float(np.median(near))
+
+
 def apart(run: str, other: str, *taus: float, column: str = "spherical_sharpness") -> Reading:
     """Largest relative difference of a column between two runs at equal τ."""
 
     def read(h: History, s: str) -> float:
-        return max(abs(at(h, other + s, column, t) / at(h, run + s, column, t) - 1) for t in taus)
+        return max(abs(around(h, other + s, column, t) / around(h, run + s, column, t) - 1) for t in taus)
 
     return read
 

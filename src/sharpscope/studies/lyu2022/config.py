@@ -21,7 +21,7 @@ class Config:
     completion_seeds: int = 3
     learning_rate: float = 0.5  # of the regression network
     weight_decay: float = 1e-3
-    network_seeds: int = 2
+    network_seeds: int = 3
     network_tau: float = 6.0
     network_every: int = 50  # steps between measurements
     smaller: float = 5.0  # weight decay is divided by this for the comparison at equal τ
