@@ -130,38 +130,56 @@ def test_a_finished_run_is_not_computed_again(
     assert "3 of 3 deciding claims hold" in first
 
 
-@pytest.mark.parametrize(("workers", "waits"), [(1, "plain walk"), (2, "all")])
-def test_a_killed_run_goes_on_to_the_last_bit(workers: int, waits: str, whole: Path, tiny: str, tmp_path: Path) -> None:
+def waiting(out: Path) -> set[str]:
+    """Names of the log files of jobs that have stopped half-way."""
+    return {path.stem for path in out.glob("log/*.waits")}
+
+
+STOPPED = "sharpscope: stopped; the same command goes on from the last checkpoint"
+
+
+def test_a_killed_run_goes_on_to_the_last_bit(whole: Path, tiny: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = run_apart(out, workers=workers, waits=waits)
-    until(lambda: len(list(out.glob("log/*.waits"))) == workers)
+    process = run_apart(out, workers=1, waits="plain walk")
+    until(lambda: waiting(out))
     process.kill()
-    status, _ = end(process)  # with it end its workers: they would write on beside the run that goes on
-    assert status == -signal.SIGKILL
+    assert end(process)[0] == -signal.SIGKILL
     assert list(out.glob("log/*.safetensors"))
     assert not (out / "history.parquet").exists()
-    if workers == 1:
-        assert run(out) == 0
-    else:
-        assert end(run_apart(out, workers=workers)) == (0, "")  # and says nothing where nobody looks
-    assert same_history(out, whole)
-
-
-@pytest.mark.parametrize(("workers", "when"), [(1, "running"), (2, "starting"), (2, "running")])
-def test_ctrl_c_stops_a_run_with_a_sentence(workers: int, when: str, whole: Path, tiny: str, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    process = run_apart(out, workers=workers, waits="all")
-    if when == "starting":
-        until(lambda: len(members(process.pid)) >= 1 + workers)
-        time.sleep(0.1)  # the workers are busy with their imports
-    else:
-        until(lambda: len(list(out.glob("log/*.waits"))) == workers)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    status, said = end(process)
-    assert said.strip() == "sharpscope: stopped; the same command goes on from the last checkpoint"
-    assert status == 130
     assert run(out) == 0
     assert same_history(out, whole)
+
+
+def test_a_run_on_two_workers_survives_a_kill_and_then_ctrl_c(whole: Path, tiny: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = run_apart(out, workers=2, waits="all")
+    until(lambda: len(waiting(out)) == 2)
+    process.kill()
+    assert end(process)[0] == -signal.SIGKILL  # its workers end with it, or they would write on beside the next run
+    first = waiting(out)
+    assert len(list(out.glob("log/*.safetensors"))) == 2
+    process = run_apart(out, workers=2, waits="plain walk")
+    until(lambda: waiting(out) - first)
+    until(lambda: sum(b'"finished"' in path.read_bytes() for path in out.glob("log/*.jsonl")) == 5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    status, said = end(process)
+    assert (status, said.strip()) == (130, STOPPED)
+    assert run(out) == 0
+    assert same_history(out, whole)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_soon_after_the_start_is_answered_with_a_sentence(workers: int, tiny: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = run_apart(out, workers=workers, waits="all")
+    if workers == 1:
+        until(lambda: waiting(out))
+    else:
+        until(lambda: len(members(process.pid)) >= 1 + workers)
+        time.sleep(0.1)  # the workers are busy with their imports
+    os.killpg(process.pid, signal.SIGINT)
+    status, said = end(process)
+    assert (status, said.strip()) == (130, STOPPED)
 
 
 def killed(track: Track, report: Report) -> None:

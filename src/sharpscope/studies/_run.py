@@ -1,6 +1,6 @@
 """Runs a study: its jobs in processes of their own, then verdicts, figures and the report.
 
-A run directory holds ``config.json`` (what was asked), ``log/`` (while it runs), ``history.parquet`` (every row),
+A run directory holds ``config.json`` (what was asked), ``log/`` (rows as they come), ``history.parquet`` (every row),
 ``verdicts.json``, ``figures/``, ``environment.json`` and ``report.html``.
 """
 
