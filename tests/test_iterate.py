@@ -200,3 +200,8 @@ def test_measuring_leaves_the_network_as_it_is() -> None:
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
     assert net.training
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_is_no_objective() -> None:
+    with pytest.raises(TypeError, match="make an Objective"):
+        measures.sharpness(torch.nn.Linear(2, 1))  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Runs on disk: what a directory holds, and that a run that was ended in any way goes on to the last bit."""
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -316,3 +317,13 @@ def test_progress_is_shown_on_a_terminal_only(
     monkeypatch.setattr(sys, "stderr", screen)
     assert run(tmp_path / "shown", "--quick") == 0
     assert "100%" in screen.getvalue()
+
+
+def test_a_directory_in_use_is_refused(tmp_path: Path, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "out") == 0
+    (tmp_path / "out" / "history.parquet").unlink()
+    with (tmp_path / "out" / "log" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run(tmp_path / "out") == 2
+    assert "another process is running" in capsys.readouterr().err
+    assert run(tmp_path / "out") == 0

@@ -35,7 +35,8 @@ chance (in high dimension) and weak side branches (an embedding before a residua
 class ScaleGroups:
     """What the loss is blind to.
 
-    ``groups``: name -> indices ``(n,)`` into the flat vector of weights that are invariant on their own.
+    ``groups``: name -> indices ``(n,)`` into the flat vector of weights that are invariant on their own.  Gain and
+    shift of a normalization are such a group (``bn.*``) where a rectifier and another normalization follow.
     ``defects``: name -> Euler cosine of every candidate, invariant or not (0 is exact invariance).
     ``null``: name -> indices of weights without any effect on the loss.
     ``joint``: indices of all weights that may be rescaled together, ``joint_defect`` their Euler cosine.

@@ -43,6 +43,8 @@ class Iterate:
     @classmethod
     def of(cls, at: "Objective | Iterate") -> "Iterate":
         """The Iterate itself, or the one at an objective's present weights."""
+        if not isinstance(at, Iterate | Objective):
+            raise TypeError(f"a {type(at).__name__} has no sharpness by itself; make an Objective(model, loss, data)")
         return at if isinstance(at, Iterate) else cls(at, at.weights())
 
     @cached_property

@@ -39,7 +39,11 @@ class Objective:
             A batch is a pair ``(inputs, target)``, where inputs are one tensor, a tuple (positional arguments) or a
             dict (keyword arguments) - or a dict, which goes to the model as keywords and to the loss as the target.
         memory_budget: bytes that the graphs kept for repeated products may hold; batches beyond it are recomputed
-            at every product (about twice as dear).
+            at every product (1.5 to 2.5 times as dear).  The graph of one batch is always whole: use smaller batches
+            where that is too much.
+
+    Products follow autograd: where a layer's backward is not the derivative of its forward (spectral normalization in
+    training mode, an embedding's ``padding_idx``) they are those of the backward.
 
     Raises:
         ValueError: nothing to train, parameters of several or of low precisions, a loss that is not a finite

@@ -15,9 +15,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def run_study(name: str, config: Any, out: Path, *, workers: int) -> list[Verdic
     """Run study `name` with `config` into `out`, going on where an earlier run of the same command stopped.
 
     Raises:
-        Unusable: the directory cannot be written or holds another run, the disk is full, or a worker was killed.
+        Unusable: the directory cannot be written, holds another run or is being written by another process, the disk
+            is full, or a worker was killed.
     """
     study = find(name)
     asked = {"study": name, "config": dataclasses.asdict(config)}
@@ -50,7 +52,8 @@ def run_study(name: str, config: Any, out: Path, *, workers: int) -> list[Verdic
         if not (out / "history.parquet").exists():
             began = time.monotonic()
             jobs = study.jobs(config)
-            _run_jobs(jobs, out / "log", workers)
+            with _alone(out):
+                _run_jobs(jobs, out / "log", workers)
             tracks = [Track(out / "log", job.name) for job in jobs]
             stopped = {track.run: track.note for track in tracks if track.note}
             facts = _environment() | {"seconds": round(time.monotonic() - began, 1), "stopped": stopped}
@@ -149,6 +152,23 @@ def _difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     old, new = there["config"], asked["config"]
     odd = [f"{k} {old.get(k)!r}, not {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)]
     return "; ".join(odd[:3])
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Refuse a directory that another process is running in; where the system has no file locks, trust the user."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
+    (out / "log").mkdir(parents=True, exist_ok=True)
+    with (out / "log" / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Unusable(f"another process is running in {out}; wait for it, or choose another --out") from error
+        yield
 
 
 def _run_jobs(jobs: Sequence[Job], log: Path, workers: int) -> None:
