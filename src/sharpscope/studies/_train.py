@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import measures
-from ..eigen import NotConverged
+from ..eigen import NotConverged, NotFinite
 from ..history import Track
 from ..invariance import find_groups
 from ..iterate import Iterate, midpoint
@@ -83,7 +83,7 @@ def train(
         it = Iterate(f, w, rule, state, step, groups, schedule.k, schedule.rtol, vectors)
         try:
             row = {"tau": step * rule.clock, "midpoint_loss": measures.loss(it), **_curvature(it, rule)}
-        except NotConverged as error:
+        except (NotConverged, NotFinite) as error:
             track.finish(f"stopped at step {step}: {error}")
             return False
         row |= {f"radius:{name}": w[s].norm().item() for name, s in f.slices.items()}
