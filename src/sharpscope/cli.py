@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("study", metavar="NAME", help="name of a study, or all")
     run.add_argument("--quick", action="store_true", help="small sizes")
     run.add_argument("--out", type=Path, help="directory of the run (default: runs/NAME or runs/NAME-quick)")
-    run.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    run.add_argument(
+        "--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: one per core, up to 8)"
+    )
     report = commands.add_parser("report", help="write the report of a finished run again")
     report.add_argument("directory", type=Path)
     try:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ..claims import Verdict
 from ..history import History, Track
@@ -76,7 +77,8 @@ def conclude(study: Study, name: str, config: Any, out: Path) -> list[Verdict]:
     _write_json(out / "verdicts.json", [dataclasses.asdict(v) for v in verdicts])
     environment = json.loads((out / "environment.json").read_text())
     charts = [chart for chart in study.CHARTS if _has_runs(chart, ran)]
-    save_figures(charts, history.columns, out / "figures")
+    for chart in tqdm(charts, "figures", disable=not sys.stderr.isatty()):
+        save_figures([chart], history.columns, out / "figures")
     summary = (study.__doc__ or "").strip().split("\n\n")
     write_report(
         out / "report.html",
@@ -179,8 +181,6 @@ def _run_jobs(jobs: Sequence[Job], log: Path, workers: int) -> None:
         return
     context = multiprocessing.get_context("spawn")
     shares: Any = context.Array("d", len(todo))
-    from tqdm import tqdm
-
     with tqdm(
         total=round(sum(j.cost for j in todo), 1),
         disable=not sys.stderr.isatty(),
