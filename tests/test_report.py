@@ -106,7 +106,8 @@ def test_numbers_are_short_and_readable(value: float, text: str) -> None:
 
 def test_several_observations_are_a_range() -> None:
     assert observed((2.05, 2.2701)) == "2.05 to 2.27"
-    assert observed((3.0, 1.0, 2.0)) == "1 to 3"
+    assert observed((3.0, 1.0, 1.5)) == "1.5 (1 to 3)"
+    assert observed((2.0, 2.0, 2.0)) == "2"
     assert observed((2.00001, 2.0)) == "2"
     assert observed((1.0, math.nan)) == observed(()) == "not a number"
 

@@ -178,6 +178,7 @@ def _configure(name: str, study: Any, default: Any, rest: Sequence[str]) -> Any:
 
 def _print(verdicts: Sequence[Any], out: Path) -> int:
     """The verdicts as lines, and the exit status they mean."""
+    from .report import observed
     from .studies._run import stopped
 
     part = ""
@@ -186,9 +187,7 @@ def _print(verdicts: Sequence[Any], out: Path) -> int:
             part = v.part
             print(f"\n{part}")
         mark = ("ok  " if v.passed else "FAIL") if v.deciding else ("yes " if v.passed else "no  ")
-        many = v.observed if isinstance(v.observed, tuple) else (v.observed,)
-        seen = " to ".join(f"{x:.4g}" for x in ((min(many), max(many)) if len(many) > 1 else many))
-        print(f"  {mark} {v.claim}: {seen} ({v.criterion}{'' if v.deciding else '; does not decide'})")
+        print(f"  {mark} {v.claim}: {observed(v.observed)} ({v.criterion}{'' if v.deciding else '; does not decide'})")
     for job, note in stopped(out).items():
         print(f"  stop {job}: {note}")
     deciding = [v for v in verdicts if v.deciding]

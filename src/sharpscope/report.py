@@ -7,6 +7,7 @@ of its charts as JSON; `assets/report.js` draws them, with the plotting library 
 import json
 import math
 import os
+import statistics
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -102,15 +103,16 @@ def number(value: float) -> str:
 
 
 def observed(value: float | tuple[float, ...]) -> str:
-    """One number, or the range of several.
+    """One number, the range of two, or the median and range of more.
 
-    >>> observed((2.2701, 2.05))
-    '2.05 to 2.27'
+    >>> observed((2.2701, 2.05)), observed((3.0, 1.0, 1.5))
+    ('2.05 to 2.27', '1.5 (1 to 3)')
     """
     values = value if isinstance(value, Sequence) else (value,)
     if not values or any(math.isnan(v) for v in values):
         return "not a number"
-    return " to ".join(dict.fromkeys((number(min(values)), number(max(values)))))
+    span = " to ".join(dict.fromkeys((number(min(values)), number(max(values)))))
+    return f"{number(statistics.median(values))} ({span})" if len(values) > 2 and " to " in span else span
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
