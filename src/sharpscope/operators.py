@@ -7,6 +7,7 @@ An operator is composed from smaller ones, and says what it is:
 P parameters.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .objective import Expansion, Objective
+
+Linear = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,14 @@ class SymmetricOperator:
     Args:
         matvec: product with one vector ``(P,)``.
         like: any vector of the operator's size, dtype and device.
+        matmat: product with columns ``(P, k)`` at once, where that is faster than one by one.
+        cost: of one product, in gradients; not a number where nobody knows it.
     """
 
-    matvec: Callable[[Tensor], Tensor]
+    matvec: Linear
     like: Tensor = field(repr=False)
+    matmat: Linear | None = None
+    cost: float = math.nan
 
     @property
     def size(self) -> int:
@@ -39,7 +46,19 @@ class SymmetricOperator:
             raise ValueError(f"an operator of size {self.size} cannot act on a tensor of shape {tuple(v.shape)}")
         if v.dim() == 1:
             return self.matvec(v)
+        if self.matmat is not None and v.shape[1] > 1:
+            return self.matmat(v)
         return torch.stack([self.matvec(column) for column in v.T], dim=1)
+
+    def sandwiched(self, like: Tensor, before: Linear, after: Linear) -> "SymmetricOperator":
+        """``after ∘ A ∘ before``, where both maps take vectors ``(n,)`` and columns ``(n, k)`` alike."""
+        matmat = self.matmat
+        return SymmetricOperator(
+            lambda v: after(self.matvec(before(v))),
+            like,
+            None if matmat is None else lambda v: after(matmat(before(v))),
+            self.cost,
+        )
 
     def dense(self) -> Tensor:
         """The matrix ``(P, P)``: for tests and small problems."""
@@ -72,25 +91,28 @@ def preconditioned(a: SymmetricOperator, p: Tensor) -> SymmetricOperator:
             f" {p.numel()}"
         )
     s = p.rsqrt()
-    return SymmetricOperator(lambda v: s * a.matvec(s * v), a.like)
+
+    def scale(v: Tensor) -> Tensor:
+        return s * v if v.dim() == 1 else s[:, None] * v
+
+    return a.sandwiched(a.like, scale, scale)
 
 
 def restricted(a: SymmetricOperator, indices: Tensor) -> SymmetricOperator:
     """The block of `A` on the coordinates `indices` ``(n,)``: an operator of size n."""
-
     indices = indices.to(a.like.device)
 
-    def matvec(v: Tensor) -> Tensor:
-        return a.matvec(torch.zeros_like(a.like).index_copy(0, indices, v))[indices]
+    def padded(v: Tensor) -> Tensor:
+        return v.new_zeros((a.size, *v.shape[1:])).index_copy(0, indices, v)
 
-    return SymmetricOperator(matvec, a.like[indices])
+    return a.sandwiched(a.like[indices], padded, lambda v: v[indices])
 
 
 def projected(a: SymmetricOperator, project: Callable[[Tensor], Tensor]) -> SymmetricOperator:
     """``Π A Π`` for an orthogonal projection Π given as a function; directions it removes get eigenvalue zero."""
-    return SymmetricOperator(lambda v: project(a.matvec(project(v))), a.like)
+    return SymmetricOperator(lambda v: project(a.matvec(project(v))), a.like, cost=a.cost)
 
 
 def scaled(a: SymmetricOperator, c: float) -> SymmetricOperator:
     """``c A``."""
-    return SymmetricOperator(lambda v: c * a.matvec(v), a.like)
+    return a.sandwiched(a.like, lambda v: c * v, lambda v: v)
