@@ -1,5 +1,6 @@
 # The environment is .venv, made by tools/setup.sh on first use; PYTHON=/path/to/python chooses what it is made from.
 READY := .venv/.ready
+PEERS := .venv/.peers
 DEMO := runs/demo
 CHROMIUM = $(shell for b in chromium chromium-browser google-chrome; do \
 	$$b --version >/dev/null 2>&1 && command -v $$b && break; done)
@@ -9,11 +10,12 @@ OMP_NUM_THREADS ?= 1
 MKL_NUM_THREADS ?= 1
 export OMP_NUM_THREADS MKL_NUM_THREADS
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test bench lint clean
 
 help:
 	@echo "make demo    run the quick study of Lyu et al. (2022) and write its report to $(DEMO)"
 	@echo "make test    run the tests (those of the report page need Chromium)"
+	@echo "make bench   compare with other packages (15 minutes; QUICK=1: 3), writes benchmarks/RESULTS.md (runs/ if quick)"
 	@echo "make lint    run ruff and mypy"
 	@echo "make clean   remove .venv and caches, keep runs (also after moving this directory or changing Python)"
 
@@ -33,6 +35,14 @@ test: $(READY)
 	else \
 		echo "The tests in tests/browser were not run: they need Chromium (chromium or google-chrome in the PATH)."; \
 	fi
+
+$(PEERS): $(READY) benchmarks/requirements.txt
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --only-binary=:all: \
+		--constraint constraints.txt --requirement benchmarks/requirements.txt
+	@touch $@
+
+bench: $(PEERS)
+	@.venv/bin/python -m benchmarks.run $(if $(QUICK),--quick)
 
 lint: $(READY)
 	.venv/bin/ruff check .

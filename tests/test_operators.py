@@ -1,14 +1,16 @@
 """Operators against dense matrices of the same name."""
 
+import sys
 from collections.abc import Callable
 
 import problems
 import pytest
 import torch
 from problems import DTYPE, normal, relative, symmetric
+from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from sharpscope import SymmetricOperator, gauss_newton, hessian, preconditioned, projected, restricted
+from sharpscope import SymmetricOperator, gauss_newton, hessian, lanczos, preconditioned, projected, restricted
 from sharpscope.operators import scaled
 
 EXACT = 1e-12  # rounding of products with matrices of 50 rows
@@ -88,3 +90,29 @@ def test_other_shapes_are_named(shape: tuple[int, ...]) -> None:
 def test_preconditioners_are_positive_and_of_the_right_size(p: Tensor) -> None:
     with pytest.raises(ValueError, match="a preconditioner for size 50 has 50 positive entries"):
         preconditioned(OPERATOR, p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scipy_takes_an_operator(dtype: torch.dtype) -> None:
+    matrix = MATRIX.to(dtype)
+    linear = SymmetricOperator(lambda v: matrix @ v, matrix[0]).to_scipy()
+    assert linear.shape == (50, 50) and linear.dtype == matrix.numpy().dtype
+    bound = 100 * torch.finfo(dtype).eps
+    for x in (normal(50, seed=1), normal(50, 1, seed=1), normal(50, 3, seed=1)):
+        for found in (linear @ x.numpy(), linear.T @ x.numpy()):
+            assert found.shape == tuple(x.shape) and relative(torch.as_tensor(found), matrix @ x.to(dtype)) < bound
+    values = eigsh(linear, k=3, which="LA", return_eigenvectors=False)
+    true = torch.linalg.eigvalsh(matrix)[-3:]
+    assert sorted(values.tolist()) == pytest.approx(true.tolist(), rel=bound)
+
+
+def test_arpack_and_lanczos_find_the_same_in_a_network() -> None:
+    a = hessian(problems.objective("LayerNorm", "cross-entropy"))
+    values = eigsh(a.to_scipy(), k=2, which="LA", return_eigenvectors=False)
+    assert sorted(values.tolist()) == pytest.approx(lanczos(a, 2, rtol=1e-8).values.flip(0).tolist(), rel=1e-10)
+
+
+def test_a_missing_scipy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
+    with pytest.raises(ImportError, match=r"to_scipy\(\) needs SciPy, which is not installed"):
+        OPERATOR.to_scipy()

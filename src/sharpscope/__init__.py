@@ -11,7 +11,10 @@
 ['0.weight']
 """
 
-from .eigen import Eigenpairs, NotConverged, NotFinite, lanczos
+from .bounds import Comparison
+from .budget import ErrorBudget, error_budget
+from .doctor import Checkup, doctor
+from .eigen import Eigenpairs, NotConverged, NotFinite, ends, lanczos
 from .history import History
 from .invariance import ScaleGroups, find_groups
 from .iterate import Iterate, midpoint
@@ -19,12 +22,20 @@ from .measures import product_sphere_sharpness, sharpness, spherical_sharpness, 
 from .monitor import Monitor
 from .objective import Objective
 from .operators import SymmetricOperator, gauss_newton, hessian, preconditioned, projected, restricted
+from .quadrature import Density, density
 from .rules import GD, SphericalRMSprop, UpdateRule, rule_of
 from .smooth import smooth
+from .spectrum import Estimate, block_tops, diagonal, most_negative, shares, trace
+from .tracking import track
 
 __all__ = [
     "GD",
+    "Checkup",
+    "Comparison",
+    "Density",
     "Eigenpairs",
+    "ErrorBudget",
+    "Estimate",
     "History",
     "Iterate",
     "Monitor",
@@ -35,18 +46,28 @@ __all__ = [
     "SphericalRMSprop",
     "SymmetricOperator",
     "UpdateRule",
+    "block_tops",
+    "density",
+    "diagonal",
+    "ends",
+    "error_budget",
+    "doctor",
     "find_groups",
     "gauss_newton",
     "hessian",
     "lanczos",
     "midpoint",
+    "most_negative",
     "preconditioned",
     "product_sphere_sharpness",
     "projected",
     "restricted",
     "rule_of",
+    "shares",
     "sharpness",
     "smooth",
     "spherical_sharpness",
     "top_eigenpairs",
+    "trace",
+    "track",
 ]

@@ -5,21 +5,20 @@ Block Lanczos: from a block Q₀ of b columns the basis grows by ``A Q_j``, orth
 ``(θ, V s)`` of T then has the residual ``‖R s_last‖``, at no further product.  A block as wide as the number of wanted
 pairs finds eigenvalues of that multiplicity.
 
-A warm start may hold eigenvectors of smaller eigenvalues, whose residuals are zero at once.  Hence a random column in
-every start, and a warm result is believed only after ``1 + ln √P`` blocks, in which the random column's share of an
-unseen larger eigenvector (``1/√P`` of it) has grown to order one, and when the next unconverged Ritz pair is far from
-reaching the wanted ones.  Directions that have converged leave the block, so that those extra products are mostly one
-per step.  Copies of an exactly multiple eigenvalue need a column each: start cold to count them.
+The start is random: that is what bounds the largest eigenvalue from above (`bounds`), and the asymmetry of ``VᵀAV``,
+which exact products would not have, shows the rounding of the products.
 
 P parameters, k wanted pairs, m columns in the basis.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from .bounds import Comparison, RandomStart, compare
 from .operators import SymmetricOperator
 
 
@@ -31,26 +30,94 @@ class NotFinite(ValueError):
     """A product with the operator overflowed, or is not a number."""
 
 
+CONFIDENCE = 0.999
+"""Probability with which `Eigenpairs.upper` holds."""
+
+
+POOL = 5
+"""Ritz pairs remembered beyond the wanted ones."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Approximate eigenvectors ``(P, m)``, their Rayleigh quotients when last multiplied, and how many calls ago."""
+
+    vectors: Tensor = field(repr=False)
+    values: Tensor
+    ages: Tensor
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What `track` carries from call to call."""
+
+    last: Pool  # after the last call
+    before: Pool  # after the one before
+    lag: int = 0  # 1 or 2: which of them foretold the last answer better; 0 at first
+    doubt: float = 0.0  # grows from call to call; at one it is time for a solve from a random start
+    k: int = 1  # pairs found
+    drift: float = 0.0  # change of an eigenvalue in one call, as seen lately
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        pools = {"last": self.last, "before": self.before}
+        parts = {f"{name} {part}": t for name, pool in pools.items() for part, t in vars(pool).items()}
+        counts = torch.tensor([self.lag, self.doubt, self.k, self.drift], dtype=torch.float64)
+        return {**parts, "counts": counts}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Memory":
+        """From a checkpoint."""
+        parts = ("vectors", "values", "ages")
+        last, before = (Pool(*(tensors[f"{name} {part}"] for part in parts)) for name in ("last", "before"))
+        lag, doubt, k, drift = tensors["counts"].tolist()
+        return cls(last, before, int(lag), doubt, int(k), drift)
+
+
 @dataclass(frozen=True)
 class Eigenpairs:
-    """The k algebraically largest eigenpairs, largest first.
+    """The k algebraically largest eigenpairs, largest first, and how far to trust them.
 
-    ``values[i]`` is the Rayleigh quotient of ``vectors[:, i]``, hence never above the largest eigenvalue; some
-    eigenvalue lies within ``residuals[i]`` of it.
+    ``values[i]`` is the Rayleigh quotient of ``vectors[:, i]``, so that ``lower[i] = values[i] - floor`` is never above
+    the true i-th eigenvalue.  *Some* eigenvalue lies within ``residuals[i]`` of ``values[i]``, which need not be the
+    i-th.  The largest eigenvalue is at most `upper` with probability `confidence`, by the randomness of the start;
+    `upper` is infinite after a solve that has no such start.  `floor` is the rounding seen in the products.
     """
 
     values: Tensor  # (k,)
     vectors: Tensor  # (P, k), orthonormal columns
-    residuals: Tensor  # (k,)  ‖A v - λ v‖; after a warm start up to rtol/2 more, never less
+    residuals: Tensor  # (k,)  ‖A v - λ v‖
     num_matvecs: int
+    upper: float = math.inf
+    floor: float = 0.0
+    num_gradients: float = math.nan  # cost of the products in gradients, where the operator knows it
+    memory: Memory | None = field(default=None, repr=False)
+    confidence: float = CONFIDENCE
+
+    @property
+    def lower(self) -> Tensor:
+        """``(k,)``: the i-th largest eigenvalue is at least this (Courant-Fischer), up to the rounding `floor`."""
+        return self.values - self.floor
+
+    def against(self, threshold: float) -> Comparison:
+        """Is the largest eigenvalue above `threshold`: proved, improbable, or undecided and at what price."""
+        return compare(
+            self.lower[0].item(), self.values[0].item(), self.upper, threshold, self.confidence, self.num_matvecs
+        )
+
+    def scaled(self, c: float) -> "Eigenpairs":
+        """Those of ``c A``, c > 0."""
+        return replace(
+            self, values=c * self.values, residuals=c * self.residuals, upper=c * self.upper, floor=c * self.floor
+        )
 
 
 def lanczos(
     a: SymmetricOperator,
     k: int = 1,
     *,
-    start: Tensor | None = None,
     rtol: float = 1e-4,
+    gap: float = math.inf,
     max_matvecs: int | None = None,
     basis: int = 96,
     seed: int = 0,
@@ -58,9 +125,9 @@ def lanczos(
     """The k algebraically largest eigenpairs of `a` by block Lanczos with thick restarts [N4].
 
     Args:
-        start: columns ``(P, j)`` near the wanted eigenvectors (those of the last call, say); a random one is added.
         rtol: bound on every residual, relative to the largest eigenvalue in magnitude.  An isolated eigenvalue is
             then right to about rtol² relative to its gap.
+        gap: bound on ``upper - values[0]``, relative to the same: go on until nothing larger is likely to exist.
         max_matvecs: products allowed; by default 40 per pair and at least 400.
         basis: columns kept in memory before a restart keeps only the best of them.
         seed: of the random start; torch's global generator is not used.
@@ -68,67 +135,110 @@ def lanczos(
     Raises:
         NotConverged: with the residuals reached.
         NotFinite: a ValueError, for an operator whose products are not finite.
-        ValueError: k outside 1..P, or a start of another size.
+        ValueError: k outside 1..P.
     """
+    return _block_lanczos(a, k, 0, rtol, gap, max_matvecs, basis, seed)[0]
+
+
+def ends(
+    a: SymmetricOperator, k: int = 1, low: int = 1, *, rtol: float = 1e-4, seed: int = 0
+) -> tuple[Eigenpairs, Tensor]:
+    """Both ends of the spectrum from one run: the k largest eigenpairs, and the `low` smallest eigenvalues ascending.
+
+    The residuals of both meet `rtol`; arguments and errors otherwise as in `lanczos`.
+    """
+    return _block_lanczos(a, k, low, rtol, math.inf, None, 96, seed)
+
+
+def _block_lanczos(
+    a: SymmetricOperator,
+    k: int,
+    low: int,
+    rtol: float,
+    gap: float,
+    max_matvecs: int | None,
+    basis: int,
+    seed: int,
+) -> tuple[Eigenpairs, Tensor]:
     size = a.size
     if not 1 <= k <= size:
         raise ValueError(f"k={k} eigenpairs asked of an operator of size {size}; k lies between 1 and {size}")
-    if start is not None and start.shape[:1] != (size,):
-        raise ValueError(f"a start of shape {tuple(start.shape)} does not fit an operator of size {size}")
-    budget = max(400, 40 * k) if max_matvecs is None else max_matvecs
-    block = _start_block(a.like, k, start, seed)
-    basis = min(size, max(basis, 3 * block.shape[1] + k))
+    if not 0 <= low <= size:
+        raise ValueError(f"{low} smallest eigenvalues asked of an operator of size {size}")
+    budget = max(400, 40 * (k + low)) if max_matvecs is None else max_matvecs
+    block, random = _start_block(a.like, k, seed)
+    basis = min(size, max(basis, 3 * block.shape[1] + k + low))
     v = a.like.new_empty((basis + block.shape[1], size))  # rows are basis vectors
     t = torch.zeros((len(v), len(v)), dtype=torch.float64)
     v[: block.shape[1]] = block.T
     old, new, used = 0, block.shape[1], 0  # rows [0, old) were multiplied, rows [old, new) are the current block
-    warm = start is not None
-    blocks = 1 + round(math.log(size) / 2) if warm else 1  # still to be seen before a result is believed
-    leave = max(rtol / 2 / block.shape[1] ** 0.5 if warm else 0.0, 32 * torch.finfo(v.dtype).eps)
-    lost = 0.0  # ‖·‖² of the remainders left out so far
+    eps = torch.finfo(v.dtype).eps
+    lost, noise = 0.0, 0.0  # ‖·‖² of the remainders left out so far; largest asymmetry seen
     while True:
-        image = torch.stack([a.matvec(q) for q in v[old:new]])
+        image = (a @ v[old:new].T).T
         used += new - old
         if not bool(image.isfinite().all()):
             raise NotFinite("a product with the operator is not finite: its curvature is not defined at these weights")
-        blocks -= 1
+        foreseen = t[:old, old:new].clone()
         remainder = _project_out(v[:new], image, t, old, new)
+        noise = max(noise, (t[:old, old:new] - foreseen).norm().item())
         ritz, s = torch.linalg.eigh(t[:new, :new])
         ritz, s = ritz.flip(0), s.flip(1)
         scale = ritz.abs().max().item()
-        rows, coefficients, left_out = _orthonormal_rows(remainder, v[:new], leave * scale)
-        residuals = ((coefficients @ s[old:new]).square().sum(dim=0) + lost).sqrt()
+        rows, coefficients, left_out = _orthonormal_rows(remainder, v[:new], 32 * eps * scale)
+        coupling = coefficients @ s[old:new]
+        residuals = (coupling.square().sum(dim=0) + lost).sqrt()
         lost += left_out
-        bound = max(rtol, 8 * torch.finfo(v.dtype).eps * new**0.5) * scale
-        done = blocks <= 0 and bool((residuals[:k] <= bound).all())
-        if done and warm:
-            reach = (ritz + 2 * residuals)[residuals > bound][:1]  # of the first pair that has not converged
-            done = bool((reach <= ritz[k - 1] + bound).all())
+        bound = max(rtol, 8 * eps * new**0.5) * scale
+        floor = max(noise + lost**0.5, 16 * eps * scale)
+        done = bool((residuals[:k] <= bound).all() and (residuals[new - low :] <= bound).all())
+        upper = math.inf
         if done or len(rows) == 0:
-            return Eigenpairs(ritz[:k].to(v), (s[:, :k].T.to(v) @ v[:new]).T, residuals[:k].to(v), used)
-        if used + len(rows) > budget:
-            raise NotConverged(
-                f"top-{k} residuals {residuals[:k].tolist()} exceed rtol={rtol:g} times {scale:.4g} after"
-                f" {used} products; raise max_matvecs or rtol"
+            p = 1 - CONFIDENCE
+            upper = random.upper(ritz.numpy(), s.numpy(), coupling.numpy(), p, scale) + floor
+        if len(rows) == 0 or (done and upper - ritz[0].item() <= max(gap * scale, 2 * floor)):
+            m = min(k + POOL, new)
+            vectors = (s[:, :m].T.to(v) @ v[:new]).T
+            pool = Pool(vectors, ritz[:m], torch.zeros(m, dtype=torch.float64))
+            top = Eigenpairs(
+                ritz[:k].to(v),
+                vectors[:, :k],
+                residuals[:k].to(v),
+                used,
+                upper,
+                floor,
+                used * a.cost,
+                Memory(pool, Pool(vectors[:, :0], ritz[:0], ritz[:0]), k=k),
             )
+            return top, ritz[new - low :].flip(0).to(v)
+        if used + len(rows) > budget:
+            reached = f"top-{k} residuals {residuals[:k].tolist()} exceed rtol={rtol:g} times {scale:.4g}"
+            if done:
+                reached = f"λ1 = {ritz[0]:.6g} may be {upper:.6g}, which exceeds gap={gap:g} times {scale:.4g},"
+            raise NotConverged(f"{reached} after {used} products; raise max_matvecs or {'gap' if done else 'rtol'}")
         old, new = new, new + len(rows)
         if new > basis:
-            keep = min(old - 1, max(k + 2, basis // 2), basis - len(rows))
+            keep = min(old - 1, max(k + low + 2, basis // 2), basis - len(rows))
+            order = torch.cat(
+                [torch.arange(keep - low), torch.arange(old - low, old), torch.arange(keep - low, old - low)]
+            )
+            ritz, s, coupling = ritz[order], s[:, order], coupling[:, order]
+            random.restart(ritz.numpy(), s.numpy(), coupling[: len(rows)].numpy(), keep)
             v[:keep] = s[:, :keep].T.to(v) @ v[:old]
             t.zero_()
             t[:keep, :keep] = torch.diag(ritz[:keep])
+            t[:keep, keep : keep + len(rows)] = coupling[: len(rows), :keep].T
             old, new = keep, keep + len(rows)
+        else:
+            t[old - coefficients.shape[1] : old, old:new] = coefficients[: len(rows)].T
         v[old:new] = rows
 
 
-def _start_block(like: Tensor, k: int, start: Tensor | None, seed: int) -> Tensor:
-    """Orthonormal columns ``(P, b)``: the given ones and one random, or as many random ones as pairs are wanted."""
-    given = like.new_empty((like.numel(), 0)) if start is None else start.reshape(like.numel(), -1).to(like)
-    given = given[:, : like.numel()]
-    wanted = min(like.numel(), max(k, given.shape[1] + 1))
+def _start_block(like: Tensor, k: int, seed: int) -> tuple[Tensor, RandomStart]:
+    """Orthonormal columns ``(P, k)`` spanning Gaussian ones, and those in terms of them."""
     generator = torch.Generator().manual_seed(seed)
-    fresh = torch.randn((like.numel(), wanted - given.shape[1]), generator=generator, dtype=torch.float64).to(like)
-    return torch.linalg.qr(torch.cat([given, fresh], dim=1)).Q
+    q, r = torch.linalg.qr(torch.randn((like.numel(), k), generator=generator, dtype=torch.float64).to(like))
+    return q, RandomStart(r.double().cpu().numpy())
 
 
 def _project_out(v: Tensor, image: Tensor, t: Tensor, old: int, new: int) -> Tensor:
@@ -155,5 +265,6 @@ def _orthonormal_rows(rest: Tensor, v: Tensor, small: float) -> tuple[Tensor, Te
     rows = (q @ turn[:, keep].to(q)).T
     for _ in range(2):
         rows = rows - (rows @ v.T) @ v
-        rows = torch.linalg.qr(rows.T).Q.T
+        q, r = torch.linalg.qr(rows.T)
+        rows = (q * r.diagonal().sign()).T  # Q R with R ≈ 1: the rows keep their signs, as the coefficients do
     return rows, norms[:, None] * coefficients, norms[~keep].square().sum().item()

@@ -10,12 +10,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .eigen import Eigenpairs, lanczos
+from .eigen import Eigenpairs, Memory
 from .invariance import ScaleGroups, find_groups
 from .objective import Expansion, Objective
 from .operators import SymmetricOperator, hessian, preconditioned, restricted
 from .rules import State, UpdateRule
 from .sphere import on_sphere
+from .tracking import track
 
 
 def midpoint(before: Tensor, now: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def midpoint(before: Tensor, now: Tensor) -> Tensor:
 class Iterate:
     """Weights `w` ``(P,)`` of `objective`, reached by `rule` in `state` after `step` steps.
 
-    `k`, `rtol` and `start` are handed to the eigenvalue solver; `start` are the vectors of an earlier Iterate.
+    `k` and `rtol` are handed to the eigenvalue solver; `start` is the `memories` of an earlier Iterate.
     """
 
     objective: Objective
@@ -38,7 +39,7 @@ class Iterate:
     groups: ScaleGroups | None = None
     k: int = 1
     rtol: float = 1e-4
-    start: Mapping[str, Tensor] = field(default_factory=dict)
+    start: Mapping[str, Memory] = field(default_factory=dict)
 
     @classmethod
     def of(cls, at: "Objective | Iterate") -> "Iterate":
@@ -84,7 +85,7 @@ class Iterate:
     def spherical_top(self) -> Eigenpairs:
         """Of the Hessian in the jointly scale-invariant weights, at unit norm [N7]."""
         if self.scale_groups.covers(self.objective.size):
-            return _rescaled(self.top, (self.w @ self.w).item())
+            return self.top.scaled((self.w @ self.w).item())
         block = restricted(self.hessian, self.scale_groups.joint)
         return self._solve("spherical_top", on_sphere(block, self.invariant))
 
@@ -104,14 +105,11 @@ class Iterate:
         return self._solve("product_sphere_top", block)
 
     @property
-    def vectors(self) -> dict[str, Tensor]:
-        """What has been solved for, as `start` of the next Iterate."""
+    def memories(self) -> dict[str, Memory]:
+        """What the solvers found, as `start` of the next Iterate."""
         names = ("top", "spherical_top", "product_sphere_top")
-        return {name: self.__dict__[name].vectors for name in names if name in self.__dict__}
+        solved = {name: self.__dict__[name].memory for name in names if name in self.__dict__}
+        return {name: memory for name, memory in solved.items() if memory is not None}
 
     def _solve(self, name: str, a: SymmetricOperator) -> Eigenpairs:
-        return lanczos(a, min(self.k, a.size), start=self.start.get(name), rtol=self.rtol)
-
-
-def _rescaled(pairs: Eigenpairs, c: float) -> Eigenpairs:
-    return Eigenpairs(c * pairs.values, pairs.vectors, c * pairs.residuals, pairs.num_matvecs)
+        return track(a, self.start.get(name), min(self.k, a.size), rtol=self.rtol, seed=self.step)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import measures
 from .diagnose import diagnose
-from .eigen import NotConverged, NotFinite
+from .eigen import Memory, NotConverged, NotFinite
 from .history import History
 from .invariance import ScaleGroups, find_groups
 from .iterate import Iterate, midpoint
@@ -68,7 +68,7 @@ class Monitor:
         self.history = History()
         self.steps, self.tau = 0, 0.0
         self.groups: ScaleGroups = find_groups(objective)
-        self._vectors: dict[str, Tensor] = {}
+        self._memories: dict[str, Memory] = {}
         self._before = objective.weights()
         self.measure(self._before)
 
@@ -94,12 +94,12 @@ class Monitor:
         A run is never stopped by being watched: where the loss or a product with its Hessian is not finite, or the
         solver does not converge, the row has no curvature.
         """
-        it = Iterate(self.objective, w, self.rule, step=self.steps, groups=self.groups, k=self.k, start=self._vectors)
+        it = Iterate(self.objective, w, self.rule, step=self.steps, groups=self.groups, k=self.k, start=self._memories)
         row: dict[str, Any] = {"tau": self.tau, "loss": measures.loss(it)}
         if math.isfinite(row["loss"]):
             with contextlib.suppress(NotConverged, NotFinite):
                 row |= self._curvature(it)
-                self._vectors = it.vectors
+                self._memories = it.memories
         self.history.append(run=RUN, step=self.steps, **row)
         return it
 

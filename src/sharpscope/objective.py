@@ -1,17 +1,16 @@
 """Model + loss + data as one smooth function of one flat weight vector.
 
 ``L(w) = Σ_b n_b ℓ_b(w) / Σ_b n_b`` over the batches b of the data, each with mean loss ``ℓ_b`` and ``n_b`` examples,
-where ``w`` holds every trainable parameter in the order of ``model.named_parameters()``.  This is the only file that
-calls autograd.  Evaluating changes nothing: weights are passed in, buffers are cloned, random states are put back,
-``.grad`` and the training modes are never touched.
+where ``w`` holds every trainable parameter in the order of ``model.named_parameters()``.  Evaluating changes nothing: weights are passed in, buffers are cloned, random states are put back,
+``.grad`` and the training modes are never touched.  How products with derivatives are formed is a function that the
+objective carries (`Objective.using`): here graphs of the gradient that are kept, others in `products`.
 
 P parameters.
 """
 
 import copy
-import dataclasses
 import math
-import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -21,11 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
-from torch.utils.data import DataLoader
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .batches import Batch, check_data, read, tensors
 from .smooth import smooth
 
 Loss = Callable[[Any, Any], Tensor]
+Expand = Callable[["Objective", Tensor], "Expansion"]
 
 
 class Objective:
@@ -58,6 +59,7 @@ class Objective:
 
     def __init__(self, model: nn.Module, loss: Loss, data: Iterable[Any], *, memory_budget: int = 2 << 30) -> None:
         self.model, self.loss, self.data, self.memory_budget = model, loss, data, memory_budget
+        self.expand: Expand = Expansion
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError(f"{type(model).__name__} has no trainable parameter; set requires_grad on at least one")
@@ -68,7 +70,7 @@ class Objective:
         self.slices = {name: slice(end - n, end) for name, n, end in zip(trainable, sizes, ends, strict=True)}
         self.size: int = ends[-1]
         self._droppers = [(name, m) for name, m in model.named_modules() if isinstance(_rate(m), float)]
-        _check_data(data)
+        check_data(data)
         reduction = getattr(loss, "reduction", "mean")
         if reduction != "mean":
             raise ValueError(f"the loss has reduction='{reduction}'; batches are weighted by size, so use 'mean'")
@@ -96,6 +98,12 @@ class Objective:
         """The same model and loss on other data (a mini-batch, say), without checking anything again."""
         other = copy.copy(self)
         other.data = data
+        return other
+
+    def using(self, expand: Expand) -> "Objective":
+        """The same function with products formed in another way: `at` returns ``expand(self, w)``; see `products`."""
+        other = copy.copy(self)
+        other.expand = expand
         return other
 
     def _seeded(self, seed: int) -> "Objective":
@@ -127,8 +135,8 @@ class Objective:
         return self.value_and_grad(w)[1]
 
     def at(self, w: Tensor) -> "Expansion":
-        """The derivatives around `w`, with the graphs kept: use this for more than one product at a point."""
-        return Expansion(self, w)
+        """The derivatives around `w`: use this for more than one product at a point."""
+        return self.expand(self, w)
 
     def hvp(self, w: Tensor, v: Tensor) -> Tensor:
         """``∇²L(w) v`` ``(P,)``."""
@@ -156,19 +164,21 @@ class Objective:
 
     def _chunks(self, params: Mapping[str, Tensor]) -> Iterator["_Chunk"]:
         """The loss of each batch as a function of `params`, with buffers cloned once per pass."""
-        _check_deterministic(self._droppers)
-        device = next(iter(params.values())).device
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
-        batch = None
-        with _own_randomness(self.data, self._seed):
-            for batch in self.data:
-                args, kwargs, target = _split(_to(batch, device))
-                with smooth():
-                    output = functional_call(self.model, {**params, **buffers}, args, kwargs)
-                    loss = self.loss(output, target)
-                yield _Chunk(_count(target, (args, kwargs)), loss, output)
-        if batch is None:
-            raise ValueError("the data hold no batch, or not a second time; pass a list of pairs (inputs, target)")
+        for batch in self._batches(next(iter(params.values())).device):
+            yield self._chunk({**params, **buffers}, batch)
+
+    def _chunk(self, values: Mapping[str, Tensor], batch: Batch) -> "_Chunk":
+        """The loss of one batch, with `values` in the place of parameters and buffers; it may write to the latter."""
+        with smooth():
+            output = functional_call(self.model, dict(values), batch.args, batch.kwargs)
+            loss = self.loss(output, batch.target)
+        return _Chunk(batch.examples, loss, output)
+
+    def _batches(self, device: torch.device) -> Iterator[Batch]:
+        """One pass over the data, under their seed."""
+        _check_deterministic(self._droppers)
+        return read(self.data, self._seed, device)
 
     @torch.enable_grad()
     def _check_first_batch(self) -> float:
@@ -197,29 +207,37 @@ class Objective:
 class Expansion:
     """``L`` around one point: value, gradient, and any number of products, sharing the graph of the gradient.
 
-    The product ``Hv`` is reverse over reverse on the kept graph; batches whose graphs do not fit the objective's
-    memory budget are rebuilt at every product.  `kept` of `chunks` batches are held.
+    The product ``Hv`` is reverse over reverse on the kept graph; batches whose graphs do not fit the memory budget (by
+    default the objective's) are rebuilt at every product.  `kept` of `chunks` batches are held.  `cost` of a product
+    is in gradients, by counting operations (2 for a kept graph, 3 for a rebuilt one) unless `doctor` measured it, and
+    `columns` are multiplied together if `together`.  A subclass forms products in another way.
     """
 
+    cost: float = 2.0
+    together: bool = False
+
     @torch.enable_grad()
-    def __init__(self, f: Objective, w: Tensor) -> None:
+    def __init__(self, f: Objective, w: Tensor, *, memory_budget: int | None = None) -> None:
+        budget = f.memory_budget if memory_budget is None else memory_budget
         self.f = f
         self.w = w.detach().requires_grad_()
-        self.value, self.count = w.new_zeros(()), 0
-        self.chunks = 0
-        self._kept: list[_Chunk] = []
-        slope, self._slope = torch.zeros_like(w), torch.zeros_like(w)
-        for chunk, g in self._graphs():
+        self.value, self.count, self.chunks = w.new_zeros(()), 0, 0
+        self._kept: list[tuple[_Chunk, Tensor]] = []
+        slope = torch.zeros_like(w)
+        for chunk in f._chunks(f.unflatten(self.w)):
             self.chunks += 1
             self.count += chunk.examples
+            keep = self.count * f._graph_bytes_per_example <= budget
+            (g,) = torch.autograd.grad(chunk.loss, self.w, create_graph=keep)
             self.value = self.value + chunk.examples * chunk.loss.detach()
             slope.add_(g.detach(), alpha=chunk.examples)
-            if self.count * f._graph_bytes_per_example <= f.memory_budget:
-                self._kept.append(chunk)
-                self._slope = self._slope + chunk.examples * g
+            if keep:
+                self._kept.append((chunk, g))
         self.value = self.value / self.count
         self.grad = slope / self.count
-        self._slope = self._slope / self.count
+        self._slopes = [(g, chunk.examples / self.count) for chunk, g in self._kept if g.requires_grad]
+        if self.kept < self.chunks:
+            self.cost = 3 - self.kept / self.chunks
 
     @property
     def kept(self) -> int:
@@ -228,38 +246,79 @@ class Expansion:
 
     @torch.enable_grad()
     def hvp(self, v: Tensor) -> Tensor:
-        """``∇²L(w) v`` for `v` ``(P,)``."""
-        total = _vjp(self._slope, self.w, v, retain=True)
-        for chunk, g in self._rebuilt():
-            total = total + chunk.examples / self.count * _vjp(g, self.w, v)
+        """``∇²L(w) v`` for `v` ``(P,)``.
+
+        Raises:
+            NoSecondDerivative: names what stands in the way.
+        """
+        try:
+            total = self._kept_product(v)
+            for chunk, g in self._rebuilt():
+                total = total + chunk.examples / self.count * _vjp(g, self.w, v)
+        except RuntimeError as error:
+            raise _named(self.f, error) from error
         return total
+
+    @torch.enable_grad()
+    def columns(self, V: Tensor) -> Tensor:
+        """``∇²L(w) V`` for columns ``(P, k)``: together, in one batched pass through the kept graph, or one by one."""
+        if not self.together or self.kept < self.chunks or V.shape[1] < 2:
+            return torch.stack([self.hvp(v) for v in V.T], dim=1)
+        if not self._slopes:
+            return torch.zeros_like(V)
+        rows = V.T.contiguous()
+        (out,) = torch.autograd.grad(
+            [g for g, _ in self._slopes],
+            self.w,
+            [rows if share == 1 else share * rows for _, share in self._slopes],
+            retain_graph=True,
+            is_grads_batched=True,
+            materialize_grads=True,
+        )
+        return out.T
 
     @torch.enable_grad()
     def third(self, u: Tensor, v: Tensor) -> Tensor:
         """``∇_w (uᵀ ∇²L(w) v)`` with u and v ``(P,)`` held fixed."""
-        total = _vjp(_vjp(self._slope, self.w, u, retain=True, differentiable=True), self.w, v, retain=True)
-        for chunk, g in self._rebuilt():
-            total = total + chunk.examples / self.count * _vjp(_vjp(g, self.w, u, differentiable=True), self.w, v)
+        total = torch.zeros_like(v)
+        for chunk, g in (*self._kept, *self._rebuilt()):
+            curve = _vjp(g, self.w, u, differentiable=True)
+            total = total + chunk.examples / self.count * _vjp(curve, self.w, v, retain=True)
         return total
 
     @torch.enable_grad()
     def gauss_newton(self, v: Tensor) -> Tensor:
         """``Jᵀ ∇²ℓ J v`` for `v` ``(P,)``: forward products as reverse over reverse."""
         total = torch.zeros_like(v)
-        for chunk in self._kept:
+        for chunk, _ in self._kept:
             total = total + chunk.examples / self.count * _gauss_newton(chunk, self.w, v)
         for chunk, _ in self._rebuilt():
             total = total + chunk.examples / self.count * _gauss_newton(chunk, self.w, v)
         return total
 
-    def _graphs(self, start: int = 0) -> Iterator[tuple["_Chunk", Tensor]]:
-        """Each batch from number `start` on, with its gradient as a function of w."""
-        for i, chunk in enumerate(self.f._chunks(self.f.unflatten(self.w))):
-            if i >= start:
-                yield chunk, torch.autograd.grad(chunk.loss, self.w, create_graph=True)[0]
+    def _kept_product(self, v: Tensor) -> Tensor:
+        if not self._slopes:
+            return torch.zeros_like(v)
+        (out,) = torch.autograd.grad(
+            [g for g, _ in self._slopes],
+            self.w,
+            [v if share == 1 else share * v for _, share in self._slopes],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return torch.zeros_like(v) if out is None else out
 
     def _rebuilt(self) -> Iterator[tuple["_Chunk", Tensor]]:
-        return self._graphs(self.kept) if self.kept < self.chunks else iter(())
+        """The batches that are not kept, each with its gradient as a function of w."""
+        if self.kept == self.chunks:
+            return
+        for i, chunk in enumerate(self.f._chunks(self.f.unflatten(self.w))):
+            if i >= self.kept:
+                yield chunk, torch.autograd.grad(chunk.loss, self.w, create_graph=True)[0]
+
+
+class NoSecondDerivative(RuntimeError):
+    """An operation of the model or the loss can be differentiated once, but not twice."""
 
 
 class _Chunk(NamedTuple):
@@ -278,8 +337,85 @@ def _vjp(y: Tensor, x: Tensor, v: Tensor, *, retain: bool = False, differentiabl
     return out if differentiable else out.detach()
 
 
+def _named(f: Objective, error: RuntimeError) -> RuntimeError:
+    """The error of a product with second derivatives, with the modules in the way; others as they are."""
+    if not re.search(r"not implemented|once_differentiable|does not require grad|retain_graph", str(error)):
+        return error
+    names = obstacles(f)
+    where = f"in {', '.join(names)}" if names else "in the loss or between the modules"
+    return NoSecondDerivative(
+        f"the second derivative does not exist {where} ({str(error).splitlines()[0]}); products by differences of"
+        " gradients do: f.using(sharpscope.products.differences)"
+    )
+
+
+@torch.enable_grad()
+def obstacles(f: Objective) -> list[str]:
+    """Modules, the innermost ones, whose output on the first batch has no second derivative, or a wrong one."""
+    seen: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: seen.append((name, module, args, kwargs))
+
+    handles = [m.register_forward_pre_hook(note(name), with_kwargs=True) for name, m in f.model.named_modules()]
+    try:
+        w = f.weights().requires_grad_()
+        next(f._chunks(f.unflatten(w)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    bad: list[tuple[str, nn.Module]] = []
+    for name, module, args, kwargs in reversed(seen):
+        inside = any(other is not module and other in module.modules() for _, other in bad)
+        if not inside and not _twice_differentiable(module, args, kwargs):
+            bad.append((name, module))
+    return sorted({f"'{name}' ({type(module).__name__})" for name, module in bad})
+
+
+def _twice_differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Does reverse over reverse of ``½ ‖output‖²`` in inputs and parameters exist, and agree with differences?"""
+    leaves, spec = tree_flatten((args, kwargs))
+    own = {name: t.detach() for name, t in (*module.named_parameters(), *module.named_buffers())}
+    moving = [name for name, p in module.named_parameters() if p.is_floating_point()]
+    inputs = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    point = [own[name] for name in moving] + [leaves[i].detach() for i in inputs]
+    if not point:
+        return True
+    g = torch.Generator().manual_seed(0)
+    along = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t) for t in point]
+
+    def slope(h: float, differentiable: bool) -> tuple[list[Tensor], list[Tensor]]:
+        at = [(t + h * d).requires_grad_() for t, d in zip(point, along, strict=True)]
+        values = {**{name: t.clone() for name, t in own.items()}, **dict(zip(moving, at, strict=False))}
+        filled = list(leaves)
+        for i, t in zip(inputs, at[len(moving) :], strict=True):
+            filled[i] = t
+        with smooth():
+            outputs = functional_call(module, values, *tree_unflatten(filled, spec))
+        total = sum((z.square().sum() / 2 for z in tensors(outputs) if z.requires_grad), torch.zeros(()))
+        if not total.requires_grad:
+            return at, [torch.zeros_like(t) for t in at]
+        return at, list(torch.autograd.grad(total, at, create_graph=differentiable, materialize_grads=True))
+
+    try:
+        at, slopes = slope(0.0, True)
+        pairs = [(z, d) for z, d in zip(slopes, along, strict=True) if z.requires_grad]
+        bent = (
+            torch.autograd.grad([z for z, _ in pairs], at, [d for _, d in pairs], materialize_grads=True)
+            if pairs
+            else [torch.zeros_like(t) for t in at]
+        )
+    except RuntimeError:
+        return False
+    h = torch.finfo(point[0].dtype).eps ** (1 / 3) * max(t.abs().max().item() for t in point)
+    up, down = slope(h, False)[1], slope(-h, False)[1]
+    expected = torch.cat([((a - b) / (2 * h)).flatten() for a, b in zip(up, down, strict=True)])
+    found = torch.cat([b.flatten() for b in bent])
+    return bool((found - expected).norm() <= 0.05 * expected.norm() + torch.finfo(found.dtype).eps ** 0.5)
+
+
 def _gauss_newton(chunk: _Chunk, w: Tensor, v: Tensor) -> Tensor:
-    outputs = list({id(z): z for z in _tensors(chunk.output) if z.requires_grad}.values())
+    outputs = list({id(z): z for z in tensors(chunk.output) if z.requires_grad}.values())
     if not outputs:
         raise ValueError(
             f"the model's output ({type(chunk.output).__name__}) holds no tensor that depends on the weights; the"
@@ -298,49 +434,6 @@ def _gauss_newton(chunk: _Chunk, w: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from _tensors(item)
-    elif isinstance(tree, list | tuple):
-        for item in tree:
-            yield from _tensors(item)
-    elif dataclasses.is_dataclass(tree):
-        yield from _tensors(vars(tree))
-
-
-def _to(tree: Any, device: torch.device) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.to(device)
-    if isinstance(tree, Mapping):
-        return {key: _to(item, device) for key, item in tree.items()}
-    if isinstance(tree, list | tuple):
-        items = [_to(item, device) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    return tree
-
-
-def _split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """A batch as positional arguments, keyword arguments and target."""
-    if isinstance(batch, dict):
-        return (), batch, batch
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
-        raise ValueError(
-            f"a batch is a {type(batch).__name__}, not a pair (inputs, target) or a dict; for one batch pass [(x, y)]"
-        )
-    inputs, target = batch
-    if isinstance(inputs, dict):
-        return (), inputs, target
-    return (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), {}, target
-
-
-def _count(*trees: Any) -> int:
-    """Number of examples: the first dimension of the first tensor that has one."""
-    return next((t.shape[0] for t in _tensors(trees) if t.dim() > 0), 1)
-
-
 @contextmanager
 def _counting_saved_bytes(leaves: Iterable[Tensor]) -> Iterator[Callable[[], int]]:
     """Counts the bytes that graphs built inside keep alive, each storage once, `leaves` not at all."""
@@ -355,47 +448,6 @@ def _counting_saved_bytes(leaves: Iterable[Tensor]) -> Iterator[Callable[[], int
         yield lambda: sum(seen.values())
 
 
-@contextmanager
-def _own_randomness(data: Iterable[Any], seed: int | None) -> Iterator[None]:
-    """Draw from generators seeded by `seed` (None: as they stand), and put every random state back at the end.
-
-    Loaders draw a seed when they are iterated, data sets and models when they are read.  NumPy's state is slow to copy
-    (0.1 ms), and lists of tensors do not draw from it: without a seed it is left alone.
-    """
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    cpu, python = torch.get_rng_state(), random.getstate()
-    legacy = None if seed is None else np.random.get_state()
-    own = [(generator, generator.get_state()) for generator in _generators(data)]
-    on_devices = [torch.cuda.get_rng_state(d) for d in cuda]
-    if seed is not None:
-        random.seed(seed)
-        np.random.seed(seed)
-        for generator in (torch.default_generator, *(torch.cuda.default_generators[d] for d in cuda)):
-            generator.manual_seed(seed)  # torch.manual_seed would also seed devices that are not in use yet
-        for generator, _ in own:
-            generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        if legacy is not None:
-            np.random.set_state(legacy)
-        for generator, before in own:
-            generator.set_state(before)
-        for device, state in zip(cuda, on_devices, strict=True):
-            torch.cuda.set_rng_state(state, device)
-
-
-def _generators(data: Iterable[Any]) -> list[torch.Generator]:
-    """What a loader and its sampler draw from instead of the global generator."""
-    if not isinstance(data, DataLoader):
-        return []
-    owners = (data, data.sampler, getattr(data.batch_sampler, "sampler", None))
-    found = (getattr(owner, "generator", None) for owner in owners)
-    return [generator for generator in found if isinstance(generator, torch.Generator)]
-
-
 def _check_kind(params: Mapping[str, Tensor]) -> None:
     kinds = {(p.dtype, p.device) for p in params.values()}
     if len(kinds) > 1:
@@ -404,20 +456,6 @@ def _check_kind(params: Mapping[str, Tensor]) -> None:
     ((dtype, _),) = kinds
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"trainable parameters are {dtype}; curvature needs float32 or float64: call model.float()")
-
-
-def _check_data(data: Iterable[Any]) -> None:
-    if isinstance(data, Tensor) or (isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)):
-        raise ValueError("the data are one batch, not an iterable of batches; pass [(inputs, target)]")
-    if not isinstance(data, Iterable):
-        raise ValueError(
-            f"the data are a {type(data).__name__}, not an iterable of batches; pass a list of pairs (inputs, target),"
-            " or a DataLoader around a data set of single examples"
-        )
-    if isinstance(data, Iterator):
-        raise ValueError(
-            f"the data are a {type(data).__name__}, which can be read only once; pass a list or a DataLoader"
-        )
 
 
 def _rate(module: nn.Module) -> Any:

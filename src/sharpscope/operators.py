@@ -10,6 +10,7 @@ P parameters.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,24 @@ class SymmetricOperator:
             self.cost,
         )
 
+    def to_scipy(self) -> Any:
+        """As a ``scipy.sparse.linalg.LinearOperator``, which takes and returns NumPy arrays."""
+        try:
+            from scipy.sparse.linalg import LinearOperator
+        except ImportError as missing:
+            raise ImportError("to_scipy() needs SciPy, which is not installed: pip install scipy") from missing
+
+        def product(x: Any) -> Any:
+            y = self @ torch.as_tensor(x).to(self.like)
+            return y.detach().cpu().numpy()
+
+        def vector(x: Any) -> Any:
+            return product(x.reshape(-1))
+
+        dtype = self.like.new_empty(0).cpu().numpy().dtype
+        shape = (self.size, self.size)
+        return LinearOperator(shape, matvec=vector, rmatvec=vector, matmat=product, rmatmat=product, dtype=dtype)
+
     def dense(self) -> Tensor:
         """The matrix ``(P, P)``: for tests and small problems."""
         return self @ torch.eye(self.size, dtype=self.like.dtype, device=self.like.device)
@@ -72,9 +91,9 @@ def _expand(f: Objective | Expansion, w: Tensor | None) -> Expansion:
 
 
 def hessian(f: Objective | Expansion, w: Tensor | None = None) -> SymmetricOperator:
-    """``∇²L(w)`` [N2]; `w` defaults to the model's weights, and the gradient's graph is kept for all products."""
+    """``∇²L(w)`` [N2]; `w` defaults to the model's weights, and all products share one expansion."""
     at = _expand(f, w)
-    return SymmetricOperator(at.hvp, at.grad)
+    return SymmetricOperator(at.hvp, at.grad, at.columns if at.together else None, at.cost)
 
 
 def gauss_newton(f: Objective | Expansion, w: Tensor | None = None) -> SymmetricOperator:

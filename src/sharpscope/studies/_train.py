@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import measures
-from ..eigen import NotConverged, NotFinite
+from ..eigen import Memory, NotConverged, NotFinite
 from ..history import Track
 from ..invariance import find_groups
 from ..iterate import Iterate, midpoint
@@ -73,14 +73,18 @@ def train(
     if saved:
         done, w = int(saved["step"]), saved["w"]
         state: State = {name[2:]: t for name, t in saved.items() if name.startswith("r:")}
-        vectors = {name[2:]: t for name, t in saved.items() if name.startswith("v:")}
+        names = {name.split(":")[1] for name in saved if name.startswith("m:")}
+        memories = {
+            name: Memory.of({key.split(":")[2]: t for key, t in saved.items() if key.startswith(f"m:{name}:")})
+            for name in names
+        }
         draw.set_state(saved["draw"])
     else:
-        done, w, state, vectors = 0, first, rule.init(first), {}
+        done, w, state, memories = 0, first, rule.init(first), {}
 
     def measure(step: int, w: Tensor, state: State, **more: float) -> bool:
         """Add a row; False where the run ends because its curvature could not be measured."""
-        it = Iterate(f, w, rule, state, step, groups, schedule.k, schedule.rtol, vectors)
+        it = Iterate(f, w, rule, state, step, groups, schedule.k, schedule.rtol, memories)
         try:
             row = {"tau": step * rule.clock, "midpoint_loss": measures.loss(it), **_curvature(it, rule)}
         except (NotConverged, NotFinite) as error:
@@ -92,7 +96,7 @@ def train(
             row |= task.evaluate(task.net.train())
         task.net.train()
         track.append(step=step, radius=w.norm().item(), **row, **more)
-        vectors.update(it.vectors)
+        memories.update(it.memories)
         return True
 
     if not saved and not measure(0, w, state, loss=f.value(w).item()):
@@ -117,7 +121,9 @@ def train(
                 return
             sums.zero_()
             named = {f"r:{name}": t for name, t in state.items()} | {
-                f"v:{name}": t.clone() for name, t in vectors.items()
+                f"m:{name}:{key}": t.contiguous()
+                for name, memory in memories.items()
+                for key, t in memory.tensors().items()
             }
             track.checkpoint(step=torch.tensor(step), w=new, draw=draw.get_state(), **named)
             report(step / schedule.steps)

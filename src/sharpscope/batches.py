@@ -1,0 +1,131 @@
+"""Batches of data as arguments of a model and a loss, read without leaving a trace in any random state."""
+
+import dataclasses
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+
+class Batch(NamedTuple):
+    """What the model is called with, what the loss gets beside the output, and the number of examples."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Any
+    examples: int
+
+
+def read(data: Iterable[Any], seed: int | None, device: torch.device) -> Iterator[Batch]:
+    """One pass over `data` on `device`, all that draws being seeded by `seed` (None: as it stands)."""
+    batch = None
+    with _own_randomness(data, seed):
+        for batch in data:
+            args, kwargs, target = _split(_to(batch, device))
+            yield Batch(args, kwargs, target, _count(target, (args, kwargs)))
+    if batch is None:
+        raise ValueError("the data hold no batch, or not a second time; pass a list of pairs (inputs, target)")
+
+
+def check_data(data: Iterable[Any]) -> None:
+    if isinstance(data, Tensor) or (isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)):
+        raise ValueError("the data are one batch, not an iterable of batches; pass [(inputs, target)]")
+    if not isinstance(data, Iterable):
+        raise ValueError(
+            f"the data are a {type(data).__name__}, not an iterable of batches; pass a list of pairs (inputs, target),"
+            " or a DataLoader around a data set of single examples"
+        )
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"the data are a {type(data).__name__}, which can be read only once; pass a list or a DataLoader"
+        )
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists, mappings and dataclasses."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from tensors(item)
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from tensors(item)
+    elif dataclasses.is_dataclass(tree):
+        yield from tensors(vars(tree))
+
+
+def _to(tree: Any, device: torch.device) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, Mapping):
+        return {key: _to(item, device) for key, item in tree.items()}
+    if isinstance(tree, list | tuple):
+        items = [_to(item, device) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    return tree
+
+
+def _split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """A batch as positional arguments, keyword arguments and target."""
+    if isinstance(batch, dict):
+        return (), batch, batch
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}, not a pair (inputs, target) or a dict; for one batch pass [(x, y)]"
+        )
+    inputs, target = batch
+    if isinstance(inputs, dict):
+        return (), inputs, target
+    return (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), {}, target
+
+
+def _count(*trees: Any) -> int:
+    """Number of examples: the first dimension of the first tensor that has one."""
+    return next((t.shape[0] for t in tensors(trees) if t.dim() > 0), 1)
+
+
+@contextmanager
+def _own_randomness(data: Iterable[Any], seed: int | None) -> Iterator[None]:
+    """Draw from generators seeded by `seed` (None: as they stand), and put every random state back at the end.
+
+    Loaders draw a seed when they are iterated, data sets and models when they are read.  NumPy's state is slow to copy
+    (0.1 ms), and lists of tensors do not draw from it: without a seed it is left alone.
+    """
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    cpu, python = torch.get_rng_state(), random.getstate()
+    legacy = None if seed is None else np.random.get_state()
+    own = [(generator, generator.get_state()) for generator in _generators(data)]
+    on_devices = [torch.cuda.get_rng_state(d) for d in cuda]
+    if seed is not None:
+        random.seed(seed)
+        np.random.seed(seed)
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[d] for d in cuda)):
+            generator.manual_seed(seed)  # torch.manual_seed would also seed devices that are not in use yet
+        for generator, _ in own:
+            generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        random.setstate(python)
+        if legacy is not None:
+            np.random.set_state(legacy)
+        for generator, before in own:
+            generator.set_state(before)
+        for device, state in zip(cuda, on_devices, strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+
+def _generators(data: Iterable[Any]) -> list[torch.Generator]:
+    """What a loader and its sampler draw from instead of the global generator."""
+    if not isinstance(data, DataLoader):
+        return []
+    owners = (data, data.sampler, getattr(data.batch_sampler, "sampler", None))
+    found = (getattr(owner, "generator", None) for owner in owners)
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
