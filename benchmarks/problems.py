@@ -221,7 +221,7 @@ def crowded() -> Problem:
     layers = [nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)]
     net = nn.Sequential(nn.Flatten(), *layers).double()
     about = "Tanh MLP without normalization, 500 digits, half squares"
-    return Problem("tanh MLP", about, net, HalfSquares(), data.x, data.y, 0.2, 0.0, {"edge": 320})
+    return Problem("tanh MLP", about, net, HalfSquares(), data.x, data.y, 0.2, 0.0, {"edge": 590})
 
 
 PROBLEMS: tuple[Callable[[], Problem], ...] = (bn_mlp, gn_conv, ln_transformer)

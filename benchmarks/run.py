@@ -152,7 +152,7 @@ def tracked(p: Problem, extent: Extent, at_edge: list[Row]) -> tuple[list[Row], 
 def crowd(extent: Extent) -> tables.Crowd:
     """Which side of 2/lr everybody's default says, where it lies among several eigenvalues.
 
-    The place is the first midpoint of two steps, from step 320 on, at which λ1 is .3 to 1.5 % above 2/lr and λ3 at most
+    The place is the first midpoint of two steps, from step 590 on, at which λ1 is .3 to 1.5 % above 2/lr and λ3 at most
     3 % below λ1; where there is none within 300 steps, the last.
     """
     p = crowded()

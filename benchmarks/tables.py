@@ -28,7 +28,9 @@ by knowing the answer, which a user does not; where none is right, the tightest.
 because the package fails on the model as it is or measures another function: PyHessian puts it in eval mode,
 curvlinops needs forward mode and no writing of buffers, and fused attention has no second derivative. *Warm* peers
 start from the last eigenvector; those that cannot are measured every few steps, and all errors of tracked runs are
-taken there. Bold errors are wrong beyond 1e-3. Where a number is wrong or missing, the row stays.
+taken there. Bold errors are wrong beyond 1e-3. Power iteration, and hessian-eigenthings' Lanczos by default, seek the
+eigenvalue largest in magnitude: errors near 2 at the start are that other, negative one. Where a number is wrong or
+missing, the row stays.
 """
 
 
@@ -135,8 +137,9 @@ def _crowd(c: Crowd) -> list[str]:
     lines = [
         "## Which side of the edge",
         "",
-        f"{p.about}, at a midpoint of two steps sought for this: λ1 is {abs(exact / threshold - 1):.2%} *{side}* 2/lr,"
-        f" λ2 and λ3 are {c.others[0]:.3f} and {c.others[1]:.3f} of it. What the defaults say, one word per seed:",
+        f"{p.about}, at the first midpoint of two steps with λ1 .3 to 1.5 % above 2/lr and λ3 within 3 % of it: λ1 is"
+        f" {abs(exact / threshold - 1):.2%} *{side}* 2/lr, λ2 and λ3 are {c.others[0]:.3f} and {c.others[1]:.3f} of it."
+        " What the defaults say, one word per seed:",
         "",
         "| contender | says | worst error |",
         "|---|---|---|",

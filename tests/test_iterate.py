@@ -177,16 +177,16 @@ def test_fully_invariant_networks_need_one_solve() -> None:
     assert relative.tolist() == pytest.approx((it.top.residuals / it.top.values).tolist(), rel=1e-12)
 
 
-def test_vectors_start_the_next_solve() -> None:
+def test_memories_start_the_next_solve() -> None:
     f = cases.affine()
     cold = Iterate(f, f.weights(), k=2)
     measures.sharpness(cold), measures.spherical_sharpness(cold), measures.product_sphere_sharpness(cold)
-    assert set(cold.vectors) == {"top", "spherical_top", "product_sphere_top"}
-    warm = Iterate(f, f.weights(), k=2, start=cold.vectors)
+    assert set(cold.memories) == {"top", "spherical_top", "product_sphere_top"}
+    warm = Iterate(f, f.weights(), k=2, start=cold.memories)
     assert warm.top.num_matvecs < cold.top.num_matvecs
     assert warm.product_sphere_top.num_matvecs < cold.product_sphere_top.num_matvecs
     assert warm.top.values.tolist() == pytest.approx(cold.top.values.tolist(), rel=SOLVER)
-    assert Iterate(f, f.weights()).vectors == {}
+    assert Iterate(f, f.weights()).memories == {}
 
 
 def test_measuring_leaves_the_network_as_it_is() -> None:

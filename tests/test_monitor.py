@@ -185,7 +185,7 @@ def test_warm_starts_save_products() -> None:
     f = cases.invariant()
     sgd = torch.optim.SGD(f.model.parameters(), lr=1e-4)
     monitor = Monitor(f, sgd, every=1)
-    descend(f, sgd, monitor, 1)
+    descend(f, sgd, monitor, 2)
     warm = monitor.measure(f.weights())
     assert warm.top.num_matvecs < Iterate(f, f.weights()).top.num_matvecs
 

@@ -243,6 +243,9 @@ def test_what_has_no_second_derivative_is_named_and_differences_work() -> None:
     w, v = f.weights(), normal(f.size, seed=1)
     with pytest.raises(NoSecondDerivative, match=r"does not exist in '2' \(Activation\) .* f\.using\(.*differences\)"):
         f.hvp(w, v)
+    for ask in (f.using(linearized()).at, f.using(forward_over_reverse).at(w).hvp, f.at(w).gauss_newton):
+        with pytest.raises(NoSecondDerivative, match="differentiable once"):
+            ask(v)
     at = f.using(differences).at(w)
     found = at.hvp(v)
     off = relative(found, smooth.hvp(w, v))

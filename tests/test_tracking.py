@@ -35,10 +35,10 @@ def crossing(t: int) -> Tensor:
 
 
 def from_the_bulk(t: int) -> Tensor:
-    """One eigenvalue leaves the bulk, unseen at first, and passes the others."""
+    """One eigenvalue leaves the bulk and passes the others, with a solve from a random start on its way."""
     values = BULK.clone()
     values[-1], values[-2], values[-3] = 1.0, 0.97, 0.93
-    values[100] = 0.3 + 0.012 * max(0, t - 20)
+    values[100] = 0.3 + 0.0072 * max(0, t - 20)
     return values
 
 
@@ -86,10 +86,18 @@ def test_what_comes_back_is_what_it_says() -> None:
 def test_a_solve_from_a_random_start_now_and_then() -> None:
     found: Eigenpairs | None = None
     bounded = []
-    for t in range(11):
+    for t in range(13):
         found = track(symmetric(crossing(0))[1], found, verify=5, seed=t)
         bounded.append(math.isfinite(found.upper))
-    assert bounded == [t < 3 or t % 5 == 2 for t in range(11)]
+    assert bounded == [t % 5 == 0 for t in range(13)]
+
+
+def test_a_memory_that_foretells_badly_is_not_relied_on() -> None:
+    found = track(symmetric(crossing(0))[1])
+    for seed in range(1, 6):  # operators that have nothing to do with each other
+        found = track(symmetric(crossing(0), seed)[1], found, seed=seed)
+        assert math.isfinite(found.upper)
+        assert found.values.item() == pytest.approx(1.15, rel=1e-3)
 
 
 def test_a_memory_of_wrong_eigenvectors_is_found_out() -> None:
@@ -158,4 +166,4 @@ def test_along_training(norm: str) -> None:
         if t % 10 == 0:
             true = lanczos(hessian(f, w), rtol=1e-8, seed=1).values[0]
             assert found.values[0].item() == pytest.approx(true.item(), rel=1e-3)
-        w = w - 0.5 * f.grad(w)
+        w = w - 0.1 * f.grad(w)

@@ -92,8 +92,8 @@ def test_an_interrupted_run_goes_on_to_the_last_bit(case: str, tmp_path: Path) -
         ("heavy ball on batches", "r:momentum", torch.zeros_like),
         ("RMSprop", "r:v", lambda v: 1.1 * v),
         ("batches", "draw", lambda draw: torch.Generator().manual_seed(3).get_state()),
-        ("gradient descent", "v:top", lambda v: torch.eye(*v.shape).to(v)),
-        ("invariant in part", "v:spherical_top", lambda v: torch.eye(*v.shape).to(v)),
+        ("gradient descent", "m:top:last vectors", lambda v: torch.eye(*v.shape).to(v)),
+        ("invariant in part", "m:spherical_top:last vectors", lambda v: torch.eye(*v.shape).to(v)),
     ],
 )
 def test_all_that_a_checkpoint_holds_is_needed(

@@ -1,9 +1,10 @@
 """Model + loss + data as one smooth function of one flat weight vector.
 
 ``L(w) = Σ_b n_b ℓ_b(w) / Σ_b n_b`` over the batches b of the data, each with mean loss ``ℓ_b`` and ``n_b`` examples,
-where ``w`` holds every trainable parameter in the order of ``model.named_parameters()``.  Evaluating changes nothing: weights are passed in, buffers are cloned, random states are put back,
-``.grad`` and the training modes are never touched.  How products with derivatives are formed is a function that the
-objective carries (`Objective.using`): here graphs of the gradient that are kept, others in `products`.
+where ``w`` holds every trainable parameter in the order of ``model.named_parameters()``.  Evaluating changes nothing:
+weights are passed in, buffers are cloned, random states are put back, ``.grad`` and the training modes are never
+touched.  How products with derivatives are formed is a function that the objective carries (`Objective.using`): here by
+graphs of the gradient that are kept, in other ways in `products`.  No other file takes derivatives.
 
 P parameters.
 """
@@ -162,6 +163,10 @@ class Objective:
                 " augmented anew (or a random model) have no curvature; fix the batches, for example as a list"
             )
 
+    def _require_second(self) -> None:
+        if self._once:
+            raise _missing(self, "an operation is marked as differentiable once")
+
     def _chunks(self, params: Mapping[str, Tensor]) -> Iterator["_Chunk"]:
         """The loss of each batch as a function of `params`, with buffers cloned once per pass."""
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
@@ -201,6 +206,7 @@ class Objective:
             raise ValueError(
                 f"the loss does not depend on {', '.join(unused)}; freeze what is not trained by requires_grad_(False)"
             )
+        self._once = _holds_delayed_error(grads)
         return saved() / chunk.examples
 
 
@@ -251,6 +257,7 @@ class Expansion:
         Raises:
             NoSecondDerivative: names what stands in the way.
         """
+        self.f._require_second()
         try:
             total = self._kept_product(v)
             for chunk, g in self._rebuilt():
@@ -264,6 +271,7 @@ class Expansion:
         """``∇²L(w) V`` for columns ``(P, k)``: together, in one batched pass through the kept graph, or one by one."""
         if not self.together or self.kept < self.chunks or V.shape[1] < 2:
             return torch.stack([self.hvp(v) for v in V.T], dim=1)
+        self.f._require_second()
         if not self._slopes:
             return torch.zeros_like(V)
         rows = V.T.contiguous()
@@ -280,6 +288,7 @@ class Expansion:
     @torch.enable_grad()
     def third(self, u: Tensor, v: Tensor) -> Tensor:
         """``∇_w (uᵀ ∇²L(w) v)`` with u and v ``(P,)`` held fixed."""
+        self.f._require_second()
         total = torch.zeros_like(v)
         for chunk, g in (*self._kept, *self._rebuilt()):
             curve = _vjp(g, self.w, u, differentiable=True)
@@ -289,6 +298,7 @@ class Expansion:
     @torch.enable_grad()
     def gauss_newton(self, v: Tensor) -> Tensor:
         """``Jᵀ ∇²ℓ J v`` for `v` ``(P,)``: forward products as reverse over reverse."""
+        self.f._require_second()
         total = torch.zeros_like(v)
         for chunk, _ in self._kept:
             total = total + chunk.examples / self.count * _gauss_newton(chunk, self.w, v)
@@ -341,12 +351,34 @@ def _named(f: Objective, error: RuntimeError) -> RuntimeError:
     """The error of a product with second derivatives, with the modules in the way; others as they are."""
     if not re.search(r"not implemented|once_differentiable|does not require grad|retain_graph", str(error)):
         return error
+    return _missing(f, str(error).splitlines()[0])
+
+
+def _missing(f: Objective, reason: str) -> NoSecondDerivative:
     names = obstacles(f)
     where = f"in {', '.join(names)}" if names else "in the loss or between the modules"
     return NoSecondDerivative(
-        f"the second derivative does not exist {where} ({str(error).splitlines()[0]}); products by differences of"
-        " gradients do: f.using(sharpscope.products.differences)"
+        f"the second derivative does not exist {where} ({reason}); products by differences of gradients do:"
+        " f.using(sharpscope.products.differences)"
     )
+
+
+def _holds_delayed_error(grads: Iterable[Tensor | None]) -> bool:
+    """Is a function marked ``once_differentiable`` behind these gradients?
+
+    Torch hangs an error on its gradient that is raised only where a graph is run to all its leaves; asked for the
+    derivative in certain inputs, it leaves out the term without a word.
+    """
+    stack = [g.grad_fn for g in grads if g is not None and g.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node.name().rpartition("::")[2] in ("Error", "DelayedError"):
+            return True
+        fresh = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= fresh
+        stack.extend(fresh)
+    return False
 
 
 @torch.enable_grad()

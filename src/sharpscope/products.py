@@ -51,15 +51,14 @@ class forward_over_reverse(Expansion):
     @torch.enable_grad()
     def hvp(self, v: Tensor) -> Tensor:
         """``∇²L(w) v`` for `v` ``(P,)``."""
+        self.f._require_second()
         total, buffers = torch.zeros_like(v), {name: b.detach() for name, b in self.f.model.named_buffers()}
         for batch in self.f._batches(v.device):
             with forward_ad.dual_level():
                 w = forward_ad.make_dual(self.w, v)
                 own = {name: b.clone() for name, b in buffers.items()}
                 loss = self.f._chunk({**self.f.unflatten(w), **own}, batch).loss
-                # A tangent that is merely absent is a lazy zero, into which some kernels (of mse_loss) try to write.
-                one = forward_ad.make_dual(torch.ones_like(loss), torch.zeros_like(loss))
-                (g,) = torch.autograd.grad(loss, w, one, create_graph=True)
+                (g,) = torch.autograd.grad(loss, w, create_graph=True)
                 bent = forward_ad.unpack_dual(g).tangent
                 buffers = {name: forward_ad.unpack_dual(b).primal.detach() for name, b in own.items()}
             if bent is not None:
@@ -149,6 +148,7 @@ class _Traced:
     """The program of one shape of batches, for one vector and, by number, for columns."""
 
     def __init__(self, f: Objective, w: Tensor, batch: Batch, buffers: Sequence[Tensor], machine_code: bool) -> None:
+        f._require_second()
         began = time.perf_counter()
         self.f, self.machine_code = f.on([]), machine_code
         self.names = [name for name, _ in f.model.named_buffers()]

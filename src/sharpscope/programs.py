@@ -168,7 +168,7 @@ def compiled(each: fx.GraphModule, arguments: Sequence[Tensor]) -> Callable[...,
         warnings.simplefilter("ignore")
         from torch._inductor.compile_fx import compile_fx
 
-        fast: Callable[..., Any] = compile_fx(each, list(arguments))
+        fast: Any = compile_fx(each, list(arguments))
         fast(*arguments)
 
     def run(*arguments: Tensor) -> Tensor:

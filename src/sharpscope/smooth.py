@@ -146,6 +146,22 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    plain = size_average is None and reduce is None and weight is None
+    if not plain or input.shape != target.shape or reduction == "none":
+        weighted = {} if weight is None else {"weight": weight}  # an argument that early versions do not have
+        return F.mse_loss(input, target, size_average, reduce, reduction, **weighted)
+    squares = (input - target).square()
+    return squares.mean() if reduction == "mean" else squares.sum()
+
+
 def _with_math_attention(func: Callable[..., Any]) -> Callable[..., Any]:
     """`func` on the one attention kernel that is made of elementary operations."""
 
@@ -164,6 +180,7 @@ ELEMENTARY: dict[Callable[..., Any], Callable[..., Any]] = {
     F.instance_norm: _instance_norm,
     torch.instance_norm: _torch_instance_norm,
     torch._weight_norm: _weight_norm,
+    F.mse_loss: _mse_loss,  # whose backward kernel fails in forward mode
     F.scaled_dot_product_attention: _with_math_attention(F.scaled_dot_product_attention),
     F.multi_head_attention_forward: _with_math_attention(F.multi_head_attention_forward),
 }

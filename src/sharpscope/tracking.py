@@ -10,7 +10,8 @@ It remembers a pool: the Ritz pairs next to the wanted ones, each with its value
 multiplied.  Those that may have overtaken, at the rate at which eigenvalues have changed lately, take part.
 
 Every `verify` calls, and sooner where the memory foretells badly, it solves from a random start, which renews the pool
-and gives a bound from above.
+and gives a bound from above.  What it cannot see is an eigenvalue that rises from the bulk to the top between two such
+solves.
 
 P parameters, k wanted pairs, m columns in the space.
 """
@@ -26,6 +27,9 @@ from .operators import SymmetricOperator
 
 FRESH = 0.03
 """Random part of the last column, from which one call after another filters what nobody knew of."""
+
+UNPROVEN = 1e-3
+"""Square of the surprise that is accepted from the first memory, before there are two to choose from."""
 
 
 def track(
@@ -57,16 +61,19 @@ def track(
     if above is not None:
         k = max(k, memory.k)
     pool = memory.before if memory.lag == 2 else memory.last
-    fresh, doubt, used = None, 1.0, 0
-    if memory.lag:
-        space, chosen = _begun(a, pool, k, memory, above, seed)
-        ritz, _, residuals = space.ritz()
-        surprise = residuals[0].norm().item() / max(ritz.abs().max().item(), 1e-300)
-        doubt = memory.doubt + 1 / verify + 10 * surprise**2
-    if doubt >= 1:
-        used = space.used if memory.lag else 0
+    space, chosen = _begun(a, pool, k, memory, above, seed)
+    ritz, _, residuals = space.ritz()
+    scale = max(ritz.abs().max().item(), 1e-300)
+    turned, changed = residuals[0].norm().item() / scale, (ritz[0] - pool.values[0]).item() / scale
+    surprise = turned**2 + changed**2
+    doubt = memory.doubt + 1 / verify + 10 * surprise
+    fresh, used, before = None, 0, memory.last
+    if doubt >= 1 or (memory.lag == 0 and surprise > UNPROVEN):
+        used = space.used
         fresh = _afresh(a, k, above, rtol, 3 * rtol, seed)
-        pool, k, doubt = _joined(fresh.memory.last, pool, k), max(k, fresh.memory.k), 0.0
+        assert fresh.memory is not None
+        pool, before = _joined(fresh.memory.last, pool, k), _joined(before, fresh.memory.last, k)
+        k, doubt = max(k, fresh.memory.k), 0.0
         space, chosen = _begun(a, pool, k, memory, above, seed)
     moved = _moved(space, pool, chosen, max(memory.lag, 1))
     limit = 30 + 4 * k
@@ -92,7 +99,7 @@ def track(
         k = max(min(wanted, len(ritz)), int((ritz >= above).sum()))
     now = Memory(
         _renewed(pool, chosen, vectors, residuals, ritz, k, max(memory.lag, 1)),
-        memory.last if fresh is None else _joined(memory.last, fresh.memory.last, k),
+        before,
         _lag(vectors[0], memory),
         doubt,
         k,
@@ -167,7 +174,7 @@ def _begun(
 def _candidates(pool: Pool, k: int, memory: Memory, above: float | None) -> Tensor:
     """Of the pool the k best, and of the others those most likely to have overtaken them, or else the oldest."""
     k = min(k, len(pool.values))
-    reach = pool.values + memory.drift * (memory.lag + pool.ages)
+    reach = pool.values + 2 * memory.drift * (1 + memory.lag + pool.ages)
     lowest = pool.values[k - 1].item() - memory.drift
     room = 1 + k // 2
     if above is not None:
