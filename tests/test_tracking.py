@@ -1,5 +1,6 @@
 """Tracking operators that move: slowly, back and forth, and so that their eigenvalues cross."""
 
+import gc
 import math
 
 import problems
@@ -167,3 +168,22 @@ def test_along_training(norm: str) -> None:
             true = lanczos(hessian(f, w), rtol=1e-8, seed=1).values[0]
             assert found.values[0].item() == pytest.approx(true.item(), rel=1e-3)
         w = w - 0.1 * f.grad(w)
+
+
+def test_two_hundred_measurements_leave_nothing_behind() -> None:
+    """Memory is flat; weights, buffers, gradients and random states are bit for bit what they were."""
+    f = problems.objective("BatchNorm2d", "cross-entropy")
+    before = {name: t.clone() for name, t in f.model.state_dict().items()}
+    state, w = torch.get_rng_state(), f.weights()
+    found: Eigenpairs | None = None
+    alive = 0
+    for t in range(200):
+        found = track(hessian(f, w + 1e-3 * math.sin(t) * w), found, seed=t)
+        if t in (60, 199):
+            gc.collect()
+            tensors = sum(type(thing) is Tensor for thing in gc.get_objects())
+            assert alive == 0 or tensors <= alive + 2
+            alive = tensors
+    assert all(t.equal(before[name]) for name, t in f.model.state_dict().items())
+    assert all(p.grad is None for p in f.model.parameters())
+    assert torch.get_rng_state().equal(state)

@@ -259,6 +259,13 @@ def _orthonormal_rows(rest: Tensor, v: Tensor, small: float) -> tuple[Tensor, Te
 
     The coefficients ``C (b, b)`` give ``‖C s‖ = ‖restᵀ s‖``; what was left out is the sum of its squared norms.
     """
+    if len(rest) == 1:
+        size = rest.norm().item()
+        rows = rest / max(size, torch.finfo(rest.dtype).tiny)
+        rows = rows - (rows @ v.T) @ v
+        rows = rows / rows.norm().clamp_min(torch.finfo(rest.dtype).tiny)
+        coefficients = torch.full((1, 1), size, dtype=torch.float64)
+        return rows[: int(size > small)], coefficients, 0.0 if size > small else size**2
     q, r = torch.linalg.qr(rest.T)
     turn, norms, coefficients = torch.linalg.svd(r.double().cpu())
     keep = norms > max(small, torch.finfo(rest.dtype).tiny)
