@@ -31,7 +31,8 @@ class Density:
     ``density`` is broadened, ``1/P Σ_i N(t; λ_i, width²)``, and its band covers the broadened truth.  ``cumulative``
     is the share of eigenvalues ``λ_i ≤ t`` with no broadening, and so is what its band covers (points closer to an
     eigenvalue than rounding count on either side).  Bands hold the spread over probes and the error of the
-    quadrature: at one point they miss for at most about one seed in twenty, and not at all points independently.
+    quadrature.  Over points and seeds they hold 95 times in 100 or more for the cumulative share and 94 to 97 times for
+    the density, 90 times at the worst point seen there; misses at nearby points come together.
     """
 
     points: Tensor = field(repr=False)  # (n,), as all of these
