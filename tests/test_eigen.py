@@ -1,6 +1,7 @@
 """Lanczos against dense decompositions: networks, and matrices of known and awkward spectra."""
 
 import math
+import re
 
 import problems
 import pytest
@@ -208,3 +209,12 @@ def test_noisy_products_show_in_the_floor() -> None:
     assert clean.floor < 1e-13 * 10
     assert 1e-7 < rough.floor < 1e-4
     assert rough.lower[0] <= dense_top(matrix, 1)[0]
+
+
+def test_eigenpairs_print_as_sentences() -> None:
+    found = lanczos(symmetric(SPECTRA["outliers over a bulk"])[1], 2)
+    first, second, last = str(found).splitlines()
+    assert re.fullmatch(r"λ1 = 10, residual \d.\de-\d\d; at most 10[.\d]* with probability 99.9%", first)
+    assert re.fullmatch(r"λ2 = 9, residual \d.\de-\d\d", second)
+    assert last.startswith(f"{found.num_matvecs} products, rounding ")
+    assert "vectors" not in repr(found)

@@ -93,7 +93,7 @@ class Comparison:
             return f"above {self.threshold:.6g}: {seen} (proved, up to rounding)"
         if self.answer == "below":
             return f"below {self.threshold:.6g}: {seen} (with probability {self.confidence:.1%})"
-        return f"undecided at {self.threshold:.6g}: {seen}; about {self.more_matvecs} more products would decide"
+        return f"undecided at {self.threshold:.6g}: {seen}; some {self.more_matvecs} more products may decide"
 
 
 def compare(

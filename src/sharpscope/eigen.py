@@ -85,7 +85,7 @@ class Eigenpairs:
     """
 
     values: Tensor  # (k,)
-    vectors: Tensor  # (P, k), orthonormal columns
+    vectors: Tensor = field(repr=False)  # (P, k), orthonormal columns
     residuals: Tensor  # (k,)  ‖A v - λ v‖
     num_matvecs: int
     upper: float = math.inf
@@ -93,6 +93,13 @@ class Eigenpairs:
     num_gradients: float = math.nan  # cost of the products in gradients, where the operator knows it
     memory: Memory | None = field(default=None, repr=False)
     confidence: float = CONFIDENCE
+
+    def __str__(self) -> str:
+        rows = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
+        lines = [f"λ{i} = {value:.6g}, residual {residual:.1e}" for i, (value, residual) in enumerate(rows, start=1)]
+        if math.isfinite(self.upper):
+            lines[0] += f"; at most {self.upper:.6g} with probability {self.confidence:.1%}"
+        return "\n".join([*lines, f"{self.num_matvecs} products, rounding {self.floor:.0e}"])
 
     @property
     def lower(self) -> Tensor:
