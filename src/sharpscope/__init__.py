@@ -15,17 +15,22 @@ from .bounds import Comparison
 from .budget import ErrorBudget, error_budget
 from .doctor import Checkup, doctor
 from .eigen import Eigenpairs, NotConverged, NotFinite, ends, lanczos
+from .flows import Flow, central_flow, gradient_flow, stable_flow
 from .history import History
+from .integrate import FlowStuck, Path, implicit, integrate, multirate
 from .invariance import ScaleGroups, find_groups
 from .iterate import Iterate, midpoint
 from .measures import product_sphere_sharpness, sharpness, spherical_sharpness, top_eigenpairs
 from .monitor import Monitor
 from .objective import Objective
 from .operators import SymmetricOperator, gauss_newton, hessian, preconditioned, projected, restricted
+from .predict import Prediction, compare
 from .quadrature import Density, density
+from .reduction import NoMinimizer, ReductionFlow, sharpness_reduction
 from .rules import GD, SphericalRMSprop, UpdateRule, rule_of
 from .smooth import smooth
 from .spectrum import Estimate, block_tops, diagonal, most_negative, shares, trace
+from .third import WrongThirdDerivative
 from .tracking import track
 
 __all__ = [
@@ -36,17 +41,26 @@ __all__ = [
     "Eigenpairs",
     "ErrorBudget",
     "Estimate",
+    "Flow",
+    "FlowStuck",
     "History",
     "Iterate",
     "Monitor",
+    "NoMinimizer",
     "NotConverged",
     "NotFinite",
     "Objective",
+    "Path",
+    "Prediction",
+    "ReductionFlow",
     "ScaleGroups",
     "SphericalRMSprop",
     "SymmetricOperator",
     "UpdateRule",
+    "WrongThirdDerivative",
     "block_tops",
+    "central_flow",
+    "compare",
     "density",
     "diagonal",
     "doctor",
@@ -54,10 +68,14 @@ __all__ = [
     "error_budget",
     "find_groups",
     "gauss_newton",
+    "gradient_flow",
     "hessian",
+    "implicit",
+    "integrate",
     "lanczos",
     "midpoint",
     "most_negative",
+    "multirate",
     "preconditioned",
     "product_sphere_sharpness",
     "projected",
@@ -65,8 +83,10 @@ __all__ = [
     "rule_of",
     "shares",
     "sharpness",
+    "sharpness_reduction",
     "smooth",
     "spherical_sharpness",
+    "stable_flow",
     "top_eigenpairs",
     "trace",
     "track",

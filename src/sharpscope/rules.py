@@ -40,6 +40,35 @@ class UpdateRule(ABC):
     def effective_learning_rate(self, radius: float, state: State) -> float:
         """Step size seen on the unit sphere by scale-invariant weights of norm `radius`."""
 
+    def preconditioner(self, state: State) -> Tensor:
+        """The diagonal p of P, one number or ``(P,)``: on average the weights move by ``-∇F/p`` a step [N25]."""
+        raise TypeError(
+            f"{type(self).__name__} says no preconditioner, which a flow needs; define preconditioner(state)"
+        )
+
+    @property
+    def bound(self) -> float:
+        """Largest eigenvalue of ``P^-1/2 ∇²F P^-1/2`` at which the rule is stable."""
+        return 2.0
+
+    @property
+    def coupled_decay(self) -> float:
+        """The a of ``F = L + (a/2) ‖w‖²``, which the rule descends."""
+        return 0.0
+
+    @property
+    def decoupled_decay(self) -> float:
+        """Share of the weights that decoupled weight decay takes away in a step."""
+        return 0.0
+
+    def averages(self, state: State) -> State:
+        """Those entries of the state that average over gradients and so take part in a flow; not the momentum."""
+        return {}
+
+    def relax(self, averages: State, square: Tensor) -> State:
+        """Change of the averages per step while the gradients' squares are `square` ``(P,)`` in the mean."""
+        return {}
+
     @property
     @abstractmethod
     def edge(self) -> float:
@@ -95,6 +124,19 @@ class GD(UpdateRule):
     def clock(self) -> float:
         """``lr·wd/(1 - mom)``."""
         return self.intrinsic_rate / (1 - self.momentum)
+
+    def preconditioner(self, state: State) -> Tensor:
+        """``(1 - mom)/lr``."""
+        return torch.tensor((1 - self.momentum) / self.learning_rate, dtype=torch.float64)
+
+    @property
+    def bound(self) -> float:
+        """``2 (1 + mom)/(1 - mom)``."""
+        return self.edge / (1 - self.momentum)
+
+    @property
+    def coupled_decay(self) -> float:
+        return self.weight_decay
 
     def init(self, w: Tensor) -> State:
         return {"momentum": torch.zeros_like(w)} if self.momentum else {}

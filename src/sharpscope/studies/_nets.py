@@ -124,6 +124,56 @@ def digits_conv(norm: str, seed: int) -> nn.Module:
     return nn.Sequential(*first, nn.GELU(), *second, nn.GELU(), nn.Flatten(), *last)
 
 
+class TokenNorm(nn.Module):
+    """Layer normalization of the last axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True))
+
+
+class Block(nn.Module):
+    """Self-attention and a GELU layer on tokens ``(n, t, d)``, with residual sums; every map meets a normalization."""
+
+    def __init__(self, width: int, heads: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, TokenNorm()
+        self.query, self.key, self.value, self.out = (Weights((width, width), generator) for _ in range(4))
+        self.up, self.down = Weights((2 * width, width), generator), Weights((width, 2 * width), generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        q, k, v = (
+            z.view(n, t, self.heads, -1).transpose(1, 2)
+            for z in (self.norm(self.query(x)), self.norm(self.key(x)), self.value(x))
+        )
+        share = (q @ k.transpose(2, 3) * (d // self.heads) ** -0.5).softmax(-1)
+        x = x + self.norm(self.out((share @ v).transpose(1, 2).reshape(n, t, d)))
+        hidden = nn.functional.gelu(self.norm(self.up(self.norm(x))))
+        return x + self.norm(self.down(hidden))
+
+
+class Tokens(nn.Module):
+    """The rows of an image as tokens: a linear map, normalized, plus a fixed random code of the place."""
+
+    code: Tensor
+
+    def __init__(self, rows: int, columns: int, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.embed, self.norm = Weights((width, columns), generator), TokenNorm()
+        self.register_buffer("code", torch.randn(rows, width, generator=generator, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.embed(x.squeeze(1))) + self.code
+
+
+class Pool(nn.Module):
+    """The mean over tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
 class Product(nn.Module):
     """``X = U Vᵀ`` read at given entries and normalized over them: matrix completion with batch normalization."""
 
@@ -144,6 +194,20 @@ class Product(nn.Module):
         asked = seen if asked is None else asked
         centred = x[asked] - moments.mean()
         return self.scale * centred * torch.rsqrt((moments - moments.mean()).square().mean()) + self.shift
+
+
+def digits_transformer(norm: str, seed: int) -> nn.Module:
+    """The 8 rows of an image as tokens of width 24, two blocks with two heads, the mean, 24→10, layer normalization."""
+    g = torch.Generator().manual_seed(seed)
+    blocks = [Block(24, 2, g) for _ in range(2)]
+    return nn.Sequential(Tokens(8, 8, 24, g), *blocks, Pool(), Weights((10, 24), g), TokenNorm())
+
+
+def plain_mlp(norm: str, seed: int) -> nn.Module:
+    """64→32→32→10 with tanh, without biases and without normalization."""
+    g = torch.Generator().manual_seed(seed)
+    first, second, last = (Weights(shape, g) for shape in ((32, 64), (32, 32), (10, 32)))
+    return nn.Sequential(nn.Flatten(), first, nn.Tanh(), second, nn.Tanh(), last)
 
 
 def half_squares(output: Tensor, target: Tensor) -> Tensor:

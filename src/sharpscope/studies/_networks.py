@@ -19,7 +19,14 @@ LOSSES: dict[str, _nets.Loss] = {
     "cross-entropy": partial(_nets.cross_entropy, smoothing=0.1),
 }
 
-SECONDS_PER_STEP = {"regression": 0.9e-3, "mlp": 3.2e-3, "conv": 12e-3}
+DIGITS = {
+    "mlp": _nets.digits_mlp,
+    "conv": _nets.digits_conv,
+    "transformer": _nets.digits_transformer,
+    "plain": _nets.plain_mlp,
+}
+
+SECONDS_PER_STEP = {"regression": 0.9e-3, "mlp": 3.2e-3, "conv": 12e-3, "transformer": 30e-3, "plain": 1.2e-3}
 """Rough cost, measurements included."""
 
 
@@ -39,7 +46,7 @@ class Variant:
     rmsprop: bool = False
     seed: int = 0
     every: int = 50
-    train: int = 500  # images of the digits
+    train: int | None = None  # examples, where not 500 (digits) or 80 (regression)
 
     @property
     def num_steps(self) -> int:
@@ -55,7 +62,7 @@ class Variant:
 
 def run_variant(track: Track, report: Report, variant: Variant) -> None:
     """Train one variant."""
-    task = _task(variant)
+    task = task_of(variant)
     rule: UpdateRule = GD(variant.learning_rate, variant.weight_decay, variant.momentum)
     if variant.rmsprop:
         norm = torch.cat([p.detach().flatten() for p in task.net.parameters()]).norm().item()
@@ -64,14 +71,14 @@ def run_variant(track: Track, report: Report, variant: Variant) -> None:
     train(track, report, task, rule, schedule, unit_start=variant.rmsprop)
 
 
-def _task(variant: Variant) -> Task:
+def task_of(variant: Variant) -> Task:
+    """The network of a variant, its data and how it is judged."""
     loss = LOSSES[variant.loss]
     if variant.net == "regression":
-        data = _data.smooth_function(seed=variant.seed)
+        data = _data.smooth_function(variant.train or 80, seed=variant.seed)
         net = _nets.regression_net(variant.norm, variant.seed)
     else:
-        data = _data.digits(variant.train, variant.seed)
-        build = {"mlp": _nets.digits_mlp, "conv": _nets.digits_conv}[variant.net]
-        net = build(variant.norm, variant.seed)
+        data = _data.digits(variant.train or 500, variant.seed)
+        net = DIGITS[variant.net](variant.norm, variant.seed)
     judged = judge(loss, data.x, data.labels, data.test_x, data.test_y, data.test_labels)
     return Task(net, loss, data.x, data.y, judged)

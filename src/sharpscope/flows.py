@@ -1,0 +1,252 @@
+"""Flows: what an optimizer does on average, as a motion of the weights in continuous time.
+
+One unit of time t is one step of the optimizer.  With F = L + (a/2)‖w‖² (a the coupled weight decay), P the rule's
+preconditioner and c the bound on the eigenvalues of P^-1/2 ∇²F P^-1/2 below which the rule is stable,
+
+    stable flow     dw/dt = -P⁻¹ ∇F(w)
+    central flow    dw/dt = -P⁻¹ (∇F(w) + ½ ∇⟨Σ, ∇²F(w)⟩),     Σ = U X Uᵀ ⪰ 0
+
+where Σ is the covariance of the oscillation along the modes U at the edge, the least one that keeps their curvature
+from passing the bound (Cohen et al. 2025, arXiv 2410.24206).  With ``U`` the k modes nearest to the edge, UᵀPU = I,
+``C = Uᵀ∇²F U`` and ``G_ij = ∇(u_iᵀ∇²F u_j)``, a step of length dt changes C by ``-dt (A + B X)``,
+
+    A_ij = ⟨G_ij, P⁻¹∇F⟩,     B_ij,lm = ½⟨G_ij, P⁻¹ G_lm⟩,
+
+so X solves  X ⪰ 0,  c I - C + dt (A + B X) ⪰ 0,  ⟨X, ·⟩ = 0  [N25].  The slack ``c I - C`` lets modes enter and leave.
+A P that changes (RMSprop, Adam) adds its own rate to A and B.
+
+P parameters, k modes, m = k (k + 1)/2 pairs of them.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from . import complementarity, third
+from .eigen import Memory
+from .objective import Objective
+from .operators import SymmetricOperator, hessian, preconditioned, scaled
+from .rules import State, UpdateRule
+from .tracking import track
+
+MOST = 20
+"""Modes that are held at the edge together, at most."""
+
+
+@dataclass(frozen=True)
+class Slope:
+    """What a flow says at one point."""
+
+    velocity: Tensor  # dw/dt, (P,)
+    averages: State  # d/dt of the averages in the rule's state
+    curvatures: Tensor  # C (k, k): of the modes near the edge, in units in which the bound is c
+    covariance: Tensor  # X (k, k) of the oscillation along them
+    variances: Tensor  # eigenvalues of Σ = U X Uᵀ (k,), ascending: mean squared amplitudes
+    loss: float  # L averaged over the oscillation, L(w) + ½⟨Σ, ∇²L⟩
+    point_loss: float  # L(w)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The central flow of a rule; without `band`, its stable flow.
+
+    Modes with curvature above ``(1 - band) c`` take part, the `MOST` largest of them.
+    """
+
+    objective: Objective
+    rule: UpdateRule
+    band: float | None = 0.1
+    slopes: third.Slopes | None = None
+
+    def local(self, w: Tensor, averages: State, memory: Memory | None = None, seed: int = 0) -> "Local":
+        """The flow around w, with the modes at the edge tracked from `memory`."""
+        inverse = self.inverse(w, averages)
+        a, shift = self.curvature(w, inverse)
+        edge = None if self.band is None else (1 - self.band) * self.rule.bound - shift
+        found = track(a, memory, 1, above=edge, seed=seed)
+        local = self.around(w, inverse, found.values + shift, found.vectors)
+        return replace(local, memory=found.memory, cost=local.cost + found.num_gradients)
+
+    def inverse(self, w: Tensor, averages: State) -> Tensor:
+        """The diagonal of P⁻¹, one number or ``(P,)``."""
+        return 1 / torch.as_tensor(self.rule.preconditioner(averages)).to(w)
+
+    def curvature(self, w: Tensor, inverse: Tensor) -> tuple[SymmetricOperator, float]:
+        """An operator and a number that sum to ``P^-1/2 ∇²F P^-1/2``."""
+        h, decay = hessian(self.objective, w), self.rule.coupled_decay
+        if inverse.dim() == 0:
+            return scaled(h, inverse.item()), decay * inverse.item()
+        return preconditioned(shifted(h, decay), 1 / inverse), 0.0
+
+    def around(self, w: Tensor, inverse: Tensor, values: Tensor, vectors: Tensor) -> "Local":
+        """The flow around w, given eigenpairs of ``P^-1/2 ∇²F P^-1/2``, of which those in the band are its modes."""
+        k = 0 if self.band is None else min(int((values >= (1 - self.band) * self.rule.bound).sum()), MOST)
+        U, way, cost = vectors[:, :k] * column(inverse.sqrt()), self.slopes, 0.0
+        if k and way is None:
+            way, cost = third.checked(self.objective, w, U[:, 0]), 20.0
+        G = way(self.objective, w, U) if way is not None and k else w.new_zeros(0, len(w))
+        return Local(
+            replace(self, slopes=way),
+            w,
+            inverse,
+            U,
+            torch.diag(values[:k]),
+            G,
+            values[0].item(),
+            None,
+            cost + 2 * len(G),
+        )
+
+
+def column(x: Tensor) -> Tensor:
+    """``x`` so that it multiplies columns: a number as it is, ``(P,)`` as ``(P, 1)``."""
+    return x if x.dim() == 0 else x[:, None]
+
+
+def shifted(a: SymmetricOperator, c: float) -> SymmetricOperator:
+    """``A + c I``."""
+    if c == 0:
+        return a
+    matmat = a.matmat
+    return SymmetricOperator(
+        lambda v: a.matvec(v) + c * v, a.like, None if matmat is None else lambda V: matmat(V) + c * V, a.cost
+    )
+
+
+@dataclass(frozen=True)
+class Local:
+    """A flow around a point ``w0``: its modes held fixed, their curvature to first order in w - w0."""
+
+    flow: Flow
+    w0: Tensor
+    inverse: Tensor  # the diagonal of P⁻¹, one number or (P,)
+    modes: Tensor  # U (P, k)
+    curvatures: Tensor  # at w0 (k, k)
+    slopes: Tensor  # G_ij, i ≤ j, as rows (m, P)
+    largest: float  # eigenvalue of P^-1/2 ∇²F P^-1/2
+    memory: Memory | None
+    cost: float  # in gradients
+
+    def curvature(self, w: Tensor) -> Tensor:
+        """``C(w) = C(w0) + ⟨G, w - w0⟩`` (k, k)."""
+        return self.curvatures + self.unpacked(self.slopes @ (w - self.w0))
+
+    def unpacked(self, x: Tensor) -> Tensor:
+        """Symmetric ``(.., k, k)`` from the m entries with i ≤ j in the last place."""
+        return unpacked(x, self.modes.shape[1])
+
+    def push(self, X: Tensor) -> Tensor:
+        """``Σ_ij X_ij G_ij`` (P,)."""
+        i, j = third.pairs(len(X))
+        return torch.where(i == j, X[i, j], 2 * X[i, j]) @ self.slopes
+
+    def gram(self, images: Tensor) -> Tensor:
+        """``½⟨G_ij, images_lm⟩`` (k, k, k, k), from images of the slopes under a symmetric map (m, P)."""
+        half = self.unpacked(0.5 * self.slopes @ images.T)  # (m, k, k)
+        return self.unpacked(half.movedim(0, -1)).permute(2, 3, 0, 1)
+
+    @cached_property
+    def still_gram(self) -> Tensor:
+        """B while P stands still."""
+        return self.gram(self.slopes * self.inverse)
+
+    def slope(self, w: Tensor, averages: State, dt: float, start: Tensor | None = None) -> Slope:
+        """The flow at w, near w0, for a step of length dt; `start` is the X of a step before."""
+        rule = self.flow.rule
+        value, g = self.flow.objective.value_and_grad(w)
+        force, drift = g + rule.coupled_decay * w, rule.decoupled_decay * w
+        C = self.curvature(w)
+        k = len(C)
+        gap = rule.bound * torch.eye(k).to(C) - C
+        if k == 0:
+            X, square = C, g.square()
+        else:
+            A = self.unpacked(self.slopes @ (self.inverse * force + drift))
+            B = self.still_gram
+            square = g.square()
+            if averages:
+                A0, B0 = self._changing(averages, square)
+                A, B = A + A0, B + B0
+            X = complementarity.solve(gap + dt * A, dt * B, start).x
+            square = square + self._shaken(X)
+        velocity = -self.inverse * (force + 0.5 * self.push(X)) - drift
+        rates = rule.relax(averages, square) if averages else {}
+        return Slope(velocity, rates, C, X, self.variances(X), *self.losses(value.item(), C, X))
+
+    def losses(self, value: float, C: Tensor, X: Tensor) -> tuple[float, float]:
+        """``L + ½⟨Σ, ∇²L⟩`` and L."""
+        own = C - self.flow.rule.coupled_decay * self.modes.T @ self.modes
+        return value + 0.5 * (X * own).sum().item(), value
+
+    def variances(self, X: Tensor) -> Tensor:
+        """Eigenvalues of ``U X Uᵀ``."""
+        if not len(X):
+            return X.new_zeros(0)
+        values, Q = torch.linalg.eigh(self.modes.T @ self.modes)
+        root = Q * values.clamp_min(0).sqrt()
+        return torch.linalg.eigvalsh(root.T @ X @ root)
+
+    def _shaken(self, X: Tensor) -> Tensor:
+        """The diagonal of ``∇²F Σ ∇²F``, the mean square of the oscillation of the gradient; ``∇²F U = c P U``."""
+        V = self.flow.rule.bound * self.modes / column(self.inverse)
+        return ((V @ X) * V).sum(1)
+
+    def _changing(self, averages: State, square: Tensor) -> tuple[Tensor, Tensor]:
+        """What a moving P adds to A and B: ``c Uᵀ (dP/dt) U``, affine in X."""
+        rule, k = self.flow.rule, self.modes.shape[1]
+        U, c, h = self.modes, rule.bound, 1e-4
+        here = torch.as_tensor(rule.preconditioner(averages)).to(U)
+
+        def rate(square: Tensor) -> Tensor:
+            there = moved(averages, rule.relax(averages, square), h)
+            return (torch.as_tensor(rule.preconditioner(there)).to(U) - here) / h
+
+        def seen(r: Tensor) -> Tensor:
+            return c * U.T @ (column(r) * U)
+
+        still = rate(square)
+        V = c * U / column(self.inverse)
+        i, j = third.pairs(k)
+        E = torch.stack(
+            [seen(rate(square + V[:, a] * V[:, b]) - still) for a, b in zip(i, j, strict=True)]
+        )  # (m, k, k)
+        return seen(still), self.unpacked(E.movedim(0, -1))
+
+
+def moved(averages: State, rates: State, dt: float) -> State:
+    """The averages after dt at those rates; what has no rate stays."""
+    return {name: v + dt * rates[name] if name in rates else v for name, v in averages.items()}
+
+
+def unpacked(x: Tensor, k: int) -> Tensor:
+    """Symmetric ``(.., k, k)`` from the m = k (k + 1)/2 entries with i ≤ j in the last place."""
+    i, j = third.pairs(k)
+    out = x.new_zeros(*x.shape[:-1], k, k)
+    out[..., i, j] = x
+    out[..., j, i] = x
+    return out
+
+
+def gradient_flow(f: Objective, rule: UpdateRule) -> Flow:
+    """``dw/dt = -∇F(w)/p`` for a rule whose P stands still: gradient descent, its learning rate made continuous time.
+
+    Raises:
+        ValueError: P moves (RMSprop, Adam): that flow is `stable_flow`.
+    """
+    if rule.averages(rule.init(f.weights())):
+        raise ValueError(f"{type(rule).__name__} rescales its gradient as it goes; its flow is stable_flow(f, rule)")
+    return stable_flow(f, rule)
+
+
+def stable_flow(f: Objective, rule: UpdateRule) -> Flow:
+    """What the rule would do if it did not oscillate: the central flow with Σ = 0."""
+    return Flow(f, rule, band=None)
+
+
+def central_flow(f: Objective, rule: UpdateRule, *, band: float = 0.1) -> Flow:
+    """The mean of the rule's path at the edge of stability [N25]; modes above ``(1 - band) c`` take part."""
+    if not 0 < band < 1:
+        raise ValueError(f"band is {band}; it is a share of the bound, between 0 and 1")
+    return Flow(f, rule, band)

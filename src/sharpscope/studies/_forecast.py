@@ -1,0 +1,83 @@
+"""Jobs that train a network for a while and then predict what its optimizer does next."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..history import Track
+from ..integrate import FlowStuck, Method
+from ..objective import Objective
+from ..predict import compare
+from ..rules import GD, UpdateRule
+from ..sphere import effective_learning_rate
+from ._networks import SECONDS_PER_STEP, Variant, task_of
+from ._study import Job, Report
+
+RUNS = ("optimizer", "central flow", "stable flow")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The flows of a variant's optimizer from step `start` on, over `steps` steps, read at `points` of them."""
+
+    variant: Variant
+    start: int
+    steps: int
+    points: int = 25
+    rule: UpdateRule | None = None  # where it is not gradient descent with the variant's rates
+    method: Method | None = None
+
+    def job(self, name: str) -> Job:
+        """Its job, with the runs "NAME: optimizer", "NAME: central flow" and "NAME: stable flow"."""
+        cost = SECONDS_PER_STEP[self.variant.net] * (self.start + 12 * self.steps)
+        return Job(name, run_forecast, {"name": name, "forecast": self}, cost)
+
+
+def runs(name: str) -> tuple[str, ...]:
+    """The runs of a forecast."""
+    return tuple(f"{name}: {run}" for run in RUNS)
+
+
+def run_forecast(track: Track, report: Report, name: str, forecast: Forecast) -> None:
+    """Train, then compare; a run whose flow gets stuck ends with a note that says so."""
+    track.resume()
+    variant = forecast.variant
+    task = task_of(variant)
+    f = Objective(task.net, task.loss, [(task.x, task.y)])
+    rule: UpdateRule = forecast.rule or GD(variant.learning_rate, variant.weight_decay, variant.momentum)
+    w = f.weights()
+    state = rule.init(w)
+    for step in range(forecast.start):
+        w, state = rule.step(w, f.grad(w), state)
+        if step % 100 == 0:
+            report(0.1 * step / forecast.start)
+
+    def evaluate(w: Tensor) -> Mapping[str, float]:
+        f.load(w)
+        columns = task.evaluate(task.net.train())
+        task.net.train()
+        radius = w.norm().item()
+        rate = effective_learning_rate(variant.learning_rate, variant.weight_decay, radius)
+        return {**columns, "line": rule.edge / rate}
+
+    try:
+        p = compare(
+            f,
+            rule,
+            w,
+            forecast.steps,
+            state=state,
+            points=forecast.points,
+            evaluate=evaluate,
+            method=forecast.method,
+            report=lambda share: report(0.1 + 0.9 * share),
+        )
+    except (FlowStuck, ValueError) as error:
+        track.finish(f"stopped after step {forecast.start}: {error}")
+        return
+    columns = p.history.columns
+    for i in range(len(p.history)):
+        row = {key: values[i] for key, values in columns.items() if values[i] is not None}
+        sharpness = row["sharpness"] * row["radius"] ** 2
+        track.append(**(row | {"run": f"{name}: {row['run']}", "spherical_sharpness": sharpness}))
