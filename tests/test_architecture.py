@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/sharpscope"
 ORDER = (
     *("smooth", "batches", "objective", "programs", "products", "operators", "doctor"),
-    *("bounds", "eigen", "tracking", "eigenbasis", "spectrum", "quadrature", "sphere"),
-    *("invariance", "rules", "iterate", "measures", "budget", "history", "diagnose", "claims", "plots", "report"),
-    *("third", "complementarity", "flows", "integrate", "reduction", "predict", "monitor", "studies", "cli"),
+    *("bounds", "eigen", "tracking", "eigenbasis", "spectrum", "quadrature", "sphere", "invariance"),
+    *("rules", "adaptive", "equivalences", "iterate", "measures", "budget", "history", "diagnose"),
+    *("third", "complementarity", "flows", "integrate", "reduction", "predict"),
+    *("claims", "plots", "report", "monitor", "studies", "cli"),
 )
 EXTRAS = ("tyro", "pyarrow", "sklearn", "matplotlib", "safetensors", "tqdm")
 DERIVATIVES = {"grad", "grad_and_value", "hessian", "jacfwd", "jacrev", "jvp", "linearize", "vjp", "vhp", "hvp"}

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharpscope.rules import GD, SphericalRMSprop, State, UpdateRule, rule_of
+from sharpscope.rules import GD, ScalarRMSprop, SphericalRMSprop, State, UpdateRule, rule_of, state_of
 from sharpscope.sphere import angle, direction, rmsprop_constants, tangent
+from sharpscope.studies import _toys as toys
 
 
 def advance(rule: UpdateRule, w: Tensor, curvature: Tensor, steps: int) -> Tensor:
@@ -60,6 +61,42 @@ def test_edge_is_the_threshold_in_units_of_the_learning_rate(rule: GD) -> None:
     assert on_sphere * (rule.threshold({}) + rule.weight_decay) == pytest.approx(rule.edge, rel=1e-15)
 
 
+@pytest.mark.parametrize("rule", GDS, ids=str)
+def test_bound_is_the_threshold_in_units_of_the_preconditioner(rule: GD) -> None:
+    threshold = rule.threshold({}) + rule.coupled_decay
+    assert threshold / rule.preconditioner({}).item() == pytest.approx(rule.bound, rel=1e-15)
+
+
+MOVING = [GD(0.1), GD(0.1, 0.0, 0.9), ScalarRMSprop(0.02, 0.9, 0.5), ScalarRMSprop(0.02, 0.9, 0.5, update_first=True)]
+
+
+@pytest.mark.parametrize("rule", MOVING, ids=str)
+def test_a_constant_force_moves_weights_by_force_over_preconditioner(rule: UpdateRule) -> None:
+    g = torch.tensor([1.0, -2.0, 0.1], dtype=torch.float64)
+    w = torch.zeros_like(g)
+    state = rule.init(w)
+    for _ in range(500):  # .9^500 = 1e-23: buffers and averages have settled
+        now, (w, state) = w, rule.step(w, g, state)
+    assert torch.allclose(now - w, g / rule.preconditioner(state), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_relax_is_the_change_of_the_average_in_a_step(first: bool) -> None:
+    rule = ScalarRMSprop(0.02, 0.9, 0.5, first)
+    g = torch.tensor([1.0, -2.0, 0.1], dtype=torch.float64)
+    state = rule.init(g)
+    _, after = rule.step(torch.zeros_like(g), g, state)
+    change = rule.relax(rule.averages(state), g.square())["v"]
+    assert (after["v"] - state["v"]).item() == pytest.approx(change.item(), rel=1e-13)
+
+
+def test_rules_that_say_no_preconditioner_refuse_a_flow() -> None:
+    rule = SphericalRMSprop(0.1, 0.9, 0.1)
+    assert rule.averages(rule.init(torch.ones(2))) == {} == rule.relax({}, torch.ones(2))
+    with pytest.raises(TypeError, match="SphericalRMSprop says no preconditioner"):
+        rule.preconditioner(rule.init(torch.ones(2)))
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 def test_clock_is_the_time_of_weight_decay(momentum: float) -> None:
     rule = GD(0.1, 1e-2, momentum)
@@ -102,6 +139,13 @@ def test_momentum_is_below_one(momentum: float) -> None:
 def test_rmsprop_constants_are_checked(rates: tuple[float, float, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SphericalRMSprop(*rates)
+    with pytest.raises(ValueError, match=message):
+        ScalarRMSprop(*rates)
+
+
+def test_weight_decay_does_not_update_first() -> None:
+    with pytest.raises(ValueError, match="choose exact or update_first"):
+        SphericalRMSprop(0.1, 0.9, 0.1, update_first=True, exact=True)
 
 
 @pytest.mark.parametrize("rule", GDS, ids=str)
@@ -117,8 +161,8 @@ def test_sgd_is_read_with_its_present_values(rule: GD) -> None:
 
 def test_unknown_optimizers_are_named_with_the_known_ones() -> None:
     p = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(TypeError, match=r"no update rule for Adam; subclass UpdateRule\. Known: .*SGD"):
-        rule_of(torch.optim.Adam([p]))
+    with pytest.raises(TypeError, match=r"no update rule for Adagrad; subclass UpdateRule\. Known: .*SGD"):
+        rule_of(torch.optim.Adagrad([p]))
 
 
 def test_variants_of_sgd_are_refused_by_name() -> None:
@@ -135,6 +179,16 @@ def test_several_parameter_groups_are_refused() -> None:
     sgd.add_param_group({"params": [b], "lr": 0.5})
     with pytest.raises(TypeError, match="2 parameter groups"):
         rule_of(sgd)
+
+
+def test_the_momentum_of_sgd_is_found_in_the_order_asked_for() -> None:
+    a, b, c = (torch.nn.Parameter(torch.full((n,), float(n))) for n in (1, 2, 3))
+    sgd = torch.optim.SGD([a, b, c], lr=0.1, momentum=0.5)
+    assert state_of(sgd, [c, a])["momentum"].tolist() == [0.0] * 4
+    a.grad, c.grad = 2 * a.detach(), 2 * c.detach()  # b has none, as a weight that the loss does not see
+    sgd.step()
+    assert state_of(sgd, [c, b, a])["momentum"].tolist() == [6.0, 6.0, 6.0, 0.0, 0.0, 2.0]
+    assert state_of(torch.optim.SGD([a], lr=0.1), [a]) == {}
 
 
 class SignDescent(torch.optim.Optimizer):
@@ -181,7 +235,7 @@ def test_a_rule_of_ones_own_is_found_by_its_optimizer() -> None:
     optimizer = SignDescent([torch.nn.Parameter(torch.ones(2))], lr=0.3)
     assert rule_of(optimizer) == SignRule(0.3)
     with pytest.raises(TypeError, match=r"Known: .*SignDescent"):
-        rule_of(torch.optim.Adam([torch.nn.Parameter(torch.ones(2))]))
+        rule_of(torch.optim.Adagrad([torch.nn.Parameter(torch.ones(2))]))
 
 
 def test_a_rule_that_cannot_read_says_so() -> None:
@@ -221,6 +275,65 @@ def test_spherical_rmsprop_keeps_unit_norm_and_does_not_see_the_scale() -> None:
     assert torch.equal(once, scaled)
     assert torch.equal(after["v"], after_scaled["v"])
     assert once.norm().item() == pytest.approx(1, abs=1e-15)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("C", [0.5, 2.0, 8.0])
+def test_claim_22_both_orders_take_the_steps_that_have_the_speed_of_the_flow(C: float, first: bool) -> None:
+    """The toy's own scalar RMSprop, whose speed is tested against ``C K/(4C + 2K²)``, in plain floats."""
+    toy, eta = toys.Toy(2.0, 0.3, 0.2, 1.0, 2.0), 0.02
+    run = toys.scalar_rmsprop(toys.Toy(*(torch.tensor([c]).numpy() for c in (2.0, 0.3, 0.2, 1.0, 2.0))), 1.0, eta,
+                              torch.tensor([C]).numpy(), torch.tensor([first]).numpy())  # fmt: skip
+    particle = tuple(run.initial[0].tolist())
+    w = torch.tensor(particle[:3], dtype=torch.float64)
+    rule = SphericalRMSprop(eta, 1 - C * eta**2, eta / math.sqrt(particle[3]), first)
+    assert rule.constant == pytest.approx(C, rel=1e-12)
+    state = rule.init(w)
+    for _ in range(50):
+        particle = toys.rmsprop_step(toy, particle, eta, C, first)
+        w, state = rule.step(w, torch.from_numpy(toys.gradient(toy, w.numpy())), state)
+    assert w.tolist() == pytest.approx(particle[:3], abs=1e-12)
+    assert state["v"].item() == pytest.approx(particle[3], rel=1e-12)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("C", [0.5, 2.0])
+def test_claim_23_scalar_rmsprop_follows_the_flow_on_a_loss_that_sees_the_scale(C: float, first: bool) -> None:
+    """``L = e^{2 sin x}(s²/2 + .7 s³/3)``, s = z - ½ sin x: along s = 0 it moves by -η² C G/(4C + 2K²) a step."""
+    eta = 0.03
+    steps = round(4 / eta**2)
+
+    def shape(x: float) -> tuple[float, float]:
+        """K and dℓ/dx of ``log λ1 = 2 sin x + log(1 + ¼cos²x)`` along the curve of minimizers."""
+        length = math.sqrt(1 + 0.25 * math.cos(x) ** 2)
+        return (2 * math.cos(x) - 0.25 * math.sin(2 * x) / length**2) / length, length
+
+    def velocity(x: float) -> float:
+        K, length = shape(x)
+        return -C * K / ((4 * C + 2 * K**2) * length)
+
+    x, h = 1.0, 4 / 400
+    for _ in range(400):  # the midpoint rule: an error of h² = 1e-4 of the distance at most, 3η² = 2.7e-3
+        x += h * velocity(x + h / 2 * velocity(x))
+
+    K, length = shape(1.0)
+    normal = torch.tensor([-0.5 * math.cos(1.0), 1.0], dtype=torch.float64) / length
+    start = torch.tensor([1.0, 0.5 * math.sin(1.0)], dtype=torch.float64)
+    w = start + eta * math.sqrt(C / (4 * C + 2 * K**2)) * normal
+    sharpness = math.exp(2 * math.sin(1.0)) * length**2
+    rule = ScalarRMSprop(eta, 1 - C * eta**2, 2 / sharpness, first)
+    state, path = rule.init(w), []
+    assert rule.threshold(state) == pytest.approx(sharpness, rel=1e-14)
+    assert rule.effective_learning_rate(2.0, state) == pytest.approx(0.25 * rule.edge / sharpness, rel=1e-14)
+    for _ in range(steps + 1):
+        a, z = w.tolist()
+        s, e = z - 0.5 * math.sin(a), math.exp(2 * math.sin(a))
+        by_s = e * s * (1 + 0.7 * s)
+        along = 2 * math.cos(a) * e * s**2 * (0.5 + 0.7 * s / 3) - 0.5 * math.cos(a) * by_s
+        w, state = rule.step(w, torch.tensor([along, by_s], dtype=torch.float64), state)
+        path.append(w[0].item())
+    assert abs((path[-1] + path[-2]) / 2 - x) <= 3 * eta**2
+    assert abs(x - 1) > 0.1
 
 
 def test_spherical_rmsprop_has_the_clock_of_what_it_mimics() -> None:

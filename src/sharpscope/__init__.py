@@ -11,10 +11,20 @@
 ['0.weight']
 """
 
+from .adaptive import Adam, RMSprop
 from .bounds import Comparison
 from .budget import ErrorBudget, error_budget
 from .doctor import Checkup, doctor
 from .eigen import Eigenpairs, NotConverged, NotFinite, ends, lanczos
+from .equivalences import (
+    ExponentialRate,
+    ProjectedGD,
+    as_decayed,
+    as_exponential,
+    as_projected,
+    as_rmsprop,
+    rescaled,
+)
 from .flows import Flow, central_flow, gradient_flow, stable_flow
 from .history import History
 from .integrate import FlowStuck, Path, implicit, integrate, multirate
@@ -27,7 +37,7 @@ from .operators import SymmetricOperator, gauss_newton, hessian, preconditioned,
 from .predict import Prediction, compare
 from .quadrature import Density, density
 from .reduction import NoMinimizer, ReductionFlow, sharpness_reduction
-from .rules import GD, SphericalRMSprop, UpdateRule, rule_of
+from .rules import GD, ScalarRMSprop, SphericalRMSprop, UpdateRule, rule_of, state_of
 from .smooth import smooth
 from .spectrum import Estimate, block_tops, diagonal, most_negative, shares, trace
 from .third import WrongThirdDerivative
@@ -35,12 +45,14 @@ from .tracking import track
 
 __all__ = [
     "GD",
+    "Adam",
     "Checkup",
     "Comparison",
     "Density",
     "Eigenpairs",
     "ErrorBudget",
     "Estimate",
+    "ExponentialRate",
     "Flow",
     "FlowStuck",
     "History",
@@ -52,12 +64,19 @@ __all__ = [
     "Objective",
     "Path",
     "Prediction",
+    "ProjectedGD",
+    "RMSprop",
     "ReductionFlow",
+    "ScalarRMSprop",
     "ScaleGroups",
     "SphericalRMSprop",
     "SymmetricOperator",
     "UpdateRule",
     "WrongThirdDerivative",
+    "as_decayed",
+    "as_exponential",
+    "as_projected",
+    "as_rmsprop",
     "block_tops",
     "central_flow",
     "compare",
@@ -79,6 +98,7 @@ __all__ = [
     "preconditioned",
     "product_sphere_sharpness",
     "projected",
+    "rescaled",
     "restricted",
     "rule_of",
     "shares",
@@ -87,6 +107,7 @@ __all__ = [
     "smooth",
     "spherical_sharpness",
     "stable_flow",
+    "state_of",
     "top_eigenpairs",
     "trace",
     "track",

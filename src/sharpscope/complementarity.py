@@ -173,7 +173,7 @@ def _frame(k: int) -> Tensor:
     i, j = torch.triu_indices(k, k)
     out = torch.zeros(len(i), k, k, dtype=torch.float64)
     n = torch.arange(len(i))
-    out[n, i, j] = out[n, j, i] = torch.where(i == j, 1.0, math.sqrt(0.5)).double()
+    out[n, i, j] = out[n, j, i] = torch.where(i == j, 1.0, 0.5).double().sqrt()
     return out.reshape(len(i), -1)
 
 

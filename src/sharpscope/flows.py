@@ -161,15 +161,15 @@ class Local:
         k = len(C)
         gap = rule.bound * torch.eye(k).to(C) - C
         if k == 0:
-            X, square = C, g.square()
+            X, square = C, force.square()
         else:
             A = self.unpacked(self.slopes @ (self.inverse * force + drift))
             B = self.still_gram
-            square = g.square()
+            square = force.square()
             if averages:
                 A0, B0 = self._changing(averages, square)
                 A, B = A + A0, B + B0
-            X = complementarity.solve(gap + dt * A, dt * B, start).x
+            X = complementarity.solve(eased(gap, dt) + dt * A, dt * B, start).x
             square = square + self._shaken(X)
         velocity = -self.inverse * (force + 0.5 * self.push(X)) - drift
         rates = rule.relax(averages, square) if averages else {}
@@ -195,24 +195,36 @@ class Local:
 
     def _changing(self, averages: State, square: Tensor) -> tuple[Tensor, Tensor]:
         """What a moving P adds to A and B: ``c Uᵀ (dP/dt) U``, affine in X."""
-        rule, k = self.flow.rule, self.modes.shape[1]
-        U, c, h = self.modes, rule.bound, 1e-4
-        here = torch.as_tensor(rule.preconditioner(averages)).to(U)
+        rule, U, c = self.flow.rule, self.modes, self.flow.rule.bound
+        bends = _bends(rule, averages)
 
-        def rate(square: Tensor) -> Tensor:
-            there = moved(averages, rule.relax(averages, square), h)
-            return (torch.as_tensor(rule.preconditioner(there)).to(U) - here) / h
+        def rate(rates: State) -> Tensor:
+            """``c Uᵀ (dP/dt) U`` (k, k)."""
+            p = sum((bends[name] * rates[name] for name in rates), U.new_zeros(()))
+            return c * U.T @ (column(p) * U)
 
-        def seen(r: Tensor) -> Tensor:
-            return c * U.T @ (column(r) * U)
+        still, V = rule.relax(averages, square), c * U / column(self.inverse)
+        rows = []
+        for i, j in zip(*third.pairs(U.shape[1]), strict=True):
+            there = rule.relax(averages, square + V[:, i] * V[:, j])
+            rows.append(rate({name: there[name] - still[name] for name in still}))
+        return rate(still), self.unpacked(torch.stack(rows).movedim(0, -1))
 
-        still = rate(square)
-        V = c * U / column(self.inverse)
-        i, j = third.pairs(k)
-        E = torch.stack(
-            [seen(rate(square + V[:, a] * V[:, b]) - still) for a, b in zip(i, j, strict=True)]
-        )  # (m, k, k)
-        return seen(still), self.unpacked(E.movedim(0, -1))
+
+def eased(gap: Tensor, dt: float) -> Tensor:
+    """``c I - C`` with its negative part, curvature above the bound, to be worked off over a step of the optimizer."""
+    values, Q = torch.linalg.eigh(gap)
+    return (Q * torch.where(values < 0, min(dt, 1.0) * values, values)) @ Q.T
+
+
+def _bends(rule: UpdateRule, averages: State) -> State:
+    """``dp/dv`` of the preconditioner in each average v, entry by entry, by differences of relative size 1e-6."""
+    out = {}
+    for name, v in averages.items():
+        h = 1e-6 * v.abs()
+        up, down = (torch.as_tensor(rule.preconditioner({**averages, name: v + s * h})) for s in (1, -1))
+        out[name] = torch.where(h > 0, (up - down) / (2 * h), 0.0)
+    return out
 
 
 def moved(averages: State, rates: State, dt: float) -> State:

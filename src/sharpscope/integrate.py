@@ -128,7 +128,7 @@ class multirate:
         FlowStuck: looks would have to follow each other within a step.
     """
 
-    rtol: float = 1e-3
+    rtol: float = 3e-4
     longest: float = 200.0
 
     def __call__(self, flow: Flow, point: Point, stop: float) -> tuple[Point, Row | None]:

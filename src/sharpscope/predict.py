@@ -53,11 +53,13 @@ class Prediction:
 
     @property
     def valid_until(self) -> float:
-        """The last step up to which, from a tenth of the way on, the error stays within `APART`; 0 where none does."""
+        """The last step at which the error is within `APART`, 0 where it never is.
+
+        At the start, where the distance moved is as small as the oscillation, the error is large and says nothing.
+        """
         step, error = self.history.table("central flow", "step", "error")
-        late = step >= 0.1 * step[-1]
-        good = error[late] <= APART
-        return float(step[late][good.argmin() - 1] if good[0] and not good.all() else good[0] * step[-1])
+        good = step[(error <= APART) & (step > 0)]
+        return float(good[-1]) if len(good) else 0.0
 
     def __str__(self) -> str:
         h, steps = self.history, self.history.series("optimizer", "step")[-1]

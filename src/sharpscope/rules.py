@@ -1,18 +1,21 @@
 """Update rules: what an optimizer does to the weights, and the curvature at which it becomes unstable.
 
-A rule is a value.  Its state (a momentum buffer, an average of squares) is a dict of tensors handed in and out.
+A rule is a value.  Its state (a momentum buffer, an average of squares, a step count) is a dict of tensors handed in
+and out.  F is the loss with the weight decay inside the gradient, ``L + (wd/2)‖w‖²``; P, the preconditioner, is what
+divides the gradient in a step.
 
 P parameters.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from . import sphere
 
@@ -20,9 +23,14 @@ State = Mapping[str, Tensor]
 
 
 class UpdateRule(ABC):
-    """One optimizer.  Subclass it, frozen, to teach sharpscope another one; set `reads` to its torch counterpart."""
+    """One optimizer.  Subclass it, frozen, to teach sharpscope another one; set `reads` to its torch counterpart.
 
-    reads: ClassVar[type[torch.optim.Optimizer] | None] = None
+    `preconditioner` and what follows it describe the mean motion, which is what a flow of the rule needs.
+    """
+
+    reads: ClassVar[type[Optimizer] | tuple[type[Optimizer], ...] | None] = None
+    entries: ClassVar[Mapping[str, str]] = {}
+    """Names in the rule's state of what the torch optimizer keeps for each parameter under another name."""
 
     @abstractmethod
     def init(self, w: Tensor) -> State:
@@ -40,8 +48,21 @@ class UpdateRule(ABC):
     def effective_learning_rate(self, radius: float, state: State) -> float:
         """Step size seen on the unit sphere by scale-invariant weights of norm `radius`."""
 
+    @property
+    @abstractmethod
+    def edge(self) -> float:
+        """Value of (effective learning rate × spherical sharpness) at the edge of stability."""
+
+    @property
+    @abstractmethod
+    def clock(self) -> float:
+        """τ per step: the time in which weight decay acts (τ = 1 decays a weight that nothing else holds by e)."""
+
     def preconditioner(self, state: State) -> Tensor:
-        """The diagonal p of P, one number or ``(P,)``: on average the weights move by ``-∇F/p`` a step [N25]."""
+        """The diagonal p of P, one number or ``(P,)``: on average the weights move by ``-∇F/p`` a step [N25].
+
+        A momentum buffer does not enter: it has settled on the gradient, which changes little between steps.
+        """
         raise TypeError(
             f"{type(self).__name__} says no preconditioner, which a flow needs; define preconditioner(state)"
         )
@@ -62,25 +83,15 @@ class UpdateRule(ABC):
         return 0.0
 
     def averages(self, state: State) -> State:
-        """Those entries of the state that average over gradients and so take part in a flow; not the momentum."""
+        """What `preconditioner` reads in the state: averages of squares, a step count; not the momentum."""
         return {}
 
     def relax(self, averages: State, square: Tensor) -> State:
-        """Change of the averages per step while the gradients' squares are `square` ``(P,)`` in the mean."""
+        """Change of the averages per step, where the squares of the entries of ∇F are `square` ``(P,)`` in the mean."""
         return {}
 
-    @property
-    @abstractmethod
-    def edge(self) -> float:
-        """Value of (effective learning rate × spherical sharpness) at the edge of stability."""
-
-    @property
-    @abstractmethod
-    def clock(self) -> float:
-        """τ per step: the time in which weight decay acts (τ = 1 decays a weight that nothing else holds by e)."""
-
     @classmethod
-    def read(cls, optimizer: torch.optim.Optimizer) -> "UpdateRule":
+    def read(cls, optimizer: Optimizer) -> "UpdateRule":
         """The rule with the hyper-parameters of a live `optimizer`."""
         raise TypeError(f"{cls.__name__} does not say how to read a {type(optimizer).__name__}")
 
@@ -100,15 +111,14 @@ class GD(UpdateRule):
     momentum: float = 0.0
 
     reads = torch.optim.SGD
+    entries: ClassVar[Mapping[str, str]] = {"momentum": "momentum_buffer"}
 
     def __post_init__(self) -> None:
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"the learning rate is {self.learning_rate}; it must be positive")
-        if not 0 <= self.weight_decay < 1 / self.learning_rate:
-            bound = f"[0, 1/lr) = [0, {1 / self.learning_rate:g})"
-            raise ValueError(f"weight decay is {self.weight_decay}; it lies in {bound}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum}; it lies in [0, 1)")
+        demand(0 < self.learning_rate < math.inf, f"the learning rate is {self.learning_rate}; it must be positive")
+        most = 1 / self.learning_rate
+        sentence = f"weight decay is {self.weight_decay}; it lies in [0, 1/lr) = [0, {most:g})"
+        demand(0 <= self.weight_decay < most, sentence)
+        demand(0 <= self.momentum < 1, f"momentum is {self.momentum}; it lies in [0, 1)")
 
     @property
     def intrinsic_rate(self) -> float:
@@ -132,7 +142,7 @@ class GD(UpdateRule):
     @property
     def bound(self) -> float:
         """``2 (1 + mom)/(1 - mom)``."""
-        return self.edge / (1 - self.momentum)
+        return heavy_ball(self.momentum)
 
     @property
     def coupled_decay(self) -> float:
@@ -155,41 +165,97 @@ class GD(UpdateRule):
         return sphere.effective_learning_rate(self.learning_rate, self.weight_decay, radius)
 
     @classmethod
-    def read(cls, optimizer: torch.optim.Optimizer) -> "GD":
-        if len(optimizer.param_groups) != 1:
-            raise TypeError(f"the optimizer has {len(optimizer.param_groups)} parameter groups; GD describes one")
-        group = optimizer.param_groups[0]
-        odd = [name for name in ("nesterov", "dampening", "maximize") if group[name]]
-        if odd:
-            raise TypeError(f"no update rule for SGD with {', '.join(odd)}; subclass UpdateRule and pass rule=")
+    def read(cls, optimizer: Optimizer) -> "GD":
+        group = described(optimizer, "nesterov", "dampening", "maximize")
         return cls(float(group["lr"]), float(group["weight_decay"]), float(group["momentum"]))
+
+
+@dataclass(frozen=True)
+class ScalarRMSprop(UpdateRule):
+    """Gradient descent with one adaptive rate for all weights [N30]:
+
+        w ← w - (η/√v) ∇L(w),      v ← β v + (1-β) ‖∇L(w)‖²
+
+    in this order, or with the updated v in the step if `update_first`, as in torch's RMSprop.  The mean motion is the
+    same; the oscillation at the edge grows in the first order and is damped in the second.  Starts at
+    v₀ = (η/`first_rate`)².
+    """
+
+    base_rate: float
+    decay: float
+    first_rate: float
+    update_first: bool = False
+
+    def __post_init__(self) -> None:
+        _check_average(self.base_rate, self.decay, self.first_rate)
+
+    @property
+    def edge(self) -> float:
+        return 2.0
+
+    @property
+    def clock(self) -> float:
+        return 0.0
+
+    def init(self, w: Tensor) -> State:
+        return {"v": (self.base_rate / self.first_rate) ** 2 * torch.ones_like(w[0])}
+
+    def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
+        v = self.decay * state["v"] + (1 - self.decay) * (g @ g)
+        return w - self.base_rate / (v if self.update_first else state["v"]).sqrt() * g, {"v": v}
+
+    def preconditioner(self, state: State) -> Tensor:
+        """``√v/η``."""
+        return state["v"].sqrt() / self.base_rate
+
+    def averages(self, state: State) -> State:
+        return {"v": state["v"]}
+
+    def relax(self, averages: State, square: Tensor) -> State:
+        """``(1 - β)(⟨‖g‖²⟩ - v)``."""
+        return {"v": (1 - self.decay) * (square.sum() - averages["v"])}
+
+    def threshold(self, state: State) -> float:
+        """``2 √v/η``."""
+        return 2 * state["v"].sqrt().item() / self.base_rate
+
+    def effective_learning_rate(self, radius: float, state: State) -> float:
+        return self.base_rate / (state["v"].sqrt().item() * radius**2)
 
 
 @dataclass(frozen=True)
 class SphericalRMSprop(UpdateRule):
     """Projected gradient descent on the unit sphere with one adaptive rate for all weights [N11]:
 
-        θ ← Π(θ - (η/√v) ∇L(θ)),      v ← β v + (1-β) ‖∇L(θ)‖²      (use v, then update it)
+        θ ← Π(θ - (η/√v) ∇L(θ)),      v ← β v + (1-β) ‖∇L(θ)‖²
 
-    With β = (1 - lr wd)⁴ and η² = (1-β)/(2β) it is what gradient descent with weight decay does to the direction of
-    scale-invariant weights, up to a term of higher order.  Starts at v₀ = (η/`first_rate`)².
+    in this order, or with the updated v in the step if `update_first`.  With β = (1 - lr wd)⁴ and η² = (1-β)/(2β) it is
+    what gradient descent with weight decay does to the direction of scale-invariant weights, up to a term of higher
+    order; with that term, ``v ← β v (1 + (η²/v) ‖∇L(θ)‖²)²``, it is the same if `exact`.  Starts at
+    v₀ = (η/`first_rate`)².
     """
 
     base_rate: float
     decay: float
     first_rate: float
+    update_first: bool = False
+    exact: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.base_rate > 0 and self.first_rate > 0):
-            raise ValueError(f"rates must be positive; got {self.base_rate} and {self.first_rate}")
-        if not 0 < self.decay < 1:
-            raise ValueError(f"the decay β is {self.decay}; it lies in (0, 1)")
+        _check_average(self.base_rate, self.decay, self.first_rate)
+        either = not (self.exact and self.update_first)
+        demand(either, "weight decay uses a rate, then updates it: choose exact or update_first, not both")
 
     @classmethod
     def like(cls, rule: GD, radius: float) -> "SphericalRMSprop":
         """The member of the family that mimics `rule` on weights that start at norm `radius`."""
         eta, beta = sphere.rmsprop_constants(rule.learning_rate, rule.weight_decay)
         return cls(eta, beta, sphere.effective_learning_rate(rule.learning_rate, rule.weight_decay, radius))
+
+    @property
+    def constant(self) -> float:
+        """The C of ``β = 1 - C η²``; about 2 for what weight decay does."""
+        return (1 - self.decay) / self.base_rate**2
 
     @property
     def edge(self) -> float:
@@ -204,10 +270,15 @@ class SphericalRMSprop(UpdateRule):
         return {"v": (self.base_rate / self.first_rate) ** 2 * torch.ones_like(w[0])}
 
     def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
-        r = w.norm()
+        r, v = w.norm(), state["v"]
         theta, g = w / r, g * r
-        rate = self.base_rate / state["v"].sqrt()
-        return sphere.direction(theta - rate * g), {"v": self.decay * state["v"] + (1 - self.decay) * (g @ g)}
+        square = g @ g
+        if self.exact:
+            after = self.decay * v * (1 + self.base_rate**2 * square / v) ** 2
+        else:
+            after = self.decay * v + (1 - self.decay) * square
+        rate = self.base_rate / (after if self.update_first else v).sqrt()
+        return sphere.direction(theta - rate * g), {"v": after}
 
     def threshold(self, state: State) -> float:
         """``2 √v/η``, for weights of unit norm."""
@@ -217,18 +288,68 @@ class SphericalRMSprop(UpdateRule):
         return self.base_rate / state["v"].sqrt().item()
 
 
-def rule_of(optimizer: torch.optim.Optimizer) -> UpdateRule:
+def rule_of(optimizer: Optimizer) -> UpdateRule:
     """The update rule of a live torch optimizer, with its present hyper-parameters.
 
     Raises:
         TypeError: no subclass of UpdateRule reads this optimizer.
     """
-    rules = {rule.reads: rule for rule in _leaves(UpdateRule) if rule.reads is not None}
+    rules = {kind: rule for rule in _leaves(UpdateRule) for kind in _kinds(rule)}
     kind = type(optimizer)
     if kind not in rules:
         known = ", ".join(sorted(k.__name__ for k in rules))
         raise TypeError(f"no update rule for {kind.__name__}; subclass UpdateRule. Known: {known}")
     return rules[kind].read(optimizer)
+
+
+def state_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> State:
+    """The state of `rule_of(optimizer)`, flat over `parameters` in their order; zero where no step was taken yet."""
+    rule = rule_of(optimizer)
+    start = rule.init(torch.cat([p.detach().reshape(-1) for p in parameters]))
+    state = {}
+    for name, first in start.items():
+        kept = [optimizer.state.get(p, {}).get(rule.entries.get(name, name)) for p in parameters]
+        if first.dim():
+            parts = [torch.zeros_like(p) if k is None else k for p, k in zip(parameters, kept, strict=True)]
+            state[name] = torch.cat([part.detach().reshape(-1) for part in parts])
+        else:
+            counts = {float(k) for k in kept if k is not None} or {0.0}
+            demand(len(counts) == 1, f"the parameters differ in {name}, {sorted(counts)}: no one state describes them")
+            state[name] = torch.full_like(first, counts.pop())
+    return state
+
+
+def described(optimizer: Optimizer, *refused: str) -> Mapping[str, Any]:
+    """The hyper-parameters of an optimizer's one parameter group, in which none of `refused` is on."""
+    kind, groups = type(optimizer).__name__, optimizer.param_groups
+    if len(groups) != 1:
+        raise TypeError(f"the optimizer has {len(groups)} parameter groups; a rule describes one")
+    odd = [name for name in refused if groups[0][name]]
+    if odd:
+        raise TypeError(f"no update rule for {kind} with {', '.join(odd)}; subclass UpdateRule and pass rule=")
+    return groups[0]
+
+
+def heavy_ball(momentum: float, decoupled_decay: float = 0.0) -> float:
+    """``(2 - il)(1 + mom)/(1 - mom)``: the largest stable eigenvalue of P^-1/2 ∇²F P^-1/2 under momentum.
+
+    There -1 is an eigenvalue of the map ``b' = mom·b + (1 - mom) λw,  w' = (1 - il) w - b'``: iterates change sign.
+    """
+    return (2 - decoupled_decay) * (1 + momentum) / (1 - momentum)
+
+
+def demand(ok: bool, sentence: str) -> None:
+    if not ok:
+        raise ValueError(sentence)
+
+
+def _check_average(base_rate: float, decay: float, first_rate: float) -> None:
+    demand(base_rate > 0 and first_rate > 0, f"rates must be positive; got {base_rate} and {first_rate}")
+    demand(0 < decay < 1, f"the decay β is {decay}; it lies in (0, 1)")
+
+
+def _kinds(rule: type[UpdateRule]) -> tuple[type[Optimizer], ...]:
+    return rule.reads if isinstance(rule.reads, tuple) else (rule.reads,) if rule.reads else ()
 
 
 def _leaves(cls: type[Any]) -> list[type[UpdateRule]]:

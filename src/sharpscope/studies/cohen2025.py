@@ -1,0 +1,332 @@
+"""Central flows: what gradient descent does on average at the edge of stability.
+
+At the edge the weights oscillate, and the oscillation pushes them: on average gradient descent follows its loss plus
+half the covariance of the oscillation times the curvature, with the least covariance that keeps every eigenvalue of the
+Hessian at or below the threshold.  That flow is integrated here beside the optimizer, on networks with and without
+normalization, and beside the stable flow, which knows nothing of the oscillation.  Where it stops being right is shown
+too, and what it costs to go as far as gradient descent when the intrinsic rate is small.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..claims import Claim, at_least, at_most, within
+from ..flows import central_flow
+from ..history import History, Track
+from ..integrate import implicit, integrate
+from ..objective import Objective
+from ..operators import hessian
+from ..plots import Chart
+from ..rules import GD
+from ..tracking import track as track_pairs
+from ._forecast import Forecast, runs
+from ._networks import Variant, task_of
+from ._study import Job, Report
+
+PAPER = (
+    "Cohen, Damian, Talwalkar, Kolter & Lee, Understanding Optimization in Deep Learning with Central Flows"
+    " (ICLR 2025, arXiv 2410.24206)"
+)
+BOTH = "Beside the optimizer"
+ENDS = "Where it ends"
+COST = "The cost of a path"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What turns; the defaults are the full study."""
+
+    steps: int = 1000  # predicted, per network
+    points: int = 50  # readings
+    start: int = 1000  # steps of training before, and twice as many without normalization
+    rates: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6)  # intrinsic rates of the cost
+    walked: float = 1e-5  # least intrinsic rate at which gradient descent is run too
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (min(value) if isinstance(value, tuple) else value) > 0:
+                raise ValueError(f"{name} is {value}; it must be positive")
+
+
+QUICK = Config(steps=300, points=15, rates=(1e-3, 1e-4, 1e-5))
+
+MLP = Variant("mlp", "BN", "half squares", 0.2, 5e-4)
+NETS = {
+    "MLP without normalization": Variant("plain", "none", "half squares", 0.2, 0.0),
+    "MLP with BN": MLP,
+    "convolutions with GN": replace(MLP, net="conv", norm="GN", train=250),
+    "transformer with LN": replace(MLP, net="transformer", norm="LN", train=200),
+}
+FAILING = {
+    "learning rate too large": replace(MLP, learning_rate=4.0, weight_decay=2.5e-4),
+    "cross-entropy, late": replace(MLP, loss="cross-entropy", learning_rate=4.0, weight_decay=2.5e-5),
+}
+
+
+def jobs(config: Config) -> list[Job]:
+    forecasts = {
+        name: Forecast(v, config.start * (1 + (v.net == "plain")), config.steps, config.points)
+        for name, v in (NETS | FAILING).items()
+    }
+    return [
+        *(forecast.job(name) for name, forecast in forecasts.items()),
+        *(Job(f"cost, il {il:g}", _cost, {"il": il, "walk": il >= config.walked}, 3e-4 / il) for il in config.rates),
+    ]
+
+
+def _cost(track: Track, report: Report, il: float, walk: bool) -> None:
+    """From τ = 0.2 on over τ = 1, on the regression network with 40 examples: implicit flow and gradient descent."""
+    track.resume()
+    variant = Variant("regression", "BN", "squares", 0.5, il / 0.5, train=40)
+    task = task_of(variant)
+    f, rule = Objective(task.net, task.loss, [(task.x, task.y)]), GD(0.5, il / 0.5)
+    early, steps = max(round(0.2 / max(il, 1e-5)), 5000), round(1 / il)
+    w = f.weights()
+
+    def walked(w: Any, steps: int, low: float, high: float) -> Any:
+        for step in range(steps):
+            w, _ = rule.step(w, f.grad(w), {})
+            if step % 1000 == 0:
+                report(low + (high - low) * step / steps)
+        return w
+
+    def average(w: Any) -> Any:
+        one = walked(w, 1, 1, 1)
+        return (w + 2 * one + walked(one, 1, 1, 1)) / 4
+
+    def read(name: str, w: Any, gradients: float) -> None:
+        f.load(w)
+        judged = task.evaluate(task.net.train())
+        task.net.train()
+        sharpness = track_pairs(hessian(f, w)).values[0].item() * (w @ w).item()
+        row = {"il": il, "spherical_sharpness": sharpness, "gradients": gradients, "step": steps, **judged}
+        distance = (w - start).norm().item()
+        track.append(**({"run": name, "moved": distance} | row))
+
+    w = walked(w, early, 0.0, 0.1)
+    start = average(w)
+    path = integrate(central_flow(f, rule), start, steps, method=implicit())
+    read("cost: implicit flow", path.weights[-1], path.gradients)
+    if walk:
+        end = average(walked(w, steps, 0.2, 1.0))
+        read("cost: gradient descent", end, steps)
+        apart = (path.weights[-1] - end).norm().item() / (end - start).norm().item()
+        track.append(run="cost: distance of the ends", il=il, error=apart, step=steps)
+    else:
+        track.append(run="cost: gradient descent", il=il, gradients=steps, step=steps)
+
+
+Observer = Callable[[History, Any], Any]
+
+
+def _ends(name: str, flow: str = "central flow") -> Observer:
+    """Distance of the ends of both paths over the distance moved."""
+    return lambda h, config: float(h.series(f"{name}: {flow}", "error")[-1])
+
+
+def _beside(name: str, column: str, *, mean: bool = False, flow: str = "central flow") -> Observer:
+    """A flow's column over the optimizer's, from a tenth of the way on: of the means, or the extremes of the ratios."""
+
+    def read(h: History, config: Any) -> Any:
+        pair = [h.series(f"{name}: {run}", column) for run in (flow, "optimizer")]
+        flow_, real = (values[len(values) // 10 + 1 :] for values in pair)
+        ratios = flow_ / real
+        return float(flow_.mean() / real.mean()) if mean else (float(ratios.min()), float(ratios.max()))
+
+    return read
+
+
+def _held(name: str, flow: str) -> Observer:
+    """Least and greatest lr·λ1/2 along a flow, from a tenth of the way on."""
+
+    def read(h: History, config: Any) -> tuple[float, float]:
+        values = h.series(f"{name}: {flow}", "sharpness") * NETS[name].learning_rate / 2
+        late = values[len(values) // 10 + 1 :]
+        return float(late.min()), float(late.max())
+
+    return read
+
+
+def _at(il: float, run: str, column: str) -> Callable[[History], float]:
+    def read(h: History) -> float:
+        rates, values = h.table(f"cost: {run}", "il", column)
+        return float(values[np.abs(rates / il - 1).argmin()])
+
+    return read
+
+
+def _cost_ratio(column: str, il: float = 1e-5, *, upside: bool = False) -> Observer:
+    """The flow's number over gradient descent's at an intrinsic rate."""
+
+    def read(h: History, config: Any) -> float:
+        flow, real = (_at(il, run, column)(h) for run in ("implicit flow", "gradient descent"))
+        return real / flow if upside else flow / real
+
+    return read
+
+
+def _claims() -> tuple[Claim, ...]:
+    out = []
+    for name in NETS:
+        names = runs(name)
+        normalized = NETS[name].norm != "none"
+        out += [
+            Claim(
+                f"{name}: distance between the ends over the distance moved", _ends(name), at_most(0.12), *_part(names)
+            ),
+            Claim(f"{name}: norm, flow over optimizer", _beside(name, "radius"), within(0.998, 1.002), *_part(names)),
+            Claim(
+                f"{name}: time-averaged training loss, flow over optimizer",
+                _beside(name, "loss", mean=True),
+                within(0.9, 1.1),
+                *_part(names),
+            ),
+            Claim(
+                f"{name}: sharpness, flow over averaged weights of the optimizer, in the mean",
+                _beside(name, "sharpness", mean=True),
+                within(0.95, 1.05),
+                *_part(names),
+            ),
+        ]
+        if normalized:
+            out.append(
+                Claim(
+                    f"{name}: the stable flow misses (distance between the ends over the distance moved)",
+                    _ends(name, "stable flow"),
+                    at_least(0.25),
+                    "negative control",
+                    BOTH,
+                    names,
+                )
+            )
+        else:
+            out += [
+                Claim(
+                    f"{name}: lr·λ1/2 along the flow", _held(name, "central flow"), within(0.99, 1.01), *_part(names)
+                ),
+                Claim(
+                    f"{name}: the stable flow leaves the threshold (lr·λ1/2)",
+                    lambda h, config, name=name: _held(name, "stable flow")(h, config)[1],  # type: ignore[misc]
+                    at_least(1.01),
+                    "negative control",
+                    BOTH,
+                    names,
+                ),
+            ]
+    return tuple(out)
+
+
+def _part(names: tuple[str, ...]) -> tuple[str, str, tuple[str, ...]]:
+    return "comparison", BOTH, names
+
+
+def _ended(sentence: str, name: str, observe: Observer, criterion: Any, **more: Any) -> Claim:
+    return Claim(f"{name}: {sentence}", observe, criterion, "negative control", ENDS, runs(name), **more)
+
+
+LARGE, LATE = FAILING
+COSTS = ("cost: implicit flow", "cost: gradient descent")
+CLAIMS = (
+    *_claims(),
+    _ended(
+        "averaged weights are sharper than the flow (its sharpness over theirs)",
+        LARGE,
+        _beside(LARGE, "sharpness", mean=True),
+        at_most(0.95),
+        note="lr is 20 times that of the MLP above, the modes at the edge are 20 and more.",
+    ),
+    _ended(
+        "distance between the ends over the distance moved",
+        LARGE,
+        _ends(LARGE),
+        at_least(0.12),
+        deciding=False,
+    ),
+    _ended(
+        "distance between the ends over the distance moved",
+        LATE,
+        _ends(LATE),
+        at_least(0.12),
+        deciding=False,
+        note="The run hardly moves any more, so that the oscillation is large beside what it drives.",
+    ),
+    Claim(
+        "At il = 1e-5 the implicit flow reaches τ = 1 with fewer gradients (factor)",
+        _cost_ratio("gradients", upside=True),
+        at_least(10),
+        "comparison",
+        COST,
+        COSTS,
+    ),
+    Claim(
+        "It ends at the spherical sharpness of gradient descent (ratio)",
+        _cost_ratio("spherical_sharpness"),
+        within(0.95, 1.05),
+        "comparison",
+        COST,
+        COSTS,
+    ),
+    Claim("It ends at its test loss (ratio)", _cost_ratio("test_loss"), within(0.95, 1.05), "comparison", COST, COSTS),
+    Claim(
+        "Its cost does not grow as il falls (from il = 1e-3 to 1e-5, factor)",
+        lambda h, config: _at(1e-5, "implicit flow", "gradients")(h) / _at(1e-3, "implicit flow", "gradients")(h),
+        at_most(2),
+        "scaling",
+        COST,
+        COSTS,
+    ),
+)
+
+
+def _chart(name: str, title: str, of: str, y: str, y_label: str, **more: Any) -> Chart:
+    return Chart(f"{name}-{y.replace('_', '-')}", title, "step", y, runs(of), "step", y_label, **more)
+
+
+CHARTS = (
+    _chart(
+        "plain",
+        "Sharpness without normalization",
+        "MLP without normalization",
+        "sharpness",
+        "λ1",
+        part=BOTH,
+        lines=((10.0, "2/lr"),),
+    ),
+    _chart("bn", "Spherical sharpness with BN", "MLP with BN", "spherical_sharpness", "λ1", part=BOTH),
+    _chart("bn", "Training loss with BN, averaged over the oscillation", "MLP with BN", "loss", "loss", part=BOTH),
+    Chart(
+        "distance",
+        "Distance of the central flow from the optimizer",
+        "step",
+        "error",
+        tuple(f"{name}: central flow" for name in NETS),
+        "step",
+        "distance / distance moved",
+        part=BOTH,
+    ),
+    Chart(
+        "ends",
+        "The same where it ends",
+        "step",
+        "error",
+        tuple(f"{name}: central flow" for name in FAILING),
+        "step",
+        "distance / distance moved",
+        part=ENDS,
+    ),
+    Chart(
+        "cost",
+        "Gradients for τ = 1",
+        "il",
+        "gradients",
+        COSTS,
+        "il = lr · wd",
+        "gradients",
+        log_x=True,
+        log_y=True,
+        part=COST,
+    ),
+)
