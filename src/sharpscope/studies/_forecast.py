@@ -1,11 +1,13 @@
 """Jobs that train a network for a while and then predict what its optimizer does next."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from ..history import Track
+from ..claims import Claim, at_least, at_most, within
+from ..history import History, Track
 from ..integrate import FlowStuck, Method
 from ..objective import Objective
 from ..predict import compare
@@ -13,6 +15,8 @@ from ..rules import GD, UpdateRule
 from ..sphere import effective_learning_rate
 from ._networks import SECONDS_PER_STEP, Variant, task_of
 from ._study import Job, Report
+
+Observer = Callable[[History, Any], Any]
 
 RUNS = ("optimizer", "central flow", "stable flow")
 
@@ -81,3 +85,47 @@ def run_forecast(track: Track, report: Report, name: str, forecast: Forecast) ->
         row = {key: values[i] for key, values in columns.items() if values[i] is not None}
         sharpness = row["sharpness"] * row["radius"] ** 2
         track.append(**(row | {"run": f"{name}: {row['run']}", "spherical_sharpness": sharpness}))
+
+
+def ends(name: str, flow: str = "central flow") -> Observer:
+    """Distance of the ends of both paths over the distance moved."""
+    return lambda h, config: float(h.series(f"{name}: {flow}", "error")[-1])
+
+
+def beside(name: str, column: str, *, mean: bool = False, flow: str = "central flow") -> Observer:
+    """A flow's column over the optimizer's after a tenth of the way: of the means, or the extremes of the ratios."""
+
+    def read(h: History, config: Any) -> Any:
+        pair = [h.series(f"{name}: {run}", column) for run in (flow, "optimizer")]
+        of_flow, real = (values[len(values) // 10 + 1 :] for values in pair)
+        ratios = of_flow / real
+        return float(of_flow.mean() / real.mean()) if mean else (float(ratios.min()), float(ratios.max()))
+
+    return read
+
+
+def claims(name: str, part: str, *, control: bool = True) -> tuple[Claim, ...]:
+    """What a prediction has to come up to; as a control, the stable flow does not."""
+
+    def claim(what: str, observe: Observer, criterion: Any) -> Claim:
+        return Claim(f"{name}: {what}", observe, criterion, "comparison", part, runs(name))
+
+    missed = Claim(
+        f"{name}: the stable flow, which knows of no oscillation, misses (distance over the distance moved)",
+        ends(name, "stable flow"),
+        at_least(0.25),
+        "negative control",
+        part,
+        runs(name),
+    )
+    return (
+        claim("distance of the flow's end over the distance moved", ends(name), at_most(0.12)),
+        claim("norm, flow over optimizer", beside(name, "radius"), within(0.998, 1.002)),
+        claim("time-averaged training loss, flow over optimizer", beside(name, "loss", mean=True), within(0.9, 1.1)),
+        claim(
+            "sharpness, flow over averaged weights of the optimizer, in the mean",
+            beside(name, "sharpness", mean=True),
+            within(0.95, 1.05),
+        ),
+        *((missed,) if control else ()),
+    )

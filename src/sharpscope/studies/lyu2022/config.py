@@ -28,6 +28,7 @@ class Config:
     ablations: bool = True  # also the runs that are only reported
     digits_steps: int = 6000
     digits_every: int = 50  # steps between measurements
+    forecast_steps: int = 1000  # foretold by the central flow
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -54,4 +55,5 @@ QUICK = Config(
     ablations=False,
     digits_steps=3000,
     digits_every=100,
+    forecast_steps=500,
 )

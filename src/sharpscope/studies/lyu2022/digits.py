@@ -9,12 +9,14 @@ from typing import Any
 
 from ...claims import Claim, at_least, at_most, within
 from ...plots import Chart
+from .._forecast import Forecast, claims, runs
 from .._networks import Variant
 from .._observe import apart, fall, late_fall, over_seeds, peak, ratio, span, value
 from .._study import Job
 from .config import Config
 
 PART = "Handwritten digits"
+FORECAST, FORECAST_FROM = "forecast of digits BN", 1000
 
 
 def variants(config: Config) -> dict[str, Variant]:
@@ -52,7 +54,9 @@ def variants(config: Config) -> dict[str, Variant]:
 
 
 def jobs(config: Config) -> list[Job]:
-    return [variant.job(name) for name, variant in variants(config).items()]
+    every = variants(config)
+    forecast = Forecast(every["digits BN"], FORECAST_FROM, config.forecast_steps)
+    return [*(variant.job(name) for name, variant in every.items()), forecast.job(FORECAST)]
 
 
 def _claim(sentence: str, reading: Any, criterion: Any, kind: str, *runs: str, **more: Any) -> Claim:
@@ -151,6 +155,7 @@ CLAIMS = (
         "digits no normalization",
         "digits no normalization, no decay",
     ),
+    *claims(FORECAST, PART),
 )
 
 
@@ -201,6 +206,27 @@ CHARTS = (
         log_y=True,
         lines=((2.0, "edge of stability"),),
         caption="Without normalization: lr·λ1 of the plain Hessian.",
+    ),
+    Chart(
+        "digits-forecast",
+        "A forecast: spherical sharpness",
+        "step",
+        "spherical_sharpness",
+        runs(FORECAST),
+        f"steps after step {FORECAST_FROM}",
+        "λ1",
+        caption="The optimizer's averaged weights, the central flow that foretells them, and the flow without Σ.",
+        part=PART,
+    ),
+    Chart(
+        "digits-forecast-loss",
+        "A forecast: training loss averaged over the oscillation",
+        "step",
+        "loss",
+        runs(FORECAST),
+        f"steps after step {FORECAST_FROM}",
+        "loss",
+        part=PART,
     ),
     _chart(
         "digits-loss",
