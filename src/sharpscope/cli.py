@@ -1,5 +1,5 @@
-"""``sharpscope list | run | report``: exit status 0 when every deciding claim holds, 1 when one does not, 2 when
-nothing could be run.
+"""``sharpscope list | run | report | predict``: exit status 0 when every deciding claim holds, 1 when one does not, 2
+when nothing could be run.
 """
 
 import argparse
@@ -39,6 +39,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument(
         "--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: one per core, up to 8)"
     )
+    predict = commands.add_parser(
+        "predict",
+        help="what an optimizer does next: its central flow, and then the optimizer itself",
+        epilog="either STUDY and RUN (a network run of a study), or --task (your own model)",
+    )
+    predict.add_argument("study", nargs="?", help="name of a study")
+    predict.add_argument("run", nargs="?", help="name of one of its network runs, such as 'digits BN'")
+    predict.add_argument("--step", type=int, default=1000, help="steps of training before (default: 1000)")
+    predict.add_argument("--task", help="MODULE:FUNCTION, a function that returns (model, loss, data)")
+    predict.add_argument("--checkpoint", type=Path, help="safetensors file with the model's weights")
+    predict.add_argument("--lr", type=float, help="learning rate of gradient descent")
+    predict.add_argument("--wd", type=float, default=0.0, help="weight decay")
+    predict.add_argument("--momentum", type=float, default=0.0, help="heavy-ball momentum")
+    predict.add_argument("--steps", type=int, default=500, help="steps to predict (default: 500)")
+    predict.add_argument("--points", type=int, default=25, help="readings on the way (default: 25)")
+    predict.add_argument("--out", type=Path, default=Path("runs/prediction"), help="directory of the report")
     report = commands.add_parser("report", help="write the report of a finished run again")
     report.add_argument("directory", type=Path)
     try:
@@ -49,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _list()
         if args.command == "report":
             return _report(args.directory)
+        if args.command == "predict":
+            return _predict(args)
         return _run(args, rest)
     except _Refused as refusal:
         print(f"sharpscope: {refusal}", file=sys.stderr)
@@ -138,6 +156,31 @@ def _report(directory: Path) -> int:
         return _print(reread(directory), directory)
     except (Unusable, LookupError) as error:
         raise _Refused(str(error)) from error
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from .rules import GD
+    from .studies import _predict
+    from .studies._run import Unusable
+
+    _need_extras()
+    common = (args.steps, args.points, args.out)
+    try:
+        if args.task:
+            if args.study:
+                raise _Refused("give either a study and its run, or --task, not both")
+            if args.lr is None:
+                raise _Refused("--task needs --lr, the learning rate of gradient descent")
+            said = _predict.predict_checkpoint(args.task, args.checkpoint, GD(args.lr, args.wd, args.momentum), *common)
+        elif args.study and args.run:
+            study = _find(args.study)
+            said = _predict.predict_study(args.study, study.Config(), args.run, args.step, *common)
+        else:
+            raise _Refused("give a study and one of its network runs, or --task; see `sharpscope predict --help`")
+    except (Unusable, ValueError) as error:
+        raise _Refused(str(error)) from error
+    print(f"{said}\n\nreport: {args.out / 'report.html'}")
+    return 0
 
 
 def _find(name: str) -> Any:

@@ -108,7 +108,10 @@ def integrate(
     for stop in stops:
         while point.t < stop * (1 - 1e-12):
             before = point
-            point, row = advance(flow, point, stop)
+            try:
+                point, row = advance(flow, point, stop)
+            except complementarity.Unsolvable as error:
+                raise FlowStuck(f"at t = {before.t:g} (in optimizer steps): {error}") from error
             if not bool(point.w.isfinite().all()):
                 raise FlowStuck(f"the flow has no finite weights after t = {before.t:g} (in optimizer steps)")
             if row is None:

@@ -72,7 +72,8 @@ class Prediction:
 
         gap = {c: last("central flow", c) / last("optimizer", c) - 1 for c in ("radius", "sharpness")}
         loss = mean("central flow", "loss") / mean("optimizer", "loss") - 1
-        valid = f"valid to step {self.valid_until:g}" if self.valid_until < steps else "valid to the end"
+        until = self.valid_until
+        valid = "valid to the end" if until == steps else f"valid to step {until:g}" if until else "nowhere valid"
         return (
             f"after {steps:g} steps the central flow is {100 * self.error():.3g} % of the distance moved away (the"
             f" stable flow {100 * self.error('stable flow'):.3g} %): {valid}; norm {100 * gap['radius']:+.2g} %,"

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from ..claims import Claim, at_least, at_most, within
+from ..eigen import NotConverged, NotFinite
 from ..history import History, Track
-from ..integrate import FlowStuck, Method
+from ..integrate import Method
 from ..objective import Objective
 from ..predict import compare
 from ..rules import GD, UpdateRule
@@ -77,7 +78,7 @@ def run_forecast(track: Track, report: Report, name: str, forecast: Forecast) ->
             method=forecast.method,
             report=lambda share: report(0.1 + 0.9 * share),
         )
-    except (FlowStuck, ValueError) as error:
+    except (ArithmeticError, NotConverged, NotFinite, ValueError) as error:
         track.finish(f"stopped after step {forecast.start}: {error}")
         return
     columns = p.history.columns

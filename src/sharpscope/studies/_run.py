@@ -57,7 +57,7 @@ def run_study(name: str, config: Any, out: Path, *, workers: int) -> list[Verdic
                 _run_jobs(jobs, out / "log", workers)
             tracks = [Track(out / "log", job.name) for job in jobs]
             stopped = {track.run: track.note for track in tracks if track.note}
-            facts = _environment() | {"seconds": round(time.monotonic() - began, 1), "stopped": stopped}
+            facts = environment() | {"seconds": round(time.monotonic() - began, 1), "stopped": stopped}
             _write_json(out / "environment.json", facts)
             History(row for track in tracks for row in track.rows).save(out / "history.parquet")
         return conclude(study, name, config, out)
@@ -255,7 +255,8 @@ def _has_runs(chart: Any, ran: set[str]) -> bool:
     return any(name in ran for name in names)
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Versions and machine, for a report."""
     versions = {}
     for name in PACKAGES:
         try:
