@@ -61,7 +61,7 @@ def test_run_all_runs_every_study(
     ("arguments", "sentence"),
     [
         ("run tyni", "there is no study 'tyni'; did you mean 'tiny'?"),
-        ("run xyzzy", "there is no study 'xyzzy'; known: lyu2022, tiny"),
+        ("run xyzzy", "there is no study 'xyzzy'; known: cohen2025, lyu2022, tiny"),
         ("run tyni --help", "did you mean 'tiny'?"),
         ("run tiny --learning-rat 1", "tiny has no field 'learning_rat'; did you mean --learning-rate?"),
         ("run tiny --quik", "tiny has no field 'quik'; did you mean --quick?"),

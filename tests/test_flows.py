@@ -12,9 +12,10 @@ from sharpscope import third
 from sharpscope.adaptive import Adam, RMSprop
 from sharpscope.flows import eased, unpacked
 from sharpscope.integrate import Point, _relaxed
-from sharpscope.objective import Objective
+from sharpscope.objective import Expansion, Objective
 from sharpscope.rules import GD, UpdateRule
-from sharpscope.studies._nets import squares
+from sharpscope.studies._data import digits
+from sharpscope.studies._nets import digits_mlp, half_squares, squares
 
 
 def some(w: Tensor, k: int, seed: int = 0) -> Tensor:
@@ -130,6 +131,36 @@ def test_local_model_against_dense_derivatives() -> None:
     step = 1e-4 * some(w, 1)[:, 0]
     there = ss.hessian(f, w + step).dense() + rule.weight_decay * torch.eye(len(w))
     assert torch.allclose(local.curvature(w + step), U.T @ there @ U, atol=1e-5)
+
+
+def test_a_look_at_ten_modes_costs_at_most_250_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted: gradients as one, products as two.  Its own account of the cost is not below that."""
+    data = digits(100)
+    f = Objective(digits_mlp("BN", 0), half_squares, [(data.x, data.y)])
+    rule = GD(0.2, 5e-4)
+    w = settled(f, rule, 300)
+    values = ss.lanczos(ss.hessian(f, w), 11).values * 0.2
+    flow = ss.central_flow(f, rule, band=1 - (values[9] + values[10]).item() / 4)
+    before = flow.local(w, {})
+    w = rule.step(w, f.grad(w), {})[0]
+    count = [0.0]
+    value_and_grad, expand = Objective.value_and_grad, Expansion.hvp
+
+    def counted(self: Objective, w: Tensor) -> tuple[Tensor, Tensor]:
+        count[0] += 1
+        return value_and_grad(self, w)
+
+    def product(self: Expansion, v: Tensor) -> Tensor:
+        count[0] += 2
+        return expand(self, v)
+
+    monkeypatch.setattr(Objective, "value_and_grad", counted)
+    monkeypatch.setattr(Expansion, "hvp", product)
+    local = before.flow.local(w, {}, before.memory, 1)
+    local.slope(w, {}, 0.5)
+    assert 9 <= local.modes.shape[1] <= 11
+    assert count[0] <= 250
+    assert count[0] <= local.cost + 2
 
 
 def test_one_mode_in_closed_form() -> None:

@@ -16,7 +16,7 @@ from sharpscope.history import History, Track
 from sharpscope.invariance import find_groups
 from sharpscope.objective import Objective
 from sharpscope.rules import GD
-from sharpscope.studies import _data, _nets, _toys, _train
+from sharpscope.studies import _data, _forecast, _nets, _toys, _train
 from sharpscope.studies import lyu2022 as lyu
 from sharpscope.studies._networks import LOSSES, Variant, run_variant
 from sharpscope.studies._study import discover
@@ -109,6 +109,9 @@ def readings(config: lyu.Config, patch: pytest.MonkeyPatch) -> dict[str, np.ndar
         if variant is not None:
             rule = GD(variant.learning_rate, variant.weight_decay, variant.momentum)
             trained(job.name, rule, variant.num_steps, variant.every)
+        elif "forecast" in job.arguments:
+            forecast = job.arguments["forecast"]
+            found.update(dict.fromkeys(_forecast.runs(job.name), np.linspace(0, 0.1, forecast.points + 1)))
         elif job.work is completion._complete:
             rule = GD(completion.LR, job.arguments["weight_decay"])
             trained(job.name, rule, job.arguments["steps"], job.arguments["every"])
@@ -191,6 +194,15 @@ def test_networks_are_scale_invariant_in_all_weights(kind: str, norm: str) -> No
     w = f.weights()
     assert f.value(3.7 * w).item() == pytest.approx(f.value(w).item(), rel=1e-12)
     assert torch.allclose(3.7 * f.grad(3.7 * w), f.grad(w), rtol=1e-9, atol=1e-12)
+
+
+def test_the_transformer_is_scale_invariant_in_all_weights() -> None:
+    data = _data.digits(100)
+    f = Objective(_nets.digits_transformer("LN", 0), LOSSES["half squares"], [(data.x, data.y)])
+    groups = find_groups(f)
+    assert groups.covers(f.size) and groups.groups.keys() == f.slices.keys()
+    w = f.weights()
+    assert f.value(3.7 * w).item() == pytest.approx(f.value(w).item(), rel=1e-12)
 
 
 def test_variants_are_those_networks() -> None:
