@@ -157,23 +157,36 @@ class Local:
         rule = self.flow.rule
         value, g = self.flow.objective.value_and_grad(w)
         force, drift = g + rule.coupled_decay * w, rule.decoupled_decay * w
-        C = self.curvature(w)
-        k = len(C)
-        gap = rule.bound * torch.eye(k).to(C) - C
-        if k == 0:
-            X, square = C, force.square()
+        C, M = self.curvature(w), self.metric(averages)
+        inverse = self.flow.inverse(w, averages) if averages else self.inverse
+        square = force.square()
+        if len(C) == 0:
+            X = C
         else:
-            A = self.unpacked(self.slopes @ (self.inverse * force + drift))
+            gap = rule.bound * M - C
+            A = self.unpacked(self.slopes @ (inverse * force + drift))
             B = self.still_gram
-            square = force.square()
             if averages:
                 A0, B0 = self._changing(averages, square)
                 A, B = A + A0, B + B0
             X = complementarity.solve(eased(gap, dt) + dt * A, dt * B, start).x
             square = square + self._shaken(X)
-        velocity = -self.inverse * (force + 0.5 * self.push(X)) - drift
+        velocity = -inverse * (force + 0.5 * self.push(X)) - drift
         rates = rule.relax(averages, square) if averages else {}
         return Slope(velocity, rates, C, X, self.variances(X), *self.losses(value.item(), C, X))
+
+    def metric(self, averages: State) -> Tensor:
+        """``Uᵀ P U`` (k, k): the identity at w0, until P moves."""
+        eye = torch.eye(self.modes.shape[1]).to(self.modes)
+        if not averages:
+            return eye
+        change = 1 / self.flow.inverse(self.w0, averages) - 1 / self.inverse
+        return eye + self.modes.T @ (column(change) * self.modes)
+
+    def foretold(self, w: Tensor, averages: State) -> Tensor:
+        """Eigenvalues of ``P^-1/2 ∇²F P^-1/2`` on the modes at w (k,), largest first."""
+        low = torch.linalg.inv(torch.linalg.cholesky(self.metric(averages)))
+        return torch.linalg.eigvalsh(low @ self.curvature(w) @ low.T).flip(0)
 
     def losses(self, value: float, C: Tensor, X: Tensor) -> tuple[float, float]:
         """``L + ½⟨Σ, ∇²L⟩`` and L."""

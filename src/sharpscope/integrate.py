@@ -143,8 +143,6 @@ class multirate:
             return retry, None
         reach = _next(point.reach or 2.0, error, self.rtol, self.longest)
         length, dt = min(reach, stop - point.t), 1 / max(flow.rule.bound, local.largest)
-        if point.averages:
-            length = min(length, 1.0)
         n = max(1, math.ceil(length / dt - 1e-9))
         dt = length / n
         w, averages, loss, X = point.w, point.averages, 0.0, None
@@ -155,14 +153,13 @@ class multirate:
             w = w + dt * s.velocity
             averages = moved(averages, s.averages, dt)
         row = _row(point, local, s, length, loss, error, cost + n)
-        foretold = torch.linalg.eigvalsh(local.curvature(w)).flip(0) if len(local.curvatures) else None
         return Point(
             point.t + length,
             w,
             averages,
             reach,
             local.memory,
-            foretold,
+            local.foretold(w, averages),
             cost + n,
             point.looks + 1,
             replace(point, before=None),
@@ -240,8 +237,17 @@ class implicit:
             new = new - (root * (all_.vectors[:, stiff] @ (along / values[stiff, None])))[:, 0]
         cost += 1 + self.corrections
         s = Slope((new - w) / dt, {}, C, X, local.variances(X), *local.losses(value.item(), C, X))
-        foretold = torch.linalg.eigvalsh(local.curvature(new)).flip(0) if len(C) else None
-        after = Point(point.t + dt, new, {}, reach, None, foretold, cost, point.looks + 1, replace(point, before=None))
+        after = Point(
+            point.t + dt,
+            new,
+            {},
+            reach,
+            None,
+            local.foretold(new, {}),
+            cost,
+            point.looks + 1,
+            replace(point, before=None),
+        )
         return after, _row(point, local, s, dt, s.loss, error, cost)
 
 
