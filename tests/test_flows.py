@@ -193,6 +193,15 @@ def test_stable_flow_of_a_quadratic() -> None:
     assert torch.equal(ss.integrate(ss.gradient_flow(f, rule), f.weights(), 40).weights, slow.weights)
 
 
+def test_flow_on_the_sphere_stays_there() -> None:
+    f = invariant("BN")
+    theta = f.weights() / f.weights().norm()
+    flow = ss.sphere_flow(f, 0.5 / ss.spherical_sharpness(f))
+    path = ss.integrate(flow, theta, 50)
+    assert f.value(path.weights[-1]) < f.value(theta)
+    assert path.weights[-1].norm().item() == pytest.approx(1, abs=0.02)  # Euler steps drift outwards, by |step|²/2 each
+
+
 def test_weight_decay_of_what_nothing_holds() -> None:
     f, rule = quadratic(), GD(0.1, 1e-2)
     path = ss.integrate(ss.stable_flow(f, rule), f.weights(), 500, method=ss.implicit())

@@ -25,7 +25,7 @@ from .equivalences import (
     as_rmsprop,
     rescaled,
 )
-from .flows import Flow, central_flow, gradient_flow, stable_flow
+from .flows import Flow, central_flow, gradient_flow, sphere_flow, stable_flow
 from .history import History
 from .integrate import FlowStuck, Path, implicit, integrate, multirate
 from .invariance import ScaleGroups, find_groups
@@ -105,6 +105,7 @@ __all__ = [
     "sharpness",
     "sharpness_reduction",
     "smooth",
+    "sphere_flow",
     "spherical_sharpness",
     "stable_flow",
     "state_of",

@@ -28,7 +28,7 @@ from . import complementarity, third
 from .eigen import Memory
 from .objective import Objective
 from .operators import SymmetricOperator, hessian, preconditioned, scaled
-from .rules import State, UpdateRule
+from .rules import GD, State, UpdateRule
 from .tracking import track
 
 MOST = 20
@@ -268,6 +268,11 @@ def gradient_flow(f: Objective, rule: UpdateRule) -> Flow:
 def stable_flow(f: Objective, rule: UpdateRule) -> Flow:
     """What the rule would do if it did not oscillate: the central flow with Σ = 0."""
     return Flow(f, rule, band=None)
+
+
+def sphere_flow(f: Objective, rate: float) -> Flow:
+    """``dθ/dt = -rate ∇L(θ)``: for a scale-invariant loss it stays on the sphere on which it starts; ``rate`` is η̃."""
+    return stable_flow(f, GD(rate))
 
 
 def central_flow(f: Objective, rule: UpdateRule, *, band: float = 0.1) -> Flow:

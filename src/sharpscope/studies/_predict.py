@@ -32,7 +32,10 @@ COLUMNS = (
     ("variance", "Size of the oscillation", "mean squared distance from the average"),
     ("test_loss", "Test loss", "loss"),
 )
-CHARTS = tuple(Chart(y.replace("_", "-"), title, "step", y, RUNS, "step", label) for y, title, label in COLUMNS)
+CHARTS = tuple(
+    Chart(y.replace("_", "-"), title, "step", y, RUNS[1:] if y == "error" else RUNS, "step", label)
+    for y, title, label in COLUMNS
+)
 
 
 def predict_study(name: str, config: Any, job: str, start: int, steps: int, points: int, out: Path) -> str:
