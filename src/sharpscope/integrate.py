@@ -11,8 +11,8 @@ last look goes wrong, and takes explicit steps of 1/c with true gradients betwee
 
 an exponential Rosenbrock step whose X solves the complementarity problem with M in the place of dt P⁻¹ [N26].  For
 large dt, M tends to dt times the projection onto the minimizers' tangent space plus a Newton step back to them, so that
-the cost per τ does not depend on the intrinsic rate.  It needs an eigenbasis of all that is stiff, from one Krylov
-space.
+the cost per τ does not depend on the intrinsic rate - as long as an eigenbasis of all that is stiff over a step, from
+one Krylov space, stays small.
 
 P parameters, T points of a path.
 """
