@@ -80,7 +80,7 @@ def jobs(config: Config) -> list[Job]:
 
 
 def _cost(track: Track, report: Report, il: float, walk: bool) -> None:
-    """Over τ = 1 from step 5000 (20 000 for il ≤ 1e-5), regression network, 40 examples: both flows and the optimizer."""
+    """Flows and optimizer over τ = 1 from step 5000 (20 000 for il ≤ 1e-5), regression network with 40 examples."""
     track.resume()
     variant = Variant("regression", "BN", "squares", 0.5, il / 0.5, train=40)
     task = task_of(variant)
