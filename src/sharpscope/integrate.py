@@ -182,7 +182,7 @@ class implicit:
     rtol: float = 5e-3
     longest: float = 0.05
     most: int = 200
-    corrections: int = 1
+    corrections: int = 3
 
     def __call__(self, flow: Flow, point: Point, stop: float) -> tuple[Point, Row | None]:
         if point.averages:
