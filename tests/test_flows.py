@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import sharpscope as ss
 from sharpscope import third
 from sharpscope.adaptive import Adam, RMSprop
-from sharpscope.flows import eased, unpacked
+from sharpscope.flows import eased
 from sharpscope.integrate import Point, _relaxed
 from sharpscope.objective import Expansion, Objective
 from sharpscope.rules import GD, UpdateRule
@@ -110,7 +110,7 @@ def test_a_wrong_kernel_is_refused_before_the_first_step() -> None:
 
 def test_packed_pairs() -> None:
     x = torch.arange(6.0)
-    assert unpacked(x, 3).tolist() == [[0, 1, 2], [1, 3, 4], [2, 4, 5]]
+    assert third.unpacked(x).tolist() == [[0, 1, 2], [1, 3, 4], [2, 4, 5]]
 
 
 def test_local_model_against_dense_derivatives() -> None:
@@ -140,7 +140,7 @@ def test_a_look_at_ten_modes_costs_at_most_250_gradients(monkeypatch: pytest.Mon
     rule = GD(0.2, 5e-4)
     w = settled(f, rule, 300)
     values = ss.lanczos(ss.hessian(f, w), 11).values * 0.2
-    flow = ss.central_flow(f, rule, band=1 - (values[9] + values[10]).item() / 4)
+    flow = ss.central_flow(f, rule, band=1 - (values[9] + values[10]).item() / 4).verified(w)
     before = flow.local(w, {})
     w = rule.step(w, f.grad(w), {})[0]
     count = [0.0]

@@ -27,7 +27,7 @@ from torch import Tensor
 from . import complementarity, third
 from .eigen import Memory
 from .objective import Objective
-from .operators import SymmetricOperator, hessian, preconditioned, scaled
+from .operators import SymmetricOperator, hessian, preconditioned, scaled, shifted
 from .rules import GD, State, UpdateRule
 from .tracking import track
 
@@ -52,13 +52,28 @@ class Slope:
 class Flow:
     """The central flow of a rule; without `band`, its stable flow.
 
-    Modes with curvature above ``(1 - band) c`` take part, the `MOST` largest of them.
+    Modes with curvature above ``(1 - band) c`` take part, the `MOST` largest of them.  `slopes` is the way to their
+    G_ij: by autograd, unless `verified` chose another.
     """
 
     objective: Objective
     rule: UpdateRule
     band: float | None = 0.1
     slopes: third.Slopes | None = None
+
+    def verified(self, w: Tensor) -> "Flow":
+        """The flow with the way to third derivatives that `third.checked` chooses along ``∇²L ∇²L ∇L(w)``.
+
+        Raises:
+            WrongThirdDerivative: none can be trusted.
+        """
+        if self.band is None or self.slopes is not None:
+            return self
+        at = self.objective.at(w)
+        u = at.hvp(at.hvp(at.grad))
+        if not u.norm() > 0:
+            u = torch.ones_like(w)
+        return replace(self, slopes=third.checked(self.objective, w, u))
 
     def local(self, w: Tensor, averages: State, memory: Memory | None = None, seed: int = 0) -> "Local":
         """The flow around w, with the modes at the edge tracked from `memory`."""
@@ -83,36 +98,15 @@ class Flow:
     def around(self, w: Tensor, inverse: Tensor, values: Tensor, vectors: Tensor) -> "Local":
         """The flow around w, given eigenpairs of ``P^-1/2 ∇²F P^-1/2``, of which those in the band are its modes."""
         k = 0 if self.band is None else min(int((values >= (1 - self.band) * self.rule.bound).sum()), MOST)
-        U, way, cost = vectors[:, :k] * column(inverse.sqrt()), self.slopes, 0.0
-        if k and way is None:
-            way, cost = third.checked(self.objective, w, U[:, 0]), 20.0
-        G = way(self.objective, w, U) if way is not None and k else w.new_zeros(0, len(w))
-        return Local(
-            replace(self, slopes=way),
-            w,
-            inverse,
-            U,
-            torch.diag(values[:k]),
-            G,
-            values[0].item(),
-            None,
-            cost + 2 * len(G),
-        )
+        U = vectors[:, :k] * column(inverse.sqrt())
+        way = self.slopes or third.by_autograd
+        G = way(self.objective, w, U) if k else w.new_zeros(0, len(w))
+        return Local(self, w, inverse, U, torch.diag(values[:k]), G, values[0].item(), None, 2.0 * len(G))
 
 
 def column(x: Tensor) -> Tensor:
     """``x`` so that it multiplies columns: a number as it is, ``(P,)`` as ``(P, 1)``."""
     return x if x.dim() == 0 else x[:, None]
-
-
-def shifted(a: SymmetricOperator, c: float) -> SymmetricOperator:
-    """``A + c I``."""
-    if c == 0:
-        return a
-    matmat = a.matmat
-    return SymmetricOperator(
-        lambda v: a.matvec(v) + c * v, a.like, None if matmat is None else lambda V: matmat(V) + c * V, a.cost
-    )
 
 
 @dataclass(frozen=True)
@@ -131,26 +125,16 @@ class Local:
 
     def curvature(self, w: Tensor) -> Tensor:
         """``C(w) = C(w0) + ⟨G, w - w0⟩`` (k, k)."""
-        return self.curvatures + self.unpacked(self.slopes @ (w - self.w0))
-
-    def unpacked(self, x: Tensor) -> Tensor:
-        """Symmetric ``(.., k, k)`` from the m entries with i ≤ j in the last place."""
-        return unpacked(x, self.modes.shape[1])
+        return self.curvatures + third.unpacked(self.slopes @ (w - self.w0))
 
     def push(self, X: Tensor) -> Tensor:
         """``Σ_ij X_ij G_ij`` (P,)."""
-        i, j = third.pairs(len(X))
-        return torch.where(i == j, X[i, j], 2 * X[i, j]) @ self.slopes
-
-    def gram(self, images: Tensor) -> Tensor:
-        """``½⟨G_ij, images_lm⟩`` (k, k, k, k), from images of the slopes under a symmetric map (m, P)."""
-        half = self.unpacked(0.5 * self.slopes @ images.T)  # (m, k, k)
-        return self.unpacked(half.movedim(0, -1)).permute(2, 3, 0, 1)
+        return third.combined(X, self.slopes)
 
     @cached_property
     def still_gram(self) -> Tensor:
         """B while P stands still."""
-        return self.gram(self.slopes * self.inverse)
+        return third.gram(self.slopes, self.slopes * self.inverse) / 2
 
     def slope(self, w: Tensor, averages: State, dt: float, start: Tensor | None = None) -> Slope:
         """The flow at w, near w0, for a step of length dt; `start` is the X of a step before."""
@@ -164,7 +148,7 @@ class Local:
             X = C
         else:
             gap = rule.bound * M - C
-            A = self.unpacked(self.slopes @ (inverse * force + drift))
+            A = third.unpacked(self.slopes @ (inverse * force + drift))
             B = self.still_gram
             if averages:
                 A0, B0 = self._changing(averages, square)
@@ -221,7 +205,7 @@ class Local:
         for i, j in zip(*third.pairs(U.shape[1]), strict=True):
             there = rule.relax(averages, square + V[:, i] * V[:, j])
             rows.append(rate({name: there[name] - still[name] for name in still}))
-        return rate(still), self.unpacked(torch.stack(rows).movedim(0, -1))
+        return rate(still), third.unpacked(torch.stack(rows).movedim(0, -1))
 
 
 def eased(gap: Tensor, dt: float) -> Tensor:
@@ -243,15 +227,6 @@ def _bends(rule: UpdateRule, averages: State) -> State:
 def moved(averages: State, rates: State, dt: float) -> State:
     """The averages after dt at those rates; what has no rate stays."""
     return {name: v + dt * rates[name] if name in rates else v for name, v in averages.items()}
-
-
-def unpacked(x: Tensor, k: int) -> Tensor:
-    """Symmetric ``(.., k, k)`` from the m = k (k + 1)/2 entries with i ≤ j in the last place."""
-    i, j = third.pairs(k)
-    out = x.new_zeros(*x.shape[:-1], k, k)
-    out[..., i, j] = x
-    out[..., j, i] = x
-    return out
 
 
 def gradient_flow(f: Objective, rule: UpdateRule) -> Flow:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from . import complementarity
+from . import complementarity, third
 from .eigen import Memory
 from .eigenbasis import eigenbasis
 from .flows import Flow, Local, Slope, column, moved
@@ -103,7 +103,8 @@ def integrate(
         averages = flow.rule.averages(flow.rule.init(w))
     advance = multirate() if method is None else method
     stops = sorted({float(s) for s in at if 0 < s < steps} | {float(steps)})
-    point, kept = Point(0.0, w, averages), [w]
+    flow = flow.verified(w)
+    point, kept = Point(0.0, w, averages, cost=20.0 if flow.slopes else 0.0), [w]
     rows: list[Row] = []
     for stop in stops:
         while point.t < stop * (1 - 1e-12):
@@ -127,8 +128,7 @@ def integrate(
 class multirate:
     """Explicit steps of 1/c with true gradients; a new look at the modes when the curvature foretold errs by `rtol`.
 
-    Raises:
-        FlowStuck: looks would have to follow each other within a step.
+    No look is later than `longest` steps of the optimizer after the one before.
     """
 
     rtol: float = 3e-4
@@ -191,25 +191,27 @@ class implicit:
             )
         rule, w = flow.rule, point.w
         longest = self.longest / rule.clock if rule.clock else math.inf
-        reach = min(point.reach or 0.2 * longest, longest, stop - point.t)
+        reach = min(point.reach or (0.2 * longest if rule.clock else 10.0), longest, stop - point.t)
         if flow.band is not None:  # what can rise to the bound within the step belongs to the modes
             flow = replace(flow, band=max(flow.band, 4 * self.longest))
         inverse = flow.inverse(w, point.averages)
         a, shift = flow.curvature(w, inverse)
-        all_ = eigenbasis(a, 0.1 / min(reach, 1e12), self.most, seed=point.looks)
-        values, root = all_.values + shift, column(inverse.sqrt())
-        local = flow.around(w, inverse, values, all_.vectors)
-        cost = point.cost + local.cost + all_.num_matvecs * a.cost + 2
+        whole = eigenbasis(a, 0.1 / reach, self.most, seed=point.looks)
+        values, root = whole.values + shift, column(inverse.sqrt())
+        local = flow.around(w, inverse, values, whole.vectors)
+        cost = point.cost + local.cost + whole.num_matvecs * a.cost + 2
         error = _defect(local, point.foretold, rule.bound)
+        if point.before is not None and not len(local.curvatures):  # no mode says how far the quadratic model reaches
+            error = ((w - point.before.w).norm() / w.norm()).item() / 20
         if error > 4 * self.rtol and point.before is not None and point.before.t + 1 < point.t:
             return replace(point.before, reach=(point.t - point.before.t) / 3, cost=cost, looks=point.looks + 1), None
         if point.foretold is not None:
             reach = _next(point.reach, error, self.rtol, longest)
-        if all_.rest * reach > 1:
-            reach = 1 / all_.rest
+        if whole.rest * reach > 1:
+            reach = 1 / whole.rest
             if reach < 1:
                 raise FlowStuck(
-                    f"beside {len(values)} eigenvectors the curvature is still {all_.rest:.2g}, so that steps would be"
+                    f"beside {len(values)} eigenvectors the curvature is still {whole.rest:.2g}, so that steps would be"
                     " shorter than the optimizer's: use multirate(), or implicit(most=...) larger"
                 )
         dt = min(reach, stop - point.t)
@@ -218,8 +220,8 @@ class implicit:
         def spread(x: Tensor) -> Tensor:
             """``M x`` of columns ``(P, n)``."""
             y = root * x
-            stiff = (_relaxed(dt * values) - slow)[:, None] * (all_.vectors.T @ y)
-            return dt * root * (slow * y + all_.vectors @ stiff)
+            stiff = (_relaxed(dt * values) - slow)[:, None] * (whole.vectors.T @ y)
+            return dt * root * (slow * y + whole.vectors @ stiff)
 
         value, g = flow.objective.value_and_grad(w)
         force = g + rule.coupled_decay * w + rule.decoupled_decay * w / inverse
@@ -227,14 +229,14 @@ class implicit:
         if len(C):
             A, images = local.slopes @ spread(force[:, None])[:, 0], spread(local.slopes.T).T
             gap = rule.bound * torch.eye(len(C)).to(C) - C
-            X = complementarity.solve(gap + local.unpacked(A), local.gram(images)).x
+            X = complementarity.solve(gap + third.unpacked(A), third.gram(local.slopes, images) / 2).x
         push = 0.5 * local.push(X)
         new = w - spread((force + push)[:, None])[:, 0]
         stiff = dt * values > 3
         for _ in range(self.corrections):
             left = flow.objective.grad(new) + rule.coupled_decay * new + rule.decoupled_decay * new / inverse + push
-            along = all_.vectors[:, stiff].T @ (root * left[:, None])
-            new = new - (root * (all_.vectors[:, stiff] @ (along / values[stiff, None])))[:, 0]
+            along = whole.vectors[:, stiff].T @ (root * left[:, None])
+            new = new - (root * (whole.vectors[:, stiff] @ (along / values[stiff, None])))[:, 0]
         cost += 1 + self.corrections
         s = Slope((new - w) / dt, {}, C, X, local.variances(X), *local.losses(value.item(), C, X))
         after = Point(

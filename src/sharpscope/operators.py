@@ -135,3 +135,13 @@ def projected(a: SymmetricOperator, project: Callable[[Tensor], Tensor]) -> Symm
 def scaled(a: SymmetricOperator, c: float) -> SymmetricOperator:
     """``c A``."""
     return a.sandwiched(a.like, lambda v: c * v, lambda v: v)
+
+
+def shifted(a: SymmetricOperator, c: float) -> SymmetricOperator:
+    """``A + c I``."""
+    if c == 0:
+        return a
+    matmat = a.matmat
+    return SymmetricOperator(
+        lambda v: a.matvec(v) + c * v, a.like, None if matmat is None else lambda V: matmat(V) + c * V, a.cost
+    )

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from . import complementarity, third
 from .eigenbasis import Basis, eigenbasis
-from .flows import unpacked
 from .objective import Objective
 from .operators import hessian
 from .rules import GD, SphericalRMSprop, UpdateRule
@@ -89,20 +88,15 @@ class ReductionFlow:
         near = self._range(zeta)
         top, k = near.values[0], self.k
         U = near.vectors[:, :k]
-        way = third.by_autograd
         V = near.vectors[:, near.values.abs() > self.floor * top]
-        g = way(self.objective, zeta, U) / top
+        g = third.by_autograd(self.objective, zeta, U) / top
         for flat in (V, zeta[:, None]):
             g = g - (g @ flat) @ flat.T
-        half = unpacked(g @ g.T, k)
-        gram = unpacked(half.movedim(0, -1), k).permute(2, 3, 0, 1)
         eye = torch.eye(k).to(g)
-        B = 4 * torch.einsum("ij,lm->ijlm", eye, eye) + 2 / self.C * gram
+        B = 4 * torch.einsum("ij,lm->ijlm", eye, eye) + 2 / self.C * third.gram(g, g)
         slack = torch.zeros_like(eye) if dtau is None else torch.diag(1 - near.values[:k] / top) / (2 * dtau)
         p = complementarity.solve(slack - eye, B).x
-        i, j = third.pairs(k)
-        velocity = -self.rate * (torch.where(i == j, p[i, j], 2 * p[i, j]) @ g)
-        return Reduction(velocity, near.values[:k], g, p)
+        return Reduction(-self.rate * third.combined(p, g), near.values[:k], g, p)
 
     def _range(self, theta: Tensor) -> Basis:
         """An eigenbasis of the Hessian at θ."""
@@ -121,7 +115,7 @@ def sharpness_reduction(f: Objective, rule: UpdateRule, k: int = 1) -> Reduction
         TypeError, ValueError: the rule is not of the quasi-RMSprop family.
     """
     if isinstance(rule, SphericalRMSprop):
-        return ReductionFlow(f, rule.base_rate**2, (1 - rule.decay) / rule.base_rate**2, k)
+        return ReductionFlow(f, rule.base_rate**2, rule.constant, k)
     if not isinstance(rule, GD):
         raise TypeError(f"{type(rule).__name__} is not in the quasi-RMSprop family: it has no sharpness-reduction flow")
     if not rule.weight_decay:

@@ -11,6 +11,7 @@ Each checks the other: differences know nothing of the kernels whose double back
 P parameters, k directions.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -33,6 +34,27 @@ def pairs(k: int) -> tuple[Tensor, Tensor]:
     """The indices i ≤ j of the k (k + 1)/2 different G_ij."""
     i, j = torch.triu_indices(k, k)
     return i, j
+
+
+def unpacked(x: Tensor) -> Tensor:
+    """Symmetric ``(.., k, k)`` from the k (k + 1)/2 entries with i ≤ j in the last place."""
+    k = (math.isqrt(8 * x.shape[-1] + 1) - 1) // 2
+    i, j = pairs(k)
+    out = x.new_zeros(*x.shape[:-1], k, k)
+    out[..., i, j] = x
+    out[..., j, i] = x
+    return out
+
+
+def combined(X: Tensor, G: Tensor) -> Tensor:
+    """``Σ_ij X_ij G_ij`` (P,), for a symmetric X ``(k, k)``."""
+    i, j = pairs(len(X))
+    return torch.where(i == j, X[i, j], 2 * X[i, j]) @ G
+
+
+def gram(G: Tensor, images: Tensor) -> Tensor:
+    """``⟨G_ij, images_lm⟩`` (k, k, k, k); the images are those of the G_ij under a symmetric map."""
+    return unpacked(unpacked(G @ images.T).movedim(0, -1)).permute(2, 3, 0, 1)
 
 
 def by_autograd(f: Objective, w: Tensor, U: Tensor) -> Tensor:
