@@ -21,7 +21,21 @@ def advance(rule: UpdateRule, w: Tensor, curvature: Tensor, steps: int) -> Tenso
     return w
 
 
-GDS = [GD(0.1), GD(0.1, 0.3), GD(0.1, 0.0, 0.9), GD(0.1, 0.3, 0.5), GD(2.0, 0.1)]
+GDS = [
+    *(GD(0.1), GD(0.1, 0.3), GD(0.1, 0.0, 0.9), GD(0.1, 0.3, 0.5), GD(2.0, 0.1)),
+    *(GD(0.1, 0.3, 0.9, nesterov=True), GD(0.1, 0.0, 0.5, nesterov=True), GD(0.1, 0.3, 0.9, dampening=0.5)),
+]
+
+
+def sgd_of(rule: GD, params: list[Tensor]) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        params,
+        lr=rule.learning_rate,
+        momentum=rule.momentum,
+        weight_decay=rule.weight_decay,
+        nesterov=rule.nesterov,
+        dampening=rule.dampening,
+    )
 
 
 @pytest.mark.parametrize("rule", GDS, ids=str)
@@ -29,8 +43,7 @@ def test_gd_takes_the_steps_of_sgd(rule: GD) -> None:
     f = cases.invariant()
     w = f.weights()
     p = w.clone().requires_grad_()
-    sgd = torch.optim.SGD([p], lr=rule.learning_rate, momentum=rule.momentum, weight_decay=rule.weight_decay)
-    state = rule.init(w)
+    sgd, state = sgd_of(rule, [p]), rule.init(w)
     for _ in range(10):
         g = f.grad(w)
         p.grad = g.clone()
@@ -42,7 +55,12 @@ def test_gd_takes_the_steps_of_sgd(rule: GD) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [GD(0.1), GD(0.3, 0.5), GD(0.1, 0.0, 0.9), GD(0.2, 1.0, 0.5), GD(0.01, 0.1, 0.99)], ids=str
+    "rule",
+    [
+        *(GD(0.1), GD(0.3, 0.5), GD(0.1, 0.0, 0.9), GD(0.2, 1.0, 0.5), GD(0.01, 0.1, 0.99)),
+        *(GD(0.1, 0.3, 0.9, True), GD(0.2, 0.0, 0.5, True), GD(0.1, 0.3, 0.9, dampening=0.5)),
+    ],
+    ids=str,
 )
 def test_threshold_separates_convergence_from_divergence(rule: GD) -> None:
     threshold = rule.threshold(rule.init(torch.ones(1)))
@@ -67,7 +85,10 @@ def test_bound_is_the_threshold_in_units_of_the_preconditioner(rule: GD) -> None
     assert threshold / rule.preconditioner({}).item() == pytest.approx(rule.bound, rel=1e-15)
 
 
-MOVING = [GD(0.1), GD(0.1, 0.0, 0.9), ScalarRMSprop(0.02, 0.9, 0.5), ScalarRMSprop(0.02, 0.9, 0.5, update_first=True)]
+MOVING = [
+    *(GD(0.1), GD(0.1, 0.0, 0.9), GD(0.1, 0.0, 0.9, True), GD(0.1, 0.0, 0.9, dampening=0.5)),
+    *(ScalarRMSprop(0.02, 0.9, 0.5), ScalarRMSprop(0.02, 0.9, 0.5, update_first=True)),
+]
 
 
 @pytest.mark.parametrize("rule", MOVING, ids=str)
@@ -151,7 +172,7 @@ def test_weight_decay_does_not_update_first() -> None:
 @pytest.mark.parametrize("rule", GDS, ids=str)
 def test_sgd_is_read_with_its_present_values(rule: GD) -> None:
     p = torch.nn.Parameter(torch.ones(2))
-    sgd = torch.optim.SGD([p], lr=rule.learning_rate, momentum=rule.momentum, weight_decay=rule.weight_decay)
+    sgd = sgd_of(rule, [p])
     assert rule_of(sgd) == rule
     sgd.param_groups[0]["lr"] = 0.25
     assert rule_of(sgd) == replace(rule, learning_rate=0.25)
@@ -167,10 +188,14 @@ def test_unknown_optimizers_are_named_with_the_known_ones() -> None:
 
 def test_variants_of_sgd_are_refused_by_name() -> None:
     p = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(TypeError, match="SGD with nesterov"):
-        rule_of(torch.optim.SGD([p], lr=0.1, momentum=0.9, nesterov=True))
-    with pytest.raises(TypeError, match="SGD with dampening, maximize"):
-        rule_of(torch.optim.SGD([p], lr=0.1, momentum=0.9, dampening=0.1, maximize=True))
+    with pytest.raises(TypeError, match="SGD with maximize"):
+        rule_of(torch.optim.SGD([p], lr=0.1, momentum=0.9, maximize=True))
+
+
+def test_nesterov_needs_momentum_and_no_dampening() -> None:
+    for options in ({"nesterov": True}, {"nesterov": True, "momentum": 0.5, "dampening": 0.1}):
+        with pytest.raises(ValueError, match="Nesterov's step needs momentum and no dampening"):
+            GD(0.1, **options)
 
 
 def test_several_parameter_groups_are_refused() -> None:

@@ -14,6 +14,7 @@
 from .adaptive import Adam, RMSprop
 from .bounds import Comparison
 from .budget import ErrorBudget, error_budget
+from .diagnose import Finding
 from .doctor import Checkup, doctor
 from .eigen import Eigenpairs, NotConverged, NotFinite, ends, lanczos
 from .equivalences import (
@@ -34,12 +35,24 @@ from .measures import product_sphere_sharpness, sharpness, spherical_sharpness, 
 from .monitor import Monitor
 from .objective import Objective
 from .operators import SymmetricOperator, gauss_newton, hessian, preconditioned, projected, restricted
+from .pace import log_spaced
 from .predict import Prediction, compare
 from .quadrature import Density, density
 from .reduction import NoMinimizer, ReductionFlow, sharpness_reduction
-from .rules import GD, ScalarRMSprop, SphericalRMSprop, UpdateRule, rule_of, state_of
+from .rules import (
+    GD,
+    ScalarRMSprop,
+    SphericalRMSprop,
+    Stability,
+    UpdateRule,
+    rule_of,
+    rules_of,
+    stability_of,
+    state_of,
+)
 from .smooth import smooth
 from .spectrum import Estimate, block_tops, diagonal, most_negative, shares, trace
+from .surgery import make_scale_invariant
 from .third import WrongThirdDerivative
 from .tracking import track
 
@@ -53,6 +66,7 @@ __all__ = [
     "ErrorBudget",
     "Estimate",
     "ExponentialRate",
+    "Finding",
     "Flow",
     "FlowStuck",
     "History",
@@ -70,6 +84,7 @@ __all__ = [
     "ScalarRMSprop",
     "ScaleGroups",
     "SphericalRMSprop",
+    "Stability",
     "SymmetricOperator",
     "UpdateRule",
     "WrongThirdDerivative",
@@ -92,6 +107,8 @@ __all__ = [
     "implicit",
     "integrate",
     "lanczos",
+    "log_spaced",
+    "make_scale_invariant",
     "midpoint",
     "most_negative",
     "multirate",
@@ -101,12 +118,14 @@ __all__ = [
     "rescaled",
     "restricted",
     "rule_of",
+    "rules_of",
     "shares",
     "sharpness",
     "sharpness_reduction",
     "smooth",
     "sphere_flow",
     "spherical_sharpness",
+    "stability_of",
     "stable_flow",
     "state_of",
     "top_eigenpairs",

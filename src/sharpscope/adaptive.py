@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .rules import State, UpdateRule, demand, described, heavy_ball
+from .rules import Stability, State, UpdateRule, demand, described, heavy_ball
 
 
 class PerWeight(UpdateRule):
@@ -30,6 +30,13 @@ class PerWeight(UpdateRule):
     @property
     def edge(self) -> NoReturn:
         raise TypeError(self._none("effective learning rate on the sphere"))
+
+    def stability(self, state: State) -> Stability | None:
+        """In the metric ``bound·P``; None before the first gradient."""
+        if not bool(state["v"].any()):
+            return None
+        decay = torch.tensor(self.coupled_decay, dtype=torch.float64)
+        return Stability(self.bound * self.preconditioner(state), decay)
 
     def _none(self, what: str) -> str:
         name = type(self).__name__
@@ -148,6 +155,13 @@ class Adam(PerWeight):
     @property
     def coupled_decay(self) -> float:
         return 0.0 if self.decoupled else self.weight_decay
+
+    @property
+    def equilibrium(self) -> float:
+        """``√(2 il (1 - β1)/(1 + β1))`` if decoupled (Kosson et al. 2024, arXiv 2305.17212); else not known."""
+        if self.coupled_decay:
+            return math.nan
+        return math.sqrt(2 * self.decoupled_decay * (1 - self.beta1) / (1 + self.beta1))
 
     @property
     def decoupled_decay(self) -> float:

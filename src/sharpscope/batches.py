@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -30,6 +30,30 @@ def read(data: Iterable[Any], seed: int | None, device: torch.device) -> Iterato
             yield Batch(args, kwargs, target, _count(target, (args, kwargs)))
     if batch is None:
         raise ValueError("the data hold no batch, or not a second time; pass a list of pairs (inputs, target)")
+
+
+def head(data: Iterable[Any], n: int) -> list[Any]:
+    """The first n examples of `data`, in its batches, read under a fixed seed; the last batch is cut."""
+    taken: list[Any] = []
+    with _own_randomness(data, None if isinstance(data, list | tuple) else 0):
+        for batch in data:
+            count = examples(batch)
+            taken.append(batch if count <= n else _cut(batch, count, n))
+            n -= count
+            if n <= 0:
+                break
+    return taken
+
+
+def examples(batch: Any) -> int:
+    """How many there are in a batch."""
+    args, kwargs, target = _split(batch)
+    return _count(target, (args, kwargs))
+
+
+def _cut(tree: Any, count: int, n: int) -> Any:
+    """The first n of `count` examples in every tensor that holds one per example."""
+    return _mapped(tree, lambda t: t[:n] if t.dim() > 0 and t.shape[0] == count else t)
 
 
 def check_data(data: Iterable[Any]) -> None:
@@ -61,12 +85,17 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _to(tree: Any, device: torch.device) -> Any:
+    return _mapped(tree, lambda t: t.to(device))
+
+
+def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested tuples, lists and mappings with other tensors."""
     if isinstance(tree, Tensor):
-        return tree.to(device)
+        return change(tree)
     if isinstance(tree, Mapping):
-        return {key: _to(item, device) for key, item in tree.items()}
+        return {key: _mapped(item, change) for key, item in tree.items()}
     if isinstance(tree, list | tuple):
-        items = [_to(item, device) for item in tree]
+        items = [_mapped(item, change) for item in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree
 

@@ -65,6 +65,11 @@ class Memory:
         counts = torch.tensor([self.lag, self.doubt, self.k, self.drift], dtype=torch.float64)
         return {**parts, "counts": counts}
 
+    def to(self, like: Tensor) -> "Memory":
+        """On the device of `like`."""
+        pools = (replace(pool, vectors=pool.vectors.to(like)) for pool in (self.last, self.before))
+        return replace(self, **dict(zip(("last", "before"), pools, strict=True)))
+
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Memory":
         """From a checkpoint."""

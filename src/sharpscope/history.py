@@ -47,6 +47,11 @@ class History:
         self._length += 1
 
     @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per row, with None where a column is empty."""
+        return [dict(zip(self.columns, row, strict=True)) for row in zip(*self.columns.values(), strict=True)]
+
+    @property
     def runs(self) -> list[str]:
         """Names of the runs, in order of appearance."""
         return list(dict.fromkeys(self.columns.get("run", [])))

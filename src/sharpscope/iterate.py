@@ -4,7 +4,7 @@ P parameters, k eigenpairs.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from .eigen import Eigenpairs, Memory
 from .invariance import ScaleGroups, find_groups
 from .objective import Expansion, Objective
-from .operators import SymmetricOperator, hessian, preconditioned, restricted
-from .rules import State, UpdateRule
+from .operators import SymmetricOperator, hessian, preconditioned, restricted, shifted
+from .rules import Stability, State, UpdateRule
 from .sphere import on_sphere
 from .tracking import track
 
@@ -28,7 +28,8 @@ def midpoint(before: Tensor, now: Tensor) -> Tensor:
 class Iterate:
     """Weights `w` ``(P,)`` of `objective`, reached by `rule` in `state` after `step` steps.
 
-    `k` and `rtol` are handed to the eigenvalue solver; `start` is the `memories` of an earlier Iterate.
+    `k` and `rtol` are handed to the eigenvalue solver; `start` is the `memories` of an earlier Iterate.  `stability`
+    takes the place of what the rule says of it, for an optimizer with several parameter groups (`stability_of`).
     """
 
     objective: Objective
@@ -40,6 +41,7 @@ class Iterate:
     k: int = 1
     rtol: float = 1e-4
     start: Mapping[str, Memory] = field(default_factory=dict)
+    stability: Stability | None = None
 
     @classmethod
     def of(cls, at: "Objective | Iterate") -> "Iterate":
@@ -82,6 +84,35 @@ class Iterate:
         return self._solve("top", self.hessian)
 
     @cached_property
+    def criterion(self) -> Stability:
+        """When the next step is stable.
+
+        Raises:
+            ValueError: there is no rule, or it has no step length yet.
+        """
+        if self.stability is not None:
+            return self.stability
+        if self.rule is None:
+            raise ValueError("this measure needs an update rule: Iterate(..., rule=GD(learning_rate=...))")
+        found = self.rule.stability(self.state)
+        if found is None:
+            raise ValueError(f"{type(self.rule).__name__} has averaged no gradient yet: its steps have no length")
+        return found
+
+    @cached_property
+    def effective_top(self) -> Eigenpairs:
+        """Of ``M^-½ (∇²L + D) M^-½``, whose largest eigenvalue is one at the edge of stability [N34]."""
+        metric, decay = self.criterion.metric.to(self.w), self.criterion.decay.to(self.w)
+        if not self.criterion.uniform:
+            a = shifted(preconditioned(self.hessian, metric), decay / metric)
+            return self._solve("effective_top", a)
+        top, m = self.top, (metric[0] if metric.dim() else metric).item()
+        # One step length for all weights: the vectors of ∇²L serve, and D counts as they see it.
+        seen = (decay.expand_as(self.w)[:, None] * top.vectors.square()).sum(dim=0)
+        shifted_up = replace(top, values=top.values + seen, upper=top.upper + decay.max().item(), memory=None)
+        return shifted_up.scaled(1 / m)
+
+    @cached_property
     def spherical_top(self) -> Eigenpairs:
         """Of the Hessian in the jointly scale-invariant weights, at unit norm [N7]."""
         if self.scale_groups.covers(self.objective.size):
@@ -107,7 +138,7 @@ class Iterate:
     @property
     def memories(self) -> dict[str, Memory]:
         """What the solvers found, as `start` of the next Iterate."""
-        names = ("top", "spherical_top", "product_sphere_top")
+        names = ("top", "effective_top", "spherical_top", "product_sphere_top")
         solved = {name: self.__dict__[name].memory for name in names if name in self.__dict__}
         return {name: memory for name, memory in solved.items() if memory is not None}
 

@@ -64,8 +64,13 @@ def spherical_edge(at: Iterate) -> float:
 
 
 def stability_ratio(at: Iterate) -> float:
-    """``λ1(∇²L(w)) / threshold``: one at the edge of stability, whatever the rule and the model."""
-    return sharpness(at) / _rule(at).threshold(at.state)
+    """``λ1(∇²L(w)) / threshold``: one at the edge of stability, whatever the rule and the model.
+
+    Where no one threshold exists (a learning rate for every weight, parameter groups that differ) it is
+    ``λ1(M^-½ (∇²L + D) M^-½)``, in the metric of the steps [N34].
+    """
+    threshold = at.criterion.threshold
+    return at.effective_top.values[0].item() if threshold is None else sharpness(at) / threshold
 
 
 def top_eigenpairs(at: Objective | Iterate, k: int = 1) -> Eigenpairs:

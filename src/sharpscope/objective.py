@@ -13,7 +13,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,17 @@ Loss = Callable[[Any, Any], Tensor]
 Expand = Callable[["Objective", Tensor], "Expansion"]
 
 
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """Gradients on and autocast off, whatever the caller's context: second derivatives run in it as well."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 class Objective:
     """``L(w)``, its gradient and its products with second and third derivatives, at any flat `w` [N1].
 
@@ -43,6 +54,7 @@ class Objective:
         memory_budget: bytes that the graphs kept for repeated products may hold; batches beyond it are recomputed
             at every product (1.5 to 2.5 times as dear).  The graph of one batch is always whole: use smaller batches
             where that is too much.
+        without_dropout: measure the loss without dropout, of modules and of attention, whatever mode these are in.
 
     Products follow autograd: where a layer's backward is not the derivative of its forward (spectral normalization in
     training mode, an embedding's ``padding_idx``) they are those of the backward.
@@ -58,8 +70,17 @@ class Objective:
     (4, {'weight': slice(0, 3, None), 'bias': slice(3, 4, None)})
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, data: Iterable[Any], *, memory_budget: int = 2 << 30) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        data: Iterable[Any],
+        *,
+        memory_budget: int = 2 << 30,
+        without_dropout: bool = False,
+    ) -> None:
         self.model, self.loss, self.data, self.memory_budget = model, loss, data, memory_budget
+        self.dropout = not without_dropout
         self.expand: Expand = Expansion
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
@@ -70,7 +91,8 @@ class Objective:
         ends = np.cumsum(sizes).tolist()
         self.slices = {name: slice(end - n, end) for name, n, end in zip(trainable, sizes, ends, strict=True)}
         self.size: int = ends[-1]
-        self._droppers = [(name, m) for name, m in model.named_modules() if isinstance(_rate(m), float)]
+        droppers = [(name, m) for name, m in model.named_modules() if isinstance(_rate(m), float)]
+        self._droppers = [(n, m) for n, m in droppers if self.dropout or isinstance(m, nn.RNNBase)]
         check_data(data)
         reduction = getattr(loss, "reduction", "mean")
         if reduction != "mean":
@@ -114,13 +136,13 @@ class Objective:
 
     def value(self, w: Tensor) -> Tensor:
         """``L(w)``, a scalar."""
-        with torch.no_grad():
+        with differentiating(), torch.no_grad():
             total, count = w.new_zeros(()), 0
             for chunk in self._chunks(self.unflatten(w)):
                 total, count = total + chunk.examples * chunk.loss.detach(), count + chunk.examples
         return total / count
 
-    @torch.enable_grad()
+    @differentiating()
     def value_and_grad(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """``L(w)`` and ``∇L(w)`` ``(P,)`` in one pass, one batch in memory at a time."""
         w = w.detach().requires_grad_()
@@ -175,7 +197,7 @@ class Objective:
 
     def _chunk(self, values: Mapping[str, Tensor], batch: Batch) -> "_Chunk":
         """The loss of one batch, with `values` in the place of parameters and buffers; it may write to the latter."""
-        with smooth():
+        with smooth(dropout=self.dropout):
             output = functional_call(self.model, dict(values), batch.args, batch.kwargs)
             loss = self.loss(output, batch.target)
         return _Chunk(batch.examples, loss, output)
@@ -185,7 +207,7 @@ class Objective:
         _check_deterministic(self._droppers)
         return read(self.data, self._seed, device)
 
-    @torch.enable_grad()
+    @differentiating()
     def _check_first_batch(self) -> float:
         """Refuse what cannot be differentiated; return the bytes of the gradient's graph per example."""
         leaves = {name: part.clone().requires_grad_() for name, part in self.unflatten(self.weights()).items()}
@@ -222,7 +244,7 @@ class Expansion:
     cost: float = 2.0
     together: bool = False
 
-    @torch.enable_grad()
+    @differentiating()
     def __init__(self, f: Objective, w: Tensor, *, memory_budget: int | None = None) -> None:
         budget = f.memory_budget if memory_budget is None else memory_budget
         self.f = f
@@ -250,7 +272,7 @@ class Expansion:
         """Batches whose graphs are in memory."""
         return len(self._kept)
 
-    @torch.enable_grad()
+    @differentiating()
     def hvp(self, v: Tensor) -> Tensor:
         """``∇²L(w) v`` for `v` ``(P,)``.
 
@@ -266,7 +288,7 @@ class Expansion:
             raise _named(self.f, error) from error
         return total
 
-    @torch.enable_grad()
+    @differentiating()
     def columns(self, V: Tensor) -> Tensor:
         """``∇²L(w) V`` for columns ``(P, k)``: together, in one batched pass through the kept graph, or one by one."""
         if not self.together or self.kept < self.chunks or V.shape[1] < 2:
@@ -285,7 +307,7 @@ class Expansion:
         )
         return out.T
 
-    @torch.enable_grad()
+    @differentiating()
     def third(self, u: Tensor, v: Tensor) -> Tensor:
         """``∇_w (uᵀ ∇²L(w) v)`` with u and v ``(P,)`` held fixed."""
         self.f._require_second()
@@ -295,7 +317,7 @@ class Expansion:
             total = total + chunk.examples / self.count * _vjp(curve, self.w, v, retain=True)
         return total
 
-    @torch.enable_grad()
+    @differentiating()
     def gauss_newton(self, v: Tensor) -> Tensor:
         """``Jᵀ ∇²ℓ J v`` for `v` ``(P,)``: forward products as reverse over reverse."""
         self.f._require_second()
@@ -381,7 +403,7 @@ def _holds_delayed_error(grads: Iterable[Tensor | None]) -> bool:
     return False
 
 
-@torch.enable_grad()
+@differentiating()
 def obstacles(f: Objective) -> list[str]:
     """Modules, the innermost ones, whose output on the first batch has no second derivative, or a wrong one."""
     seen: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]] = []
@@ -498,7 +520,10 @@ def _check_deterministic(droppers: Iterable[tuple[str, nn.Module]]) -> None:
     for name, module in droppers:
         p = _rate(module)
         if module.training and isinstance(p, float) and p > 0:
+            cure = "call .eval() on that module or set its rate to 0"
+            if not isinstance(module, nn.RNNBase):
+                cure += ", or measure the loss without it: Objective(..., without_dropout=True)"
             raise ValueError(
                 f"dropout is on in '{name}' ({type(module).__name__}, p={p}): the loss is random, so its curvature is"
-                " not defined; call .eval() on that module or set its rate to 0"
+                f" not defined; {cure}"
             )

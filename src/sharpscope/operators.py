@@ -137,11 +137,13 @@ def scaled(a: SymmetricOperator, c: float) -> SymmetricOperator:
     return a.sandwiched(a.like, lambda v: c * v, lambda v: v)
 
 
-def shifted(a: SymmetricOperator, c: float) -> SymmetricOperator:
-    """``A + c I``."""
-    if c == 0:
-        return a
-    matmat = a.matmat
+def shifted(a: SymmetricOperator, c: float | Tensor) -> SymmetricOperator:
+    """``A + c I`` for a number, ``A + diag(c)`` for ``(P,)``."""
+    if not isinstance(c, Tensor):
+        if c == 0:
+            return a
+        c = a.like.new_tensor(c)
+    matmat, columns = a.matmat, c[:, None] if c.dim() else c
     return SymmetricOperator(
-        lambda v: a.matvec(v) + c * v, a.like, None if matmat is None else lambda V: matmat(V) + c * V, a.cost
+        lambda v: a.matvec(v) + c * v, a.like, None if matmat is None else lambda V: matmat(V) + columns * V, a.cost
     )

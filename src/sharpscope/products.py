@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import programs
 from .batches import Batch
-from .objective import Expand, Expansion, Objective
+from .objective import Expand, Expansion, Objective, differentiating
 from .programs import CannotTrace, Program
 
 
@@ -48,7 +48,7 @@ class forward_over_reverse(Expansion):
         Expansion.__init__(self, f, w, memory_budget=0)
         self.cost = 3.0
 
-    @torch.enable_grad()
+    @differentiating()
     def hvp(self, v: Tensor) -> Tensor:
         """``∇²L(w) v`` for `v` ``(P,)``."""
         self.f._require_second()
@@ -231,6 +231,7 @@ class _Traced:
 class Linearization(Expansion):
     """`Expansion` whose products run traced programs."""
 
+    @differentiating()
     def __init__(self, f: Objective, w: Tensor, tracer: linearized) -> None:
         self.f, self.w = f, w.detach().requires_grad_()
         self.value, self.count, self.chunks = w.new_zeros(()), 0, 0
@@ -265,6 +266,7 @@ class Linearization(Expansion):
             self.together = False
             return self.columns(V)
 
+    @differentiating()
     def _product(self, v: Tensor) -> Tensor:
         if self.chunks == 1 and self._held:
             program, residuals, _ = self._held[0]

@@ -17,6 +17,7 @@ from string import Template
 from typing import Any
 
 from .claims import Verdict
+from .diagnose import Finding
 from .plots import Chart, Columns, SphereChart, Trace, graticule, missing, traces, viewpoint
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -28,11 +29,16 @@ MARK = {True: '<span class="mark" aria-hidden="true">✓</span>', False: '<span 
 
 def write_report(path: str | Path, **page: Any) -> Path:
     """Write `render(**page)` to the path, whole or not at all."""
+    return write_page(path, render(**page))
+
+
+def write_page(path: str | Path, html: str) -> Path:
+    """Write a page to the path, whole or not at all; folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(render(**page), encoding="utf-8")
+        draft.write_text(html, encoding="utf-8")
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -50,11 +56,13 @@ def render(
     config: Mapping[str, object],
     environment: Mapping[str, object],
     figures: Mapping[str, bytes] | None = None,
+    findings: Sequence[Finding] = (),
 ) -> str:
     """The page.  `figures` (PNG bytes by chart name) stand in for the charts where scripts are switched off."""
     drawn = [(chart, traces(chart, columns)) for chart in charts]
     data = {chart.name: _data(chart, lines) for chart, lines in drawn if any(t.points for t in lines)}
     chapters = (
+        ("Diagnosis", _diagnosis(findings)),
         ("Claims", _claims(verdicts)),
         ("Charts", _charts(charts, columns, figures or {})),
         ("Configuration", _facts("What was set", config, " open")),
@@ -228,6 +236,18 @@ def _data(chart: Chart | SphereChart, lines: Sequence[Trace]) -> dict[str, objec
 
 def _axes(trace: Trace, letters: str) -> dict[str, list[float]]:
     return {letter: [float(f"{point[i]:.8g}") for point in trace.points] for i, letter in enumerate(letters)}
+
+
+def _diagnosis(findings: Sequence[Finding]) -> str:
+    """Each sentence with the numbers its rule used and the source of the rule."""
+    rows = ""
+    for finding in findings:
+        used = ", ".join(f"{name} {number(value)}" for name, value in finding.numbers.items() if not math.isnan(value))
+        cells = "".join(f"<td>{escape(text)}</td>" for text in (used, finding.source))
+        rows += f'<tr><th scope="row">{escape(finding.text)}</th>{cells}</tr>'
+    heads = _heads("What the readings say", "Numbers", "Source")
+    table = f'<table class="findings">{heads}<tbody>{rows}</tbody></table>'
+    return f'<div class="wide">{table}</div>' if rows else ""
 
 
 def _facts(head: str, rows: Mapping[str, object], state: str = "") -> str:

@@ -22,6 +22,28 @@ from . import sphere
 State = Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Stability:
+    """When steps are stable on a quadratic: ``λ1(M^-½ (∇²L + D) M^-½) ≤ 1`` [N34].
+
+    M = P c, the preconditioner times the bound on the curvature in its metric; D, the weight decay inside the gradient.
+    Both are diagonals, one number or ``(P,)``.  Where M is infinite, nothing moves.
+    """
+
+    metric: Tensor
+    decay: Tensor
+
+    @property
+    def uniform(self) -> bool:
+        """Whether M is one number, so that steps have one length for all weights."""
+        return self.metric.dim() == 0 or bool((self.metric == self.metric[0]).all())
+
+    @property
+    def threshold(self) -> float | None:
+        """Largest stable eigenvalue of ``∇²L``, ``M - D``, where both are one number; otherwise None."""
+        return None if self.metric.dim() or self.decay.dim() else (self.metric - self.decay).item()
+
+
 class UpdateRule(ABC):
     """One optimizer.  Subclass it, frozen, to teach sharpscope another one; set `reads` to its torch counterpart.
 
@@ -82,6 +104,19 @@ class UpdateRule(ABC):
         """Share of the weights that decoupled weight decay takes away in a step."""
         return 0.0
 
+    def stability(self, state: State) -> Stability | None:
+        """When its steps are stable; None as long as the rule has no step length."""
+        decay = torch.tensor(self.coupled_decay, dtype=torch.float64)
+        return Stability(decay + self.threshold(state), decay)
+
+    @property
+    def equilibrium(self) -> float:
+        """Angle in radians by which scale-invariant weights turn in a step once their norm has settled [N35].
+
+        Not a number where no law is known, zero without weight decay.
+        """
+        return math.nan
+
     def averages(self, state: State) -> State:
         """What `preconditioner` reads in the state: averages of squares, a step count; not the momentum."""
         return {}
@@ -100,15 +135,18 @@ class UpdateRule(ABC):
 class GD(UpdateRule):
     """Gradient descent with weight decay and heavy-ball momentum [N10]:
 
-        b ← mom·b + ∇L(w) + wd·w,      w ← w - lr·b
+        b ← mom·b + (1-d) g,  g = ∇L(w) + wd·w,      w ← w - lr·b,  or  w ← w - lr (g + mom·b)  if `nesterov`
 
-    On a quadratic of curvature λ it is stable up to ``lr (λ + wd) = 2 (1 + mom)`` (Polyak 1964; Cohen et al. 2021,
-    arXiv 2103.00065, section on momentum).
+    with dampening d, which spares the first step as in torch.  On a quadratic of curvature λ it is stable up to
+    ``lr (λ + wd) = 2 (1 + mom)/(1 - d)``, or ``2 (1 + mom)/(1 + 2 mom)`` with Nesterov's step: there b and w change
+    sign (Polyak 1964; Cohen et al. 2021, arXiv 2103.00065, appendix on momentum).
     """
 
     learning_rate: float
     weight_decay: float = 0.0
     momentum: float = 0.0
+    nesterov: bool = False
+    dampening: float = 0.0
 
     reads = torch.optim.SGD
     entries: ClassVar[Mapping[str, str]] = {"momentum": "momentum_buffer"}
@@ -119,6 +157,9 @@ class GD(UpdateRule):
         sentence = f"weight decay is {self.weight_decay}; it lies in [0, 1/lr) = [0, {most:g})"
         demand(0 <= self.weight_decay < most, sentence)
         demand(0 <= self.momentum < 1, f"momentum is {self.momentum}; it lies in [0, 1)")
+        demand(0 <= self.dampening < 1, f"dampening is {self.dampening}; it lies in [0, 1)")
+        plain = not self.nesterov or (self.momentum > 0 and self.dampening == 0)
+        demand(plain, "Nesterov's step needs momentum and no dampening")
 
     @property
     def intrinsic_rate(self) -> float:
@@ -126,23 +167,33 @@ class GD(UpdateRule):
         return self.learning_rate * self.weight_decay
 
     @property
+    def _undamped(self) -> float:
+        """Share of a gradient that enters the buffer."""
+        return 1 - self.dampening if self.momentum else 1.0
+
+    @property
     def edge(self) -> float:
-        """``2 (1 + mom)``."""
-        return 2 * (1 + self.momentum)
+        """``2 (1 + mom)/(1 - d)``, or ``2 (1 + mom)/(1 + 2 mom)`` with Nesterov's step."""
+        return 2 * (1 + self.momentum) / (1 + 2 * self.momentum if self.nesterov else self._undamped)
 
     @property
     def clock(self) -> float:
-        """``lr·wd/(1 - mom)``."""
-        return self.intrinsic_rate / (1 - self.momentum)
+        """``(1 - d) lr·wd/(1 - mom)``."""
+        return self._undamped * self.intrinsic_rate / (1 - self.momentum)
 
     def preconditioner(self, state: State) -> Tensor:
-        """``(1 - mom)/lr``."""
-        return torch.tensor((1 - self.momentum) / self.learning_rate, dtype=torch.float64)
+        """``(1 - mom)/((1 - d) lr)``."""
+        return torch.tensor((1 - self.momentum) / (self._undamped * self.learning_rate), dtype=torch.float64)
 
     @property
     def bound(self) -> float:
-        """``2 (1 + mom)/(1 - mom)``."""
-        return heavy_ball(self.momentum)
+        """``(1 - d)/(1 - mom)`` times the `edge`."""
+        return self._undamped * self.edge / (1 - self.momentum)
+
+    @property
+    def equilibrium(self) -> float:
+        """``√(2 (1 - d) lr·wd/(1 + mom))`` (Kosson et al. 2024, arXiv 2305.17212); not known for Nesterov's step."""
+        return math.nan if self.nesterov else math.sqrt(2 * self._undamped * self.intrinsic_rate / (1 + self.momentum))
 
     @property
     def coupled_decay(self) -> float:
@@ -154,11 +205,12 @@ class GD(UpdateRule):
     def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
         if not self.momentum:
             return (1 - self.intrinsic_rate) * w - self.learning_rate * g, state
-        b = self.momentum * state["momentum"] + g + self.weight_decay * w
-        return w - self.learning_rate * b, {"momentum": b}
+        g, b = g + self.weight_decay * w, state["momentum"]
+        b = self.momentum * b + (self._undamped if self.dampening and bool(b.any()) else 1.0) * g
+        return w - self.learning_rate * (g + self.momentum * b if self.nesterov else b), {"momentum": b}
 
     def threshold(self, state: State) -> float:
-        """``2 (1 + mom)/lr - wd``."""
+        """``edge/lr - wd``."""
         return self.edge / self.learning_rate - self.weight_decay
 
     def effective_learning_rate(self, radius: float, state: State) -> float:
@@ -166,8 +218,9 @@ class GD(UpdateRule):
 
     @classmethod
     def read(cls, optimizer: Optimizer) -> "GD":
-        group = described(optimizer, "nesterov", "dampening", "maximize")
-        return cls(float(group["lr"]), float(group["weight_decay"]), float(group["momentum"]))
+        group = described(optimizer, "maximize")
+        lr, wd, momentum, dampening = (float(group[n]) for n in ("lr", "weight_decay", "momentum", "dampening"))
+        return cls(lr, wd, momentum, bool(group["nesterov"]), dampening if momentum else 0.0)
 
 
 @dataclass(frozen=True)
@@ -292,7 +345,8 @@ def rule_of(optimizer: Optimizer) -> UpdateRule:
     """The update rule of a live torch optimizer, with its present hyper-parameters.
 
     Raises:
-        TypeError: no subclass of UpdateRule reads this optimizer.
+        TypeError: no subclass of UpdateRule reads this optimizer, or it has several parameter groups (`rules_of`).
+        ValueError: its hyper-parameters make no rule, such as a learning rate of zero.
     """
     rules = {kind: rule for rule in _leaves(UpdateRule) for kind in _kinds(rule)}
     kind = type(optimizer)
@@ -302,9 +356,31 @@ def rule_of(optimizer: Optimizer) -> UpdateRule:
     return rules[kind].read(optimizer)
 
 
-def state_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> State:
-    """The state of `rule_of(optimizer)`, flat over `parameters` in their order; zero where no step was taken yet."""
-    rule = rule_of(optimizer)
+def parts_of(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizer once for each of its parameter groups, seen as if it had no other; state and groups are shared."""
+    parts = []
+    for group in optimizer.param_groups:
+        part = object.__new__(type(optimizer))
+        part.__dict__ = {**optimizer.__dict__, "param_groups": [group]}
+        parts.append(part)
+    return parts
+
+
+def rules_of(optimizer: Optimizer) -> list[UpdateRule | None]:
+    """The update rule of each parameter group; None for a group whose learning rate is zero, as in a warm-up.
+
+    Raises:
+        TypeError, ValueError: as `rule_of`.
+    """
+    return [rule_of(part) if float(part.param_groups[0]["lr"]) else None for part in parts_of(optimizer)]
+
+
+def state_of(optimizer: Optimizer, parameters: Sequence[Tensor], rule: UpdateRule | None = None) -> State:
+    """The state of `rule`, flat over `parameters` in their order; zero where no step was taken yet.
+
+    The rule is ``rule_of(optimizer)`` by default; another one finds what it keeps by its `entries`.
+    """
+    rule = rule_of(optimizer) if rule is None else rule
     start = rule.init(torch.cat([p.detach().reshape(-1) for p in parameters]))
     state = {}
     for name, first in start.items():
@@ -313,17 +389,54 @@ def state_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> State:
             parts = [torch.zeros_like(p) if k is None else k for p, k in zip(parameters, kept, strict=True)]
             state[name] = torch.cat([part.detach().reshape(-1) for part in parts])
         else:
-            counts = {float(k) for k in kept if k is not None} or {0.0}
+            counts = {float(k) for k in kept if k is not None} or {first.item()}
             demand(len(counts) == 1, f"the parameters differ in {name}, {sorted(counts)}: no one state describes them")
             state[name] = torch.full_like(first, counts.pop())
     return state
+
+
+def stability_of(
+    optimizer: Optimizer, parameters: Sequence[Tensor], rules: Sequence[UpdateRule | None] | None = None
+) -> Stability | None:
+    """When a live optimizer is stable, over `parameters` in their order [N34]; None as long as nothing can move.
+
+    One number each where all parameter groups agree on one, otherwise diagonals ``(P,)``.  Where groups differ in
+    momentum or decay the criterion still is exact: it asks at which curvature weights and buffers change sign together.
+    `rules`, one for each group, are those of `rules_of` by default.
+
+    Raises:
+        TypeError, ValueError: as `rule_of`; parameters that the optimizer does not train.
+    """
+    owners: dict[int, tuple[Optimizer, UpdateRule | None]] = {}
+    for part, rule in zip(parts_of(optimizer), rules_of(optimizer) if rules is None else rules, strict=True):
+        owners |= {id(p): (part, rule) for p in part.param_groups[0]["params"]}
+    untrained = sum(id(p) not in owners for p in parameters)
+    demand(untrained == 0, f"the optimizer does not train {untrained} of the {len(parameters)} parameters")
+    found = [_stability(*owners[id(p)], p) for p in parameters]  # one by one: they may differ in age
+    kinds = {None if s is None or s.metric.dim() else (s.metric.item(), s.decay.item()) for s in found}
+    if all(s is None for s in found) or (len(kinds) == 1 and None not in kinds):
+        return found[0]
+    moving = [STANDING if s is None else s for s in found]
+    pairs = list(zip(moving, parameters, strict=True))
+    return Stability(
+        torch.cat([s.metric.to(p).expand(p.numel()) for s, p in pairs]),
+        torch.cat([s.decay.to(p).expand(p.numel()) for s, p in pairs]),
+    )
+
+
+STANDING = Stability(torch.tensor(math.inf), torch.tensor(0.0))
+"""Of weights that do not move."""
+
+
+def _stability(part: Optimizer, rule: UpdateRule | None, parameter: Tensor) -> Stability | None:
+    return None if rule is None else rule.stability(state_of(part, [parameter], rule))
 
 
 def described(optimizer: Optimizer, *refused: str) -> Mapping[str, Any]:
     """The hyper-parameters of an optimizer's one parameter group, in which none of `refused` is on."""
     kind, groups = type(optimizer).__name__, optimizer.param_groups
     if len(groups) != 1:
-        raise TypeError(f"the optimizer has {len(groups)} parameter groups; a rule describes one")
+        raise TypeError(f"the optimizer has {len(groups)} parameter groups; a rule describes one: see rules_of")
     odd = [name for name in refused if groups[0][name]]
     if odd:
         raise TypeError(f"no update rule for {kind} with {', '.join(odd)}; subclass UpdateRule and pass rule=")

@@ -187,8 +187,39 @@ ELEMENTARY: dict[Callable[..., Any], Callable[..., Any]] = {
 """One row per kernel that autograd gets wrong or cannot differentiate twice."""
 
 
+def _same(input: Tensor, *_: Any, **__: Any) -> Tensor:
+    return input
+
+
+def _dropping_nothing(func: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """`func` with its argument ``dropout_p``, the one at `place`, set to zero."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > place:
+            return func(*args[:place], 0.0, *args[place + 1 :], **kwargs)
+        return func(*args, **kwargs | {"dropout_p": 0.0})
+
+    return call
+
+
+UNDROPPED: dict[Callable[..., Any], Callable[..., Any]] = {
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout), _same),
+    **dict.fromkeys((F.feature_alpha_dropout, torch.dropout, torch.alpha_dropout, torch.feature_dropout), _same),
+    F.scaled_dot_product_attention: _dropping_nothing(ELEMENTARY[F.scaled_dot_product_attention], 4),
+    F.multi_head_attention_forward: _dropping_nothing(ELEMENTARY[F.multi_head_attention_forward], 10),
+}
+"""One row per operation that drops at random, without doing so."""
+
+
 class smooth(TorchFunctionMode):
-    """Context: the operations of `ELEMENTARY` run in differentiable form; everything else is untouched."""
+    """Context: the operations of `ELEMENTARY` run in differentiable form; everything else is untouched.
+
+    With ``dropout=False`` the operations of `UNDROPPED` drop nothing, whatever mode the modules are in.
+    """
+
+    def __init__(self, *, dropout: bool = True) -> None:
+        super().__init__()
+        self._table = ELEMENTARY if dropout else ELEMENTARY | UNDROPPED
 
     def __torch_function__(
         self,
@@ -197,4 +228,4 @@ class smooth(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return ELEMENTARY.get(func, func)(*args, **(kwargs or {}))
+        return self._table.get(func, func)(*args, **(kwargs or {}))

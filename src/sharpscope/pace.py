@@ -1,0 +1,184 @@
+"""When to measure a running training: at chosen steps, or as often as a share of its time allows.
+
+Readings are paid in seconds.  With a share b, and c seconds for the dearest reading so far, there is one when
+
+    measured + c ≤ b · trained
+
+so that the share is kept at every moment.  Where the number of steps is known, and with it the time the whole training
+will take, the share is kept at the end instead, with c' seconds for the dearest of the latest readings:
+
+    measured + c ≤ b · whole,       measured + c' ≤ b · max(trained, whole / 2)
+
+Half of the budget may then be spent at once, so that the beginning is seen too.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
+
+from torch import Tensor
+
+from .batches import examples, head
+from .objective import Objective
+
+Schedule = Callable[[int], bool]
+
+SAFETY = 0.95
+"""Part of the share that is planned with."""
+
+READINGS = 24
+"""Readings that a plan wants to afford in the steps of the run (1000 where they are not known)."""
+
+LEAST, MOST = 16, 4096
+"""Examples that a planned probe holds at least, if there are as many, and at most."""
+
+PRODUCT = 1.5
+"""Cost of a product in gradients, for the plan."""
+
+
+def log_spaced(per_decade: int = 10) -> Schedule:
+    """A schedule for `Monitor(every=...)`: steps 0, 1, 2, .. and later `per_decade` in every decade.
+
+    >>> due = log_spaced(3)
+    >>> [step for step in range(200) if due(step)]
+    [0, 1, 2, 5, 10, 22, 46, 100]
+    """
+    if per_decade < 1:
+        raise ValueError(f"per_decade={per_decade}: at least one reading in a decade")
+
+    def place(step: int) -> int:
+        """How many of the values round(10^(i/per_decade)) are at most `step`."""
+        i = 0
+        while round(10 ** (i / per_decade)) <= step:
+            i += 1
+        return i
+
+    return lambda step: step == 0 or place(step) > place(step - 1)
+
+
+def every_nth(n: int) -> Schedule:
+    """Steps 0, n, 2n, ..."""
+    if n < 1:
+        raise ValueError(f"every={n}: the number of steps between measurements is at least 1")
+    return lambda step: step % n == 0
+
+
+def share_of(budget: float | str) -> float:
+    """A share as a number, from a number or a percentage.
+
+    >>> share_of("5%"), share_of(0.02)
+    (0.05, 0.02)
+    """
+    try:
+        share = float(budget.rstrip("% ")) / 100 if isinstance(budget, str) and "%" in budget else float(budget)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise ValueError(f"budget={budget!r}: give the share of the training time as '5%' or .05, at most 1")
+    return share
+
+
+@dataclass
+class Ledger:
+    """Seconds of training and of measuring so far."""
+
+    trained: float = 0.0
+    measured: float = 0.0
+    dearest: float = 0.0  # reading
+    readings: deque[float] = field(default_factory=lambda: deque(maxlen=8))  # seconds of the latest, but for the first
+    lately: deque[float] = field(default_factory=lambda: deque(maxlen=32))  # seconds of single steps
+
+    def note(self, seconds: float) -> None:
+        """A reading has taken so long."""
+        if self.dearest:
+            self.readings.append(seconds)
+        self.dearest = max(self.dearest, seconds)
+
+    @property
+    def overhead(self) -> float:
+        """Time of measuring over time of training."""
+        return self.measured / self.trained if self.trained else 0.0
+
+    @property
+    def typical(self) -> float:
+        """Seconds of a step."""
+        return median(self.lately) if self.lately else 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A share of the time of training, which is planned to last `steps` steps (None: nobody knows)."""
+
+    share: float
+    steps: int | None = None
+
+    def allows(self, ledger: Ledger, first: float, usual: float) -> bool:
+        """Whether a reading keeps the share; `first` and `usual` are the seconds expected where none was seen yet."""
+        share, dearest = SAFETY * self.share, ledger.dearest or first
+        if self.steps is None:
+            return ledger.measured + dearest <= share * ledger.trained
+        whole = ledger.typical * self.steps
+        coming = max(ledger.readings, default=usual) if ledger.dearest else first
+        now = ledger.measured + coming <= share * max(ledger.trained, whole / 2)
+        return now and ledger.measured + dearest <= share * max(ledger.trained, whole)
+
+    def seconds(self, ledger: Ledger) -> float:
+        """What may be spent in the whole run, or in 1000 steps."""
+        return 0.8 * self.share * ledger.typical * (self.steps or 1000)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: `objective` on a number of examples, and k eigenpairs."""
+
+    objective: Objective
+    examples: int
+    full: bool  # all quantities, or only those that one eigenvalue problem gives
+    k: int
+    first: float  # seconds that the first reading is expected to take
+    usual: float  # and each of the others
+
+
+def plan(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: int, k: int) -> Plan:
+    """The largest probe, and the most quantities, with which `READINGS` readings fit into the budget.
+
+    A gradient of n examples is taken to cost a + c n seconds, from one of 4 and one of 16 examples.  Where not even the
+    least probe fits, there will be fewer readings.
+    """
+    seconds = {n: _gradient_seconds(f, w, n) for n in (4, 16)}
+    slope = max(seconds[16] - seconds[4], 0.0) / 12
+    fixed = max(seconds[4] - 4 * slope, 0.0)
+    most = head(f.data, MOST)
+    total = sum(map(examples, most))
+    allowed = budget.seconds(ledger)
+
+    def cost(pairs: int) -> tuple[float, float]:
+        """Gradients of the first reading, and of all."""
+        first = 8 + 25 * PRODUCT * pairs
+        return first, first + READINGS * (2 + 6 * PRODUCT * pairs)
+
+    def fitting(pairs: int) -> int:
+        room = allowed / cost(pairs)[1] - fixed
+        return total if room >= slope * total else int(room / slope) if slope > 0 else 0
+
+    least = min(LEAST, total)
+    choices = ((solves > 1, k), (solves > 1, 1), (False, 1))
+    full, pairs = next((c for c in choices if fitting(_pairs(*c, solves)) >= min(4 * least, total)), choices[-1])
+    n = min(max(fitting(_pairs(full, pairs, solves)), least), total)
+    first, all_of_them = (c * (fixed + slope * n) for c in cost(_pairs(full, pairs, solves)))
+    return Plan(f.on(head(most, n)), n, full, pairs, first, (all_of_them - first) / READINGS)
+
+
+def _pairs(full: bool, k: int, solves: int) -> int:
+    return k * (solves if full else 1)
+
+
+def _gradient_seconds(f: Objective, w: Tensor, n: int) -> float:
+    """Of n examples, the second time."""
+    small = f.on(head(f.data, n))
+    small.grad(w)
+    began = perf_counter()
+    small.grad(w).sum().item()  # waits for the device
+    return perf_counter() - began
