@@ -35,6 +35,7 @@ class Facts:
     null: Mapping[str, int] = field(default_factory=dict)
     decayed_null: int = 0
     steps: int | None = None
+    overhead: float | None = None  # time of measuring over time of training, where it is newer than the last reading
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,13 @@ def place(at: Readings) -> Finding | None:
 
 def largest_rate(at: Readings) -> Finding | None:
     """lr/r, the rate at which the present curvature is at the edge."""
-    lr, r = at.last("learning_rate"), at.ratio
-    if not (lr > 0 and r > 0):
+    if not (at.last("learning_rate") > 0 and at.ratio > 0):
         return None
-    text = f"At the present curvature the largest stable learning rate is {lr / r:.3g} (it is {lr:.3g} now)."
-    return Finding("largest rate", text, {"largest": lr / r, "learning rate": lr}, COHEN)
+    rates, ratios = at.history.table(at.run, "learning_rate", "stability_ratio")
+    n = max(3, len(ratios) // 4)
+    largest, lr = float(np.median(rates[-n:] / ratios[-n:])), at.last("learning_rate")
+    text = f"At the present curvature the largest stable learning rate is {largest:.3g} (it is {lr:.3g} now)."
+    return Finding("largest rate", text, {"largest": largest, "learning rate": lr}, COHEN)
 
 
 def twice_the_rate(at: Readings) -> Finding | None:
@@ -245,7 +248,7 @@ def entry(at: Readings) -> Finding | None:
     tau = 0.5 * math.log(1 / r)
     steps = tau / clock
     text = f"By weight decay alone the edge is {steps:.0f} steps away at the earliest (τ = ½ ln(1/{r:.2f}) = {tau:.2g})"
-    if math.isfinite(at.left):
+    if at.left > 0:
         text += f"; {at.left:.0f} are left" + (", so it will not get there." if steps > at.left else ".")
     else:
         text += "."
@@ -292,7 +295,7 @@ def clock(at: Readings) -> Finding | None:
     end = tau + rate * at.left
     numbers = {"tau": tau, "clock": rate, "tau at the end": end}
     acted = f"Weight decay has acted for τ = {tau:.3g} (by now {rate:.2g} a step)"
-    if math.isfinite(end):
+    if at.left > 0:
         acted += f", and will have for τ = {end:.3g} at the end"
     if end < 0.1:
         return Finding("no time", f"{acted}: weight decay has no time to act in this run.", numbers, LYU)
@@ -325,7 +328,7 @@ def twice_the_decay(at: Readings) -> Finding | None:
     end = at.last("tau") + rate * at.left
     numbers = {"clock": rate, "tau at the end": end, "angle": at.last("equilibrium")}
     text = "Twice the weight decay would double this clock"
-    if math.isfinite(end):
+    if at.left > 0:
         text += f" (τ = {2 * end:.3g} at the end)"
     if numbers["angle"] > 0:
         angle = math.degrees(numbers["angle"])
@@ -378,7 +381,7 @@ def clipping(at: Readings) -> Finding | None:
 
 def cost(at: Readings) -> Finding | None:
     """What the measuring has taken so far."""
-    share = at.last("overhead")
+    share = at.last("overhead") if at.facts.overhead is None else at.facts.overhead
     if math.isnan(share):
         return None
     return Finding("cost", f"Measuring took {share:.2%} of the time of training so far.", {"overhead": share})

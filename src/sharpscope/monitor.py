@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -27,7 +27,7 @@ from .history import History, Track
 from .invariance import ScaleGroups, find_groups
 from .iterate import Iterate, midpoint
 from .objective import Objective
-from .pace import Budget, Ledger, Plan, Schedule, every_nth, plan, share_of
+from .pace import Budget, Ledger, Plan, Schedule, every_nth, limited, plan, share_of
 from .page import RUN, page, render_run
 from .report import write_page
 from .rules import Stability, UpdateRule, rules_of, stability_of, state_of
@@ -211,7 +211,7 @@ class Monitor:
             solves = 2 if stability is None or stability.uniform else 3  # plain and on the sphere; in the steps' metric
             self.plan = plan(self.objective, self.objective.weights(), self.ledger, self.budget, solves, self.k)
             self.k = self.plan.k
-        return self.budget.allows(self.ledger, self.plan.first, self.plan.usual)
+        return self.budget.allows(self.ledger, step, self.plan.first, self.plan.usual)
 
     def _wait(self) -> float:
         """Seconds until all that was sent to a device is done: still those of training."""
@@ -240,11 +240,12 @@ class Monitor:
         A run is never stopped by being watched: where the loss or a product with its Hessian is not finite, or the
         solver does not converge, the row has no curvature.  `turned` are weights before and after one step.
         """
+        began = perf_counter()
         groups, rule, stability = self.groups, self.rule, self._stability()
-        rtol = 1e-4 if self.budget is None else 2e-2
-        it = Iterate(
-            self.measured, w, rule, {}, self.steps, groups, self.k, rtol, start=self._memories, stability=stability
-        )
+        f, rtol = self.measured, 1e-4
+        if self.budget is not None:
+            f, rtol = f.using(limited(f.expand, began + self.budget.whole(self.ledger) - self.ledger.measured)), 2e-2
+        it = Iterate(f, w, rule, {}, self.steps, groups, self.k, rtol, start=self._memories, stability=stability)
         group = self.optimizer.param_groups[self._leading]
         row: dict[str, Any] = {"tau": self.tau, "loss": measures.loss(it), "learning_rate": float(group["lr"])}
         if rule is not None:
@@ -334,6 +335,7 @@ class Monitor:
             null=null,
             decayed_null=sum(n for name, n in null.items() if name in params and id(params[name]) in decayed),
             steps=self.planned_steps,
+            overhead=self.overhead if self.ledger.trained else None,
         )
 
     def report(self, path: str | Path) -> Path:
@@ -357,7 +359,8 @@ class Monitor:
         assert self._track is not None
         path = self._track.log.parent / "monitor.json"
         words = {"kind": "monitor", "title": type(self.objective.model).__name__}
-        text = json.dumps(words | {"facts": asdict(self.facts), "config": self._config()}, default=str)
+        facts = asdict(replace(self.facts, overhead=None))  # that of the latest row
+        text = json.dumps(words | {"facts": facts, "config": self._config()}, default=str)
         temporary = path.with_name(f".monitor.{os.getpid()}")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)

@@ -4,12 +4,14 @@ Readings are paid in seconds.  With a share b, and c seconds for the dearest rea
 
     measured + c ≤ b · trained
 
-so that the share is kept at every moment.  Where the number of steps is known, and with it the time the whole training
-will take, the share is kept at the end instead, with c' seconds for the dearest of the latest readings:
+so that the share is kept at every moment.  Where the number N of steps is known, and with it the time the whole
+training will take, the share is kept at the end instead.  The first reading, which has to find everything, may take
+half of all that may be spent, B = b · whole, so that the beginning is seen too; what it leaves is spread over the steps
+t, with c' seconds for the dearest of the latest readings and m₁ for what had been spent after the first one:
 
-    measured + c ≤ b · whole,       measured + c' ≤ b · max(trained, whole / 2)
+    measured + c ≤ B,       measured + c' ≤ m₁ + (B - m₁) t/N
 
-Half of the budget may then be spent at once, so that the beginning is seen too.
+A reading that takes longer than it may is given up.
 """
 
 from collections import deque
@@ -21,7 +23,8 @@ from time import perf_counter
 from torch import Tensor
 
 from .batches import examples, head
-from .objective import Objective
+from .eigen import NotConverged
+from .objective import Expand, Expansion, Objective
 
 Schedule = Callable[[int], bool]
 
@@ -87,6 +90,7 @@ class Ledger:
     trained: float = 0.0
     measured: float = 0.0
     dearest: float = 0.0  # reading
+    begun: float = 0.0  # measuring up to the end of the first reading
     readings: deque[float] = field(default_factory=lambda: deque(maxlen=8))  # seconds of the latest, but for the first
     lately: deque[float] = field(default_factory=lambda: deque(maxlen=32))  # seconds of single steps
 
@@ -94,6 +98,8 @@ class Ledger:
         """A reading has taken so long."""
         if self.dearest:
             self.readings.append(seconds)
+        else:
+            self.begun = self.measured + seconds
         self.dearest = max(self.dearest, seconds)
 
     @property
@@ -114,15 +120,21 @@ class Budget:
     share: float
     steps: int | None = None
 
-    def allows(self, ledger: Ledger, first: float, usual: float) -> bool:
-        """Whether a reading keeps the share; `first` and `usual` are the seconds expected where none was seen yet."""
-        share, dearest = SAFETY * self.share, ledger.dearest or first
-        if self.steps is None:
-            return ledger.measured + dearest <= share * ledger.trained
-        whole = ledger.typical * self.steps
-        coming = max(ledger.readings, default=usual) if ledger.dearest else first
-        now = ledger.measured + coming <= share * max(ledger.trained, whole / 2)
-        return now and ledger.measured + dearest <= share * max(ledger.trained, whole)
+    def allows(self, ledger: Ledger, step: int, first: float, usual: float) -> bool:
+        """Whether there is a reading at `step`; `first` and `usual` are seconds expected where none was seen yet."""
+        dearest = ledger.dearest or first
+        if self.steps is None or not ledger.dearest:
+            part = 1 if self.steps is None else 2
+            return ledger.measured + dearest <= max(self.whole(ledger) / part, SAFETY * self.share * ledger.trained)
+        whole = self.whole(ledger)
+        coming = max(ledger.readings, default=usual)
+        spread = ledger.begun + (whole - ledger.begun) * step / self.steps
+        return ledger.measured + coming <= spread and ledger.measured + dearest <= whole
+
+    def whole(self, ledger: Ledger) -> float:
+        """Seconds that measuring may take until the end, or until now where nobody knows the end."""
+        trained = ledger.trained if self.steps is None else max(ledger.trained, ledger.typical * self.steps)
+        return SAFETY * self.share * trained
 
     def seconds(self, ledger: Ledger) -> float:
         """What may be spent in the whole run, or in 1000 steps."""
@@ -169,6 +181,29 @@ def plan(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: int, k
     n = min(max(fitting(_pairs(full, pairs, solves)), least), total)
     first, all_of_them = (c * (fixed + slope * n) for c in cost(_pairs(full, pairs, solves)))
     return Plan(f.on(head(most, n)), n, full, pairs, first, (all_of_them - first) / READINGS)
+
+
+class OutOfTime(NotConverged):
+    """A reading has taken longer than the budget allows."""
+
+
+def limited(expand: Expand, deadline: float) -> Expand:
+    """Products in the way of `expand`, up to a time on the clock of `perf_counter`."""
+
+    def limited_expand(f: Objective, w: Tensor) -> Expansion:
+        at = expand(f, w)
+        product = at.hvp
+
+        def hvp(v: Tensor) -> Tensor:
+            if perf_counter() > deadline:
+                raise OutOfTime("a reading was given up: it took longer than the budget allows")
+            return product(v)
+
+        at.hvp = hvp  # type: ignore[method-assign]
+        at.together = False
+        return at
+
+    return limited_expand
 
 
 def _pairs(full: bool, k: int, solves: int) -> int:
