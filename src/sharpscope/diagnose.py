@@ -384,7 +384,8 @@ def cost(at: Readings) -> Finding | None:
     share = at.last("overhead") if at.facts.overhead is None else at.facts.overhead
     if math.isnan(share):
         return None
-    return Finding("cost", f"Measuring took {share:.2%} of the time of training so far.", {"overhead": share})
+    part = f"{share:.2%} of" if share < 1 else f"{share:.1f} times"
+    return Finding("cost", f"Measuring took {part} the time of training so far.", {"overhead": share})
 
 
 RULES: tuple[Callable[[Readings], Finding | None], ...] = (

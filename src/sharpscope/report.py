@@ -239,15 +239,14 @@ def _axes(trace: Trace, letters: str) -> dict[str, list[float]]:
 
 
 def _diagnosis(findings: Sequence[Finding]) -> str:
-    """Each sentence with the numbers its rule used and the source of the rule."""
-    rows = ""
+    """Each sentence, with the numbers its rule used and the source of the rule below it."""
+    items = ""
     for finding in findings:
         used = ", ".join(f"{name} {number(value)}" for name, value in finding.numbers.items() if not math.isnan(value))
-        cells = "".join(f"<td>{escape(text)}</td>" for text in (used, finding.source))
-        rows += f'<tr><th scope="row">{escape(finding.text)}</th>{cells}</tr>'
-    heads = _heads("What the readings say", "Numbers", "Source")
-    table = f'<table class="findings">{heads}<tbody>{rows}</tbody></table>'
-    return f'<div class="wide">{table}</div>' if rows else ""
+        evidence = " · ".join(filter(None, (used, finding.source)))
+        small = f'<p class="evidence">{escape(evidence)}</p>' if evidence else ""
+        items += f"<li><p>{escape(finding.text)}</p>{small}</li>"
+    return f'<ul class="findings">{items}</ul>' if items else ""
 
 
 def _facts(head: str, rows: Mapping[str, object], state: str = "") -> str:
