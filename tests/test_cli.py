@@ -86,6 +86,13 @@ def test_run_all_runs_every_study(
         ("report", "the following arguments are required: directory"),
         ("report runs --quick", "unknown argument --quick"),
         ("report runs other", "unknown argument other"),
+        ("analyze", "the following arguments are required: CHECKPOINTS, --task"),
+        ("analyze w.pt --task m:f --lr fast", "argument --lr: invalid float value: 'fast'"),
+        ("analyze w.pt --task m:f --kk 2", "unknown argument --kk"),
+        ("analyze w.pt --task m:f", "there is no task 'm:f' (No module named 'm'); give MODULE:FUNCTION"),
+        ("watch", "the following arguments are required: RUN_DIR"),
+        ("watch runs", "there is no directory runs; give that of a `sharpscope run`, or of a Monitor"),
+        ("watch . --port many", "argument --port: invalid int value: 'many'"),
     ],
 )
 def test_bad_usage_is_answered_with_a_sentence(
@@ -181,7 +188,12 @@ def test_missing_extras_are_named_before_anything_runs(
 ) -> None:
     importlib.import_module(name)
     monkeypatch.setitem(sys.modules, name, None)
-    for arguments in (["run", "tiny", "--out", str(tmp_path / "run")], ["report", str(tmp_path)]):
+    for arguments in (
+        ["run", "tiny", "--out", str(tmp_path / "run")],
+        ["report", str(tmp_path)],
+        ["analyze", str(tmp_path), "--task", "m:f", "--out", str(tmp_path / "out")],
+        ["watch", str(tmp_path)],
+    ):
         status, said = say(capsys, *arguments)
         assert status == 2
         assert f"{name} is not installed" in said

@@ -175,7 +175,7 @@ def rescaled(rule: GD, w: Tensor, c: float) -> tuple[GD, Tensor]:
     Holds with momentum too.  In the middle of a run the momentum buffer is to be divided by c.
 
     >>> rescaled(GD(0.5, 0.25), torch.tensor([3.0, 4.0]), 2.0)
-    (GD(learning_rate=2.0, weight_decay=0.0625, momentum=0.0), tensor([6., 8.]))
+    (GD(learning_rate=2.0, weight_decay=0.0625, momentum=0.0, nesterov=False, dampening=0.0), tensor([6., 8.]))
     """
     demand(0 < c < math.inf, f"weights are rescaled by c = {c}; it must be positive")
     return replace(rule, learning_rate=c**2 * rule.learning_rate, weight_decay=rule.weight_decay / c**2), c * w

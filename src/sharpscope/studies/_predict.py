@@ -1,17 +1,14 @@
 """``sharpscope predict``: what an optimizer does next, foretold and then run."""
 
 import difflib
-import importlib
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from ..checkpoints import load_task
+from ..checkpoints import load_weights as load_weights
 from ..eigen import NotConverged, NotFinite
 from ..history import History, Track
 from ..objective import Objective
@@ -53,7 +50,7 @@ def predict_study(name: str, config: Any, job: str, start: int, steps: int, poin
     if variant.batch is not None or variant.rmsprop:
         raise Unusable(f"'{job}' is not full-batch gradient descent, which the flow describes; choose another run")
     track = Track(_empty(out), "prediction")
-    run_forecast(track, _progress(), "", Forecast(variant, start, steps, points))
+    run_forecast(track, progress(), "", Forecast(variant, start, steps, points))
     if track.note:
         raise Unusable(track.note)
     history = History(row | {"run": row["run"].removeprefix(": ")} for row in track.rows)
@@ -73,52 +70,11 @@ def predict_checkpoint(task: str, checkpoint: Path | None, rule: GD, steps: int,
     w = f.weights() if checkpoint is None else load_weights(f, checkpoint)
     _empty(out)
     try:
-        p = compare(f, rule, w, steps, points=points, report=_progress())
+        p = compare(f, rule, w, steps, points=points, report=progress())
     except (ArithmeticError, NotConverged, NotFinite, ValueError) as error:
         raise Unusable(str(error)) from error
     chosen = {"task": task, "checkpoint": str(checkpoint or "as the task returns it"), **vars(rule), "steps": steps}
     return _written(out, f"{task}: {p}", p.history, chosen)
-
-
-def load_task(task: str) -> tuple[Any, Any, Any]:
-    """Model, loss and data, as the function ``module:function`` returns them; modules of this folder are found.
-
-    Raises:
-        Unusable: there is no such function, or it returns something else.
-    """
-    module, _, function = task.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function or "task")
-    except (ImportError, AttributeError, ValueError) as error:
-        raise Unusable(f"there is no task '{task}' ({error}); give MODULE:FUNCTION, importable from here") from error
-    finally:
-        sys.path.pop(0)
-    returned = found()
-    if not isinstance(returned, tuple) or len(returned) != 3:
-        raise Unusable(f"{task}() returned a {type(returned).__name__}; it must return (model, loss, data)")
-    return returned
-
-
-def load_weights(f: Objective, path: Path) -> Tensor:
-    """The trainable parameters of `f` from a safetensors file with their names ``(P,)``; others are ignored.
-
-    Raises:
-        Unusable: the file cannot be read, or lacks a parameter.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors = load(path.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise Unusable(f"{path} is not a safetensors file that can be read: {error}") from error
-    here = f.weights()
-    for name, shape in f.shapes.items():
-        if name not in tensors or tensors[name].shape != shape:
-            seen = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
-            raise Unusable(f"in {path} the parameter {name} of shape {tuple(shape)} {seen}")
-    return torch.cat([tensors[name].to(here).flatten() for name in f.slices])
 
 
 def table(history: History) -> str:
@@ -159,7 +115,8 @@ def _empty(out: Path) -> Path:
     return out
 
 
-def _progress() -> Callable[[float], None]:
+def progress() -> Callable[[float], None]:
+    """A bar on the terminal, moved by the share that is done."""
     from tqdm import tqdm
 
     bar = tqdm(

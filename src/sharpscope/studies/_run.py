@@ -26,17 +26,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..checkpoints import Unusable as Unusable
 from ..claims import Verdict
 from ..history import History, Track
 from ..plots import save_figures
-from ..report import write_report
+from ..report import render, write_report
 from ._study import Job, Study, find
 
 PACKAGES = ("sharpscope", "torch", "numpy", "scikit-learn", "pyarrow", "matplotlib", "safetensors")
-
-
-class Unusable(Exception):
-    """The run cannot be done as asked; the message says what was seen and what to do."""
 
 
 def run_study(name: str, config: Any, out: Path, *, workers: int) -> list[Verdict]:
@@ -79,12 +76,12 @@ def conclude(study: Study, name: str, config: Any, out: Path) -> list[Verdict]:
     charts = [chart for chart in study.CHARTS if _has_runs(chart, ran)]
     for chart in tqdm(charts, "figures", disable=not sys.stderr.isatty()):
         save_figures([chart], history.columns, out / "figures")
-    summary = (study.__doc__ or "").strip().split("\n\n")
+    title, lead = _headings(study)
     write_report(
         out / "report.html",
-        title=summary[0].rstrip("."),
+        title=title,
         subtitle=study.PAPER,
-        lead=" ".join(summary[1].split()) if len(summary) > 1 else "",
+        lead=lead,
         verdicts=verdicts,
         charts=charts,
         columns=history.columns,
@@ -93,6 +90,36 @@ def conclude(study: Study, name: str, config: Any, out: Path) -> list[Verdict]:
         environment=environment,
     )
     return verdicts
+
+
+def page(out: Path) -> str | None:
+    """The report of a finished run as HTML; before that the charts of the rows so far, or None while there are none."""
+    if (out / "history.parquet").exists() and (out / "report.html").exists():
+        return (out / "report.html").read_text(encoding="utf-8")
+    asked = asked_of(out)
+    study = find(asked["study"])
+    jobs = study.jobs(config_from(study, asked["config"]))
+    tracks = [Track(out / "log", job.name) for job in jobs] if (out / "log").exists() else []
+    history = History(row for track in tracks for row in track.rows)
+    if not len(history):
+        return None
+    done = sum(track.finished for track in tracks)
+    return render(
+        title=_headings(study)[0],
+        subtitle=study.PAPER,
+        lead=f"So far {done} of {len(jobs)} jobs are done. The verdicts come at the end.",
+        verdicts=(),
+        charts=[chart for chart in study.CHARTS if _has_runs(chart, set(history.runs))],
+        columns=history.columns,
+        config=asked["config"],
+        environment={},
+    )
+
+
+def _headings(study: Study) -> tuple[str, str]:
+    """Title and lead of a study's page: the first two paragraphs of its docstring."""
+    summary = (study.__doc__ or "").strip().split("\n\n")
+    return summary[0].rstrip("."), " ".join(summary[1].split()) if len(summary) > 1 else ""
 
 
 def reread(out: Path) -> list[Verdict]:
@@ -105,7 +132,7 @@ def reread(out: Path) -> list[Verdict]:
         raise Unusable(f"{out} holds no run: there is no config.json; give the directory of a `sharpscope run`")
     if not (out / "history.parquet").exists():
         raise Unusable(f"the run in {out} is not finished; repeat its `sharpscope run` command to go on with it")
-    asked = _asked(out)
+    asked = asked_of(out)
     study = find(asked["study"])
     try:
         return conclude(study, asked["study"], config_from(study, asked["config"]), out)
@@ -128,7 +155,7 @@ def _claim_directory(out: Path, asked: Mapping[str, Any]) -> None:
     path = out / "config.json"
     asked = json.loads(json.dumps(asked))
     if path.exists():
-        there = _asked(out)
+        there = asked_of(out)
         if there != asked:
             raise Unusable(f"{out} holds a different run ({_difference(there, asked)}); choose another --out")
     elif out.exists() and any(file.name != "config.tmp" for file in out.iterdir()):  # that one is ours, cut short
@@ -137,8 +164,12 @@ def _claim_directory(out: Path, asked: Mapping[str, Any]) -> None:
     _write_json(path, asked)
 
 
-def _asked(out: Path) -> dict[str, Any]:
-    """Study and configuration of the run in `out`."""
+def asked_of(out: Path) -> dict[str, Any]:
+    """Study and configuration of the run in `out`.
+
+    Raises:
+        Unusable: what stands there is not that of a run.
+    """
     try:
         asked = json.loads((out / "config.json").read_text())
     except ValueError:

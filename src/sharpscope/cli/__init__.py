@@ -1,0 +1,35 @@
+"""``sharpscope list | run | report | predict | analyze | watch``: exit status 0 when every deciding claim holds, 1 when
+one does not, 2 when nothing could be run.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from . import _studies, _tasks, _watch
+from ._common import EXTRAS as EXTRAS
+from ._common import HINT, Parser, Refused
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = Parser(prog="sharpscope", description="Measure the sharpness of normalized networks, study by study.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for chapter in (_studies, _tasks, _watch):
+        chapter.add(commands)
+    try:
+        args, rest = parser.parse_known_args(argv)
+        if rest and args.command != "run":
+            parser.error(f"unknown argument {rest[0]}")
+        args.rest = rest
+        return int(args.act(args))
+    except Refused as refusal:
+        print(f"sharpscope: {refusal}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sharpscope"):
+            raise
+        print(f"sharpscope: {error.name} is not installed; {HINT}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nsharpscope: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130

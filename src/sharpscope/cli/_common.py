@@ -1,0 +1,43 @@
+"""What all commands share: how they refuse, and what they need."""
+
+import argparse
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+EXTRAS = ("tyro", "safetensors", "pyarrow", "sklearn", "tqdm", "matplotlib")
+HINT = "the command line needs the extra packages of sharpscope[studies]: pip install 'sharpscope[studies]'"
+
+
+class Refused(Exception):
+    """A sentence for the user; exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Refused(f"{message}; see `{self.prog} --help`")
+
+
+def need_extras() -> None:
+    """Now, and not at the end of a long run."""
+    for name in EXTRAS:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
+
+
+@contextmanager
+def refusing(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn these exceptions into sentences for the user."""
+    try:
+        yield
+    except kinds as error:
+        raise Refused(" ".join(str(error).split())) from error
+
+
+def find_study(name: str) -> Any:
+    """The study of that name."""
+    from ..studies._study import find
+
+    with refusing(LookupError):
+        return find(name)

@@ -1,0 +1,99 @@
+"""``sharpscope predict | analyze``: the user's own model, loss and data, as a function returns them."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ._common import Refused, find_study, need_extras, refusing
+
+TASK = "MODULE:FUNCTION, a function that returns (model, loss, data)"
+
+
+def add(commands: Any) -> None:
+    """Add the parsers of these commands."""
+    predict = commands.add_parser(
+        "predict",
+        help="what an optimizer does next: its central flow, and then the optimizer itself",
+        epilog="either STUDY and RUN (a network run of a study), or --task (your own model)",
+    )
+    predict.add_argument("study", nargs="?", help="name of a study")
+    predict.add_argument("run", nargs="?", help="name of one of its network runs, such as 'digits BN'")
+    predict.add_argument("--step", type=int, default=1000, help="steps of training before (default: 1000)")
+    predict.add_argument("--task", help=TASK)
+    predict.add_argument("--checkpoint", type=Path, help="file with the model's weights (safetensors, or a state dict)")
+    _add_rule(predict)
+    predict.add_argument("--steps", type=int, default=500, help="steps to predict (default: 500)")
+    predict.add_argument("--points", type=int, default=25, help="readings on the way (default: 25)")
+    predict.add_argument("--out", type=Path, default=Path("runs/prediction"), help="directory of the report")
+    predict.set_defaults(act=_predict)
+    analyze = commands.add_parser(
+        "analyze",
+        help="measure a series of checkpoints, and what is new in it when called again",
+        epilog="files are safetensors or state dicts of torch, which are read without running what is in them",
+    )
+    analyze.add_argument(
+        "checkpoints", metavar="CHECKPOINTS", type=Path, nargs="+", help="files, or a directory of them"
+    )
+    analyze.add_argument("--task", required=True, help=TASK)
+    _add_rule(analyze)
+    analyze.add_argument("--k", type=int, default=1, help="eigenvalues to find (default: 1)")
+    analyze.add_argument("--out", type=Path, default=Path("runs/analysis"), help="directory of readings and report")
+    analyze.set_defaults(act=_analyze)
+
+
+def _add_rule(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lr", type=float, help="learning rate of gradient descent")
+    parser.add_argument("--wd", type=float, default=0.0, help="weight decay")
+    parser.add_argument("--momentum", type=float, default=0.0, help="heavy-ball momentum")
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from ..rules import GD
+    from ..studies import _predict
+    from ..studies._run import Unusable
+
+    need_extras()
+    common = (args.steps, args.points, args.out)
+    with refusing(Unusable, ValueError):
+        if args.task:
+            if args.study:
+                raise Refused("give either a study and its run, or --task, not both")
+            if args.lr is None:
+                raise Refused("--task needs --lr, the learning rate of gradient descent")
+            said = _predict.predict_checkpoint(args.task, args.checkpoint, GD(args.lr, args.wd, args.momentum), *common)
+        elif args.study and args.run:
+            study = find_study(args.study)
+            said = _predict.predict_study(args.study, study.Config(), args.run, args.step, *common)
+        else:
+            raise Refused("give a study and one of its network runs, or --task; see `sharpscope predict --help`")
+    print(f"{said}\n\nreport: {args.out / 'report.html'}")
+    return 0
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    from ..analysis import analyze
+    from ..checkpoints import Unusable, load_task
+    from ..rules import GD
+    from ..studies._predict import progress
+    from ..studies._run import environment
+
+    need_extras()
+    with refusing(Unusable, ValueError):
+        if args.lr is None and (args.wd or args.momentum):
+            raise Refused("--wd and --momentum say nothing without --lr, the learning rate")
+        rule = None if args.lr is None else GD(args.lr, args.wd, args.momentum)
+        found = analyze(
+            *load_task(args.task),
+            args.checkpoints,
+            args.out,
+            name=args.task,
+            rule=rule,
+            k=args.k,
+            environment=environment(),
+            progress=progress(),
+        )
+    for why in found.refused.values():
+        print(f"sharpscope: not measured: {why}", file=sys.stderr)
+    print(f"{found.table}\n\n{found.summary}\n\nreport: {args.out / 'report.html'}")
+    return 0
