@@ -150,6 +150,7 @@ def test_the_entry_formula() -> None:
     long = Facts(100, 60, 0.0, {"a": 60}, steps=2000)
     assert "1970 are left." in say([0.5] * 4, long, **columns)["entry"].text
     assert "entry" not in say([1.0] * 4, INVARIANT, **columns)
+    assert "entry" not in say([0.5] * 4, INVARIANT, **columns | {"radial/a": 1.0})
     assert "entry" not in say([0.5] * 4, INVARIANT, **columns | {"clock": 0.0})
     assert "entry" not in say([0.5] * 4, INVARIANT, **columns | {"share/a": 0.2})
 
@@ -215,6 +216,9 @@ def test_rotation_against_its_law() -> None:
     assert "all within a factor of two" in balanced.text
     unequal = say([0.5] * 4, INVARIANT, **columns, **{"rotation/a": 0.12, "rotation/b": 0.02})["rotation"]
     assert "from 0.2 of it in b to 1.2 in a" in unequal.text
+    alone = say([0.5] * 4, INVARIANT, **columns, **{"rotation/a": 0.02})["rotation"]
+    assert "0.2 times that" in alone.text and "unequal" not in alone.text
+    assert "rotation" not in say([0.5] * 4, INVARIANT, **columns, **{"rotation/a": 0.12, "radial/a": 1.0})
     assert "rotation" not in say([0.5] * 4, INVARIANT, **columns | {"tau": 0.5}, **{"rotation/a": 0.12})
     assert "rotation" not in say([0.5] * 4, INVARIANT, **columns | {"equilibrium": math.nan}, **{"rotation/a": 0.12})
 

@@ -243,7 +243,7 @@ def twice_the_rate(at: Readings) -> Finding | None:
 def entry(at: Readings) -> Finding | None:
     """½ ln(1/r) on the clock of weight decay: when shrinking norms reach the edge, where gradients have died."""
     r, clock = at.ratio, at.last("clock")
-    if not (0 < r < AT_THE_EDGE[0] and clock > 0) or sum(at.each("share").values()) < 0.5:
+    if not (0 < r < AT_THE_EDGE[0] and clock > 0) or sum(at.each("share").values()) < 0.5 or eps(at):
         return None
     tau = 0.5 * math.log(1 / r)
     steps = tau / clock
@@ -339,14 +339,16 @@ def twice_the_decay(at: Readings) -> Finding | None:
 def rotation(at: Readings) -> Finding | None:
     """The angle per step of settled weights against its law."""
     angles, expected = at.each("rotation"), at.last("equilibrium")
-    if not angles or not expected > 0 or not at.last("tau") >= 1:
+    if not angles or not expected > 0 or not at.last("tau") >= 1 or eps(at):
         return None
     relative = {name: angle / expected for name, angle in angles.items()}
     slow, fast = (pick(relative, key=lambda name: relative[name]) for pick in (min, max))
     text = f"Invariant weights turn by {math.degrees(float(np.median(list(angles.values())))):.2g}° a step"
     text += f" (law of the equilibrium: {math.degrees(expected):.2g}°)"
-    if relative[slow] < 0.5 or relative[fast] > 2:
+    if len(angles) > 1 and (relative[slow] < 0.5 or relative[fast] > 2):
         text += f", from {relative[slow]:.2g} of it in {slow} to {relative[fast]:.2g} in {fast}: unequal layers."
+    elif relative[slow] < 0.5 or relative[fast] > 2:
+        text += f", {relative[fast]:.2g} times that: not the balance of step and decay."
     else:
         text += ", all within a factor of two of it."
     return Finding("rotation", text, {"least": relative[slow], "most": relative[fast], "law": expected}, KOSSON)

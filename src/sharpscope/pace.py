@@ -28,7 +28,7 @@ from .objective import Expand, Expansion, Objective
 
 Schedule = Callable[[int], bool]
 
-SAFETY = 0.95
+SAFETY = 0.9
 """Part of the share that is planned with."""
 
 READINGS = 24
