@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import available  # noqa: F401 - before transformers
 import pytest
 
 import sharpscope
@@ -19,12 +20,16 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/sharpscope"
 ORDER = (
     *("smooth", "batches", "objective", "programs", "products", "operators", "doctor"),
-    *("bounds", "eigen", "tracking", "eigenbasis", "spectrum", "quadrature", "sphere", "invariance"),
-    *("rules", "adaptive", "equivalences", "iterate", "measures", "budget", "history", "diagnose"),
+    *("bounds", "eigen", "tracking", "eigenbasis", "spectrum", "quadrature", "sphere", "symmetries"),
+    *("invariance", "surgery"),
+    *("rules", "adaptive", "equivalences", "iterate", "measures", "budget", "history", "diagnose", "checkpoints"),
     *("third", "complementarity", "flows", "integrate", "reduction", "predict"),
-    *("claims", "plots", "report", "monitor", "studies", "cli"),
+    *("claims", "plots", "report", "page", "analysis", "pace", "monitor", "watch", "integrations", "studies", "cli"),
 )
-EXTRAS = ("tyro", "pyarrow", "sklearn", "matplotlib", "safetensors", "tqdm")
+EXTRAS = (
+    *("tyro", "pyarrow", "sklearn", "matplotlib", "safetensors", "tqdm"),
+    *("lightning", "pytorch_lightning", "transformers", "tensorboard", "wandb", "mlflow", "trackio"),
+)
 DERIVATIVES = {"grad", "grad_and_value", "hessian", "jacfwd", "jacrev", "jvp", "linearize", "vjp", "vhp", "hvp"}
 UNSAFE = {"eval", "exec", "compile", "__import__"}
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -95,11 +100,22 @@ def test_derivatives_are_taken_in_two_files() -> None:
 
 
 def test_nothing_read_from_disk_is_executed() -> None:
+    attributes = [
+        (path.name, node) for path in FILES for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)
+    ]
+    readers = [(place, ast.unparse(node)) for place, node in attributes if node.attr in ("serialization", "_load")]
+    readers += [(place, ast.unparse(node)) for place, node in attributes if ast.unparse(node).endswith("torch.load")]
+    assert readers == [("checkpoints.py", "torch.load")]  # the one place that may, and only in this way:
+    (reader,) = (call for name, call in calls(SOURCE / "checkpoints.py") if name == "torch.load")
+    assert "weights_only=True" in [ast.unparse(keyword) for keyword in reader.keywords]
+    assert not [path for path in FILES if "import torch as" in path.read_text(encoding="utf-8")]
     for path in FILES:
-        assert not {n.split(".")[0] for n in imports(path)} & {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
+        taken = set(imports(path))
+        assert not {n.split(".")[0] for n in taken} & {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+        assert not [name for name in taken if name == "torch.load" or name.startswith("torch.serialization")]
         for name, call in calls(path):
             assert name not in UNSAFE, f"{path.name} calls {name}()"
-            assert name not in ("torch.load", "torch.save", "os.system", "os.popen"), f"{path.name} calls {name}()"
+            assert name not in ("torch.save", "os.system", "os.popen"), f"{path.name} calls {name}()"
             assert "allow_pickle" not in [keyword.arg for keyword in call.keywords]
             shell = [keyword for keyword in call.keywords if keyword.arg == "shell"]
             assert not shell, f"{path.name} passes shell="
@@ -139,8 +155,9 @@ def test_importing_the_library_needs_no_extras() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "sharpscope.objective" in found
     assert not {name.split(".")[0] for name in found} & {*EXTRAS, "scipy", "pandas"}
-    assert not [name for name in found if name.startswith(("sharpscope.studies", "sharpscope.cli"))]
-    mine = {name.split(".")[0] for path in FILES for name in module_level_imports(path) if chapter(path) != "studies"}
+    assert not [n for n in found if n.startswith(("sharpscope.studies", "sharpscope.cli", "sharpscope.integrations"))]
+    library = [path for path in FILES if chapter(path) not in ("studies", "integrations")]
+    mine = {name.split(".")[0] for path in library for name in module_level_imports(path)}
     assert not mine & set(EXTRAS)
 
 

@@ -252,7 +252,9 @@ def test_a_schedule_may_begin_and_end_at_zero() -> None:
         schedule.step()
         monitor.step()
     assert len(monitor.history.series("training", "sharpness")) == 5
-    assert monitor.history.table("training", "step", "stability_ratio")[0].tolist() == [1, 2, 3]
+    rates = monitor.history.series("training", "learning_rate").tolist()
+    assert rates == [0.0, 0.0, 0.1, 0.1, 0.1]  # of the step that was taken, not of the next one
+    assert monitor.history.table("training", "step", "stability_ratio")[0].tolist() == [2, 3, 4]
     assert "edge of stability" in monitor.diagnosis()
 
 

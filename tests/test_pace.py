@@ -48,7 +48,7 @@ def simulated(
         clock.now += next(readings)
         monitor.history.append(run="training", step=monitor.steps)
 
-    monkeypatch.setattr(monitor, "measure", measure)
+    monkeypatch.setattr(monitor, "_measure", measure)
     out = []
     x, y = next(iter(f.data))
     f.loss(f.model(x), y).backward()

@@ -374,6 +374,21 @@ def test_sinks_get_the_numbers_of_every_reading() -> None:
         assert all(isinstance(value, float) for value in values.values())
 
 
+def test_a_sink_that_fails_does_not_stop_the_run() -> None:
+    f = cases.plain()
+    sgd = torch.optim.SGD(f.model.parameters(), lr=0.1)
+    got: list[int] = []
+
+    def broken(step: int, values: Any) -> None:
+        got.append(step)
+        raise OSError("no space left")
+
+    with pytest.warns(UserWarning, match="a sink of the monitor failed, .*no space left"):
+        monitor = Monitor(f, sgd, every=2, sinks=[broken])
+    descend(f, sgd, monitor, 4)
+    assert got == [0] and monitor.history.columns["step"] == [0, 2, 4]
+
+
 def resumable(steps: int, state: Any = None, **options: Any) -> tuple[Monitor, Any]:
     torch.manual_seed(0)
     f = cases.affine()

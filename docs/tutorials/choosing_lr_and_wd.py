@@ -1,7 +1,7 @@
 """Choosing learning rate and weight decay for a normalized network: two numbers from readings instead of a grid.
 
-For scale-invariant weights lr and wd are not two knobs that act alone. Their product lr·wd is the clock: τ = lr·wd·steps
-says for how long weight decay acts. What lr does by itself it does once, at the start, relative to ‖w‖².
+For scale-invariant weights lr and wd are not two knobs that act alone. Their product lr·wd is the clock: τ, which is
+lr·wd·steps, says for how long weight decay acts. What lr does by itself it does once, at the start, relative to ‖w‖².
 """
 
 import torch
@@ -66,6 +66,6 @@ for tau in (0.03, 3.0):
     if turned:
         print(f"  layers turn by {turned['least']:.2g} to {turned['most']:.2g} of what the equilibrium predicts")
 
-# 3. The symmetry behind it. Starting from c times the weights, with c²·lr and wd/c², every step turns the weights by the
-#    same angle: lr alone means nothing without ‖w‖².
+# 3. The symmetry behind it. Starting from c times the weights, with c²·lr and wd/c², every step turns the weights by
+#    the same angle: lr alone means nothing without ‖w‖².
 print(f"\n{ss.rescaled.__doc__.splitlines()[0] if ss.rescaled.__doc__ else ''}")

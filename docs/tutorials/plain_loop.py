@@ -27,7 +27,7 @@ f = ss.Objective(net, nn.functional.cross_entropy, [(x[:256], y[:256])], without
 steps = 2000
 monitor = ss.Monitor(f, optimizer, budget="20%", steps=steps)
 
-for step in range(steps):
+for _ in range(steps):
     picked = torch.randint(len(x), (64,))
     optimizer.zero_grad()
     nn.functional.cross_entropy(net(x[picked]), y[picked]).backward()

@@ -102,15 +102,15 @@ def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """A batch as positional arguments, keyword arguments and target."""
-    if isinstance(batch, dict):
-        return (), batch, batch
+    if isinstance(batch, Mapping):
+        return (), dict(batch), batch
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         raise ValueError(
             f"a batch is a {type(batch).__name__}, not a pair (inputs, target) or a dict; for one batch pass [(x, y)]"
         )
     inputs, target = batch
-    if isinstance(inputs, dict):
-        return (), inputs, target
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs), target
     return (tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)), {}, target
 
 

@@ -9,8 +9,9 @@ import contextlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -37,6 +38,18 @@ __all__ = ["RUN", "Monitor", "Sink", "page"]
 
 Sink = Callable[[int, Mapping[str, float]], None]
 """What gets the numbers of every reading: ``sink(step, values)``."""
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """How the optimizer was set at a step; `gradient` is the norm of the one that was applied."""
+
+    rule: UpdateRule | None
+    stability: Stability | None
+    learning_rate: float
+    weight_decay: float
+    on_sphere: Callable[[float], float] | None
+    gradient: float | None
 
 
 class Monitor:
@@ -112,7 +125,7 @@ class Monitor:
         self._memories: dict[str, Memory] = {}
         self._before: tuple[int, Tensor] | None = None  # weights after that many steps
         self._handled, self._idle = 0, 0.0  # steps that were looked at, seconds of training since
-        self._applied: float | None = None
+        self._taken: tuple[int, _Setting] | None = None  # how the optimizer was set when it took that step
         self._track = None if directory is None else _fresh_track(Path(directory))
         self._hook = optimizer.register_step_post_hook(self._stepped)
         self._resumed = perf_counter()
@@ -188,8 +201,7 @@ class Monitor:
         rule = self.rule
         self.tau += rule.clock if rule and rule.clock > 0 else 0.0
         if self._wanted((self.steps,)):
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._applied = torch.stack(torch._foreach_norm(grads)).norm().item() if grads else None
+            self._taken = (self.steps, self._setting(optimizer))
         spent = perf_counter() - began
         self._resumed += spent  # not time of training
         self.ledger.measured += spent
@@ -231,30 +243,44 @@ class Monitor:
         now = self.objective.weights()
         before = self._before[1] if self._before and self._before[0] == self.steps - 1 else None
         turned = None if before is None else (before, now)
-        self.measure(now if turned is None else self.point(*turned), turned=turned)
+        setting = self._taken[1] if self._taken and self._taken[0] == self.steps else None
+        self._measure(now if turned is None else self.point(*turned), turned, setting)
         self.ledger.note(perf_counter() - began)
 
-    def measure(self, w: Tensor, *, turned: tuple[Tensor, Tensor] | None = None) -> Iterate:
+    def measure(self, w: Tensor) -> Iterate:
         """Measure at `w` now, whatever the schedule, and add a row to the history.
 
         A run is never stopped by being watched: where the loss or a product with its Hessian is not finite, or the
-        solver does not converge, the row has no curvature.  `turned` are weights before and after one step.
+        solver does not converge, the row has no curvature.
         """
+        return self._measure(w, None, None)
+
+    def _setting(self, optimizer: Optimizer) -> "_Setting":
+        """How the optimizer is set at present: what a schedule does after its step is about the next one."""
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack(torch._foreach_norm(grads)).norm().item() if grads else None
+        group = optimizer.param_groups[self._leading]
+        rate, decay, stability = float(group["lr"]), float(group.get("weight_decay", 0.0)), self._stability()
+        uniform = stability is not None and stability.uniform
+        return _Setting(self.rule, stability, rate, decay, self._sphere_rate() if uniform else None, norm)
+
+    def _measure(self, w: Tensor, turned: tuple[Tensor, Tensor] | None, setting: "_Setting | None") -> Iterate:
+        """`turned` are the weights before and after the last step."""
         began = perf_counter()
-        groups, rule, stability = self.groups, self.rule, self._stability()
+        groups, at = self.groups, self._setting(self.optimizer) if setting is None else setting
+        rule = at.rule
         f, rtol = self.measured, 1e-4
         if self.budget is not None:
             f, rtol = f.using(limited(f.expand, began + self.budget.whole(self.ledger) - self.ledger.measured)), 2e-2
-        it = Iterate(f, w, rule, {}, self.steps, groups, self.k, rtol, start=self._memories, stability=stability)
-        group = self.optimizer.param_groups[self._leading]
-        row: dict[str, Any] = {"tau": self.tau, "loss": measures.loss(it), "learning_rate": float(group["lr"])}
+        it = Iterate(f, w, rule, {}, self.steps, groups, self.k, rtol, start=self._memories, stability=at.stability)
+        row: dict[str, Any] = {"tau": self.tau, "loss": measures.loss(it), "learning_rate": at.learning_rate}
         if rule is not None:
             row |= {"clock": rule.clock, "equilibrium": rule.equilibrium}
-        if self._applied is not None:
-            row["applied_gradient"] = self._applied
+        if setting is not None and setting.gradient is not None:
+            row["applied_gradient"] = setting.gradient
         if math.isfinite(row["loss"]):
             with contextlib.suppress(NotConverged, NotFinite):
-                row |= self._curvature(it, float(group.get("weight_decay", 0.0)))
+                row |= self._curvature(it, at)
                 self._memories |= it.memories
             row |= {f"rotation/{name}": a for name, a in _angles(it.scale_groups, turned).items()}
         if self.ledger.trained:
@@ -262,7 +288,7 @@ class Monitor:
         self._append({"run": RUN, "step": self.steps, **row})
         return it
 
-    def _curvature(self, it: Iterate, weight_decay: float) -> dict[str, float]:
+    def _curvature(self, it: Iterate, at: "_Setting") -> dict[str, float]:
         """The columns that need eigenvalues."""
         groups, full = it.scale_groups, self.plan is None or self.plan.full
         row: dict[str, float] = {}
@@ -277,15 +303,16 @@ class Monitor:
             row["radius"] = measures.radius(it)
         if spherical and (full or (scalar and groups.covers(it.objective.size))):
             row["spherical_sharpness"] = measures.spherical_sharpness(it)
-        rate = self._sphere_rate() if scalar and it.rule is not None and it.stability is not None else None
+        rate = at.on_sphere
         if rate is not None and "spherical_sharpness" in row:
             row["edge"] = rate(row["radius"]) * row["spherical_sharpness"]
-        return row | _by_group(it, rate, weight_decay)
+        return row | _by_group(it, rate, at.weight_decay)
 
-    def _sphere_rate(self) -> Callable[[float], float]:
+    def _sphere_rate(self) -> Callable[[float], float] | None:
         """Effective learning rate at a radius, of a rule whose steps have one length for all weights."""
         rule, params = self.rule, self.optimizer.param_groups[self._leading]["params"]
-        assert rule is not None
+        if rule is None:
+            return None
         state = state_of(self.optimizer, params, rule)
         return lambda radius: rule.effective_learning_rate(radius, state)
 
@@ -297,7 +324,11 @@ class Monitor:
             self._track.append(**{name: value for name, value in row.items() if name != "run"})
         numbers = {n: float(v) for n, v in row.items() if isinstance(v, float) and math.isfinite(v)}
         for sink in self.sinks:
-            sink(self.steps, numbers)
+            try:
+                sink(self.steps, numbers)
+            except Exception as error:  # somebody else's code, which must not stop a run for being watched
+                self.sinks = tuple(s for s in self.sinks if s is not sink)
+                warnings.warn(f"a sink of the monitor failed, and gets no more readings: {error!r}", stacklevel=3)
 
     def findings(self) -> list[Finding]:
         """What the readings so far say about this run, each with its numbers and its source."""

@@ -1,0 +1,79 @@
+"""What the callbacks of training frameworks share: a probe of the training data, and a Monitor that may be resumed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from ..batches import head
+from ..monitor import Monitor, Sink
+from ..objective import Objective
+
+
+def probe(loader: Any, batches: int, convert: Callable[[Any], Any]) -> list[Any]:
+    """`batches` batches of examples spread evenly over the loader's data set, put together as the loader does.
+
+    They are read once, under a fixed seed and in this process: the loader, its sampler, its workers and the random
+    states do not notice.  Where examples are augmented, one version of each is taken.
+    """
+    size = _batch_size(loader)
+    count = len(loader.dataset)
+    n = min(size * batches, count)
+    spread = Subset(loader.dataset, [i * count // n for i in range(n)])
+    return head(DataLoader(spread, size, collate_fn=lambda examples: convert(loader.collate_fn(examples))), n)
+
+
+def _batch_size(loader: Any) -> int:
+    """Examples in a batch of a loader whose data set can be indexed."""
+    plain = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) if plain else None
+    if not isinstance(size, int):
+        raise ValueError(
+            f"no probe can be picked from a {type(loader).__name__} that is not a DataLoader with batches of one size"
+            " from a data set with indices; pass a few fixed batches: SharpnessCallback(data=[...])"
+        )
+    return size
+
+
+def monitor_of(
+    objective: Objective,
+    optimizer: Optimizer,
+    state: Mapping[str, Any] | None,
+    done: int,
+    sinks: Sequence[Sink],
+    **options: Any,
+) -> Monitor:
+    """A Monitor of a training with `done` steps behind it, which goes on from `state` if there is one."""
+    if not state and not done:
+        return Monitor(objective, optimizer, sinks=sinks, **options)
+    monitor = Monitor(objective, optimizer, **options)
+    monitor.load_state_dict(state or _moved(monitor.state_dict(), done))
+    monitor.sinks = tuple(sinks)  # not before: the first reading was not of step 0
+    return monitor
+
+
+def _moved(state: dict[str, Any], done: int) -> dict[str, Any]:
+    return state | {"steps": done, "rows": [row | {"step": done} for row in state["rows"]]}
+
+
+def check_replicated(model: nn.Module, whole: bool, how: str, processes: int) -> None:
+    """Raise ValueError unless every process holds all parameters and can run the model without the others."""
+    if not whole:
+        raise ValueError(
+            f"{how} may spread the parameters over processes, but curvature needs them whole on one; train on one"
+            " device or with plain data parallelism (DDP), or measure the checkpoints"
+        )
+    synced = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    if synced and processes > 1:
+        raise ValueError(
+            f"'{synced[0]}' averages over processes (SyncBatchNorm), but only one of them measures; use BatchNorm"
+        )
+
+
+def with_forward(model: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """The same module, sharing all parts, with the `forward` it had before a framework replaced it on the instance."""
+    twin = type(model).__new__(type(model))
+    twin.__dict__ = model.__dict__ | {"forward": forward}
+    return twin

@@ -1,0 +1,135 @@
+"""A callback for PyTorch Lightning.
+
+from sharpscope.integrations.lightning import SharpnessCallback
+
+callback = SharpnessCallback(nn.functional.cross_entropy, every=50, report="run.html")
+Trainer(callbacks=[callback]).fit(module, loader)
+print(callback.monitor.diagnosis())
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..monitor import Monitor, Sink
+from ..objective import Loss, Objective
+from . import named
+from ._training import check_replicated, monitor_of, probe, with_forward
+
+try:
+    from lightning.pytorch import Callback
+except ModuleNotFoundError:
+    from pytorch_lightning import Callback
+
+WHOLE = {"SingleDeviceStrategy", "DDPStrategy"}
+"""Strategies with which every process holds all parameters."""
+
+
+def _itself(module: Any) -> nn.Module:
+    return module
+
+
+class SharpnessCallback(Callback):
+    """Measures the module that is fitted; works with ``lightning`` and with ``pytorch_lightning``.
+
+    Args:
+        loss: ``loss(output, target)`` of what the module's ``forward`` returns, the mean over a batch; of a batch that
+            is a dict, which goes to ``forward`` as keywords, the target is the batch.
+        data: a few fixed batches to measure on; otherwise examples spread evenly over the training data are taken.
+        batches: how many batches of these.
+        model: the part to measure, where that is not the whole module: ``lambda module: module.net``.
+        report: where a report is written at the end, also if the training fails.
+        sinks: functions that get every reading; the trainer's loggers do in any case.
+        options: those of `Monitor`, such as every, budget, k, point, rule, directory.
+
+    Dropout is left out of what is measured.  With several processes the first one measures.  The state is part of
+    Lightning's checkpoints, and a resumed fit goes on with it.  `monitor` is the Monitor, from the start of a fit on.
+
+    Raises:
+        ValueError: (at the start of a fit) several optimizers; parameters spread over processes; no probe can be taken
+            from the training data.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        data: Iterable[Any] | None = None,
+        *,
+        batches: int = 4,
+        model: Callable[[Any], nn.Module] = _itself,
+        report: str | Path | None = None,
+        sinks: Sequence[Sink] = (),
+        **options: Any,
+    ) -> None:
+        self.loss, self.data, self.batches, self.model, self.report = loss, data, batches, model, report
+        self.sinks, self.options = tuple(sinks), options
+        self.monitor: Monitor | None = None
+        self._state: Mapping[str, Any] | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the Monitor, on the first process."""
+        names = {base.__name__ for base in type(trainer.strategy).__mro__}
+        check_replicated(pl_module, bool(names & WHOLE), type(trainer.strategy).__name__, trainer.world_size)
+        if len(trainer.optimizers) != 1:
+            raise ValueError(
+                f"the module has {len(trainer.optimizers)} optimizers, and a reading is about one; make a Monitor for"
+                " each in on_train_start, and call their step() in on_train_batch_end"
+            )
+        if not trainer.is_global_zero:
+            return
+        data = probe(trainer.train_dataloader, self.batches, _sent(trainer)) if self.data is None else self.data
+        objective = Objective(self.model(_uncompiled(pl_module)), self.loss, data, without_dropout=True)
+        planned = trainer.estimated_stepping_batches
+        options = {"steps": planned if isinstance(planned, int) and planned > 0 else None} | self.options
+        sinks = (*self.sinks, *(_logged(logger) for logger in trainer.loggers))
+        state, self._state = self._state, None
+        self.monitor = monitor_of(objective, trainer.optimizers[0], state, trainer.global_step, sinks, **options)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Measure if it is time."""
+        if self.monitor is not None:
+            self.monitor.step()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the report."""
+        self._finish("")
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Write the report of a training that failed or was interrupted."""
+        self._finish(f"{type(exception).__name__}: {exception}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Lightning writes into its checkpoints."""
+        return {} if self.monitor is None else self.monitor.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Called by Lightning before a fit that resumes."""
+        self._state = state_dict
+
+    def _finish(self, note: str) -> None:
+        if self.monitor is not None:
+            self.monitor.close(note)
+            if self.report is not None:
+                self.monitor.report(self.report)
+
+
+def _sent(trainer: Any) -> Callable[[Any], Any]:
+    """What the trainer does to a batch before ``training_step``: precision, hooks of the module, device."""
+
+    def convert(batch: Any) -> Any:
+        batch = trainer.lightning_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+        return trainer.strategy.batch_to_device(batch)
+
+    return convert
+
+
+def _uncompiled(module: Any) -> Any:
+    """The module without ``torch.compile``, through which there are no second derivatives."""
+    compiled = module._compiler_ctx
+    return module if compiled is None else with_forward(module, compiled["original_forward"])
+
+
+def _logged(logger: Any) -> Sink:
+    return lambda step, values: logger.log_metrics(named(values), step)

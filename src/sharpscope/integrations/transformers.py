@@ -1,0 +1,155 @@
+"""A callback for the Trainer of Hugging Face transformers.
+
+from sharpscope.integrations.transformers import SharpnessCallback
+
+callback = SharpnessCallback(trainer, every=50, report="run.html")
+trainer.add_callback(callback)
+trainer.train()
+print(callback.monitor.diagnosis())
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from ..monitor import Monitor, Sink
+from ..objective import Loss, Objective
+from . import named
+from ._training import check_replicated, monitor_of, probe, with_forward
+
+FILE = "sharpscope.safetensors"
+"""What is added to every checkpoint folder."""
+
+
+def output_loss(output: Any, batch: Any) -> Tensor:
+    """The loss that a model returns when the batch has labels."""
+    return output.loss
+
+
+class SharpnessCallback(TrainerCallback):
+    """Measures the model that `trainer` trains.
+
+    Args:
+        trainer: to which the callback is then added; readings go to its log and so to whatever it reports to.
+        data: a few fixed batches (dicts) to measure on; otherwise examples spread evenly over the training data are
+            taken and collated as in training.
+        loss: ``loss(output, batch)``, the mean over a batch; as a rule what the model returns as its loss.
+        batches: how many batches of the training data.
+        report: where a report is written at the end.
+        sinks: functions that get every reading with all its columns; the trainer's log leaves those of groups out.
+        options: those of `Monitor`, such as every, budget, k, point, rule, directory.
+
+    Dropout and autocast are left out of what is measured.  With several processes the first one measures.  The state is
+    kept in the checkpoints; training that resumes from one in ``output_dir`` goes on with it.  `monitor` is the
+    Monitor, from the start of training on.
+
+    Raises:
+        ValueError: (at the start of training) parameters spread over processes; no probe can be taken from the data.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        data: Iterable[Any] | None = None,
+        *,
+        loss: Loss = output_loss,
+        batches: int = 4,
+        report: str | Path | None = None,
+        sinks: Sequence[Sink] = (),
+        **options: Any,
+    ) -> None:
+        self.trainer, self.data, self.loss, self.batches, self.report = trainer, data, loss, batches, report
+        self.sinks, self.options = tuple(sinks), options
+        self.monitor: Monitor | None = None
+        self._readings: list[dict[str, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        """Make the Monitor, on the first process."""
+        kind = self.trainer.accelerator.distributed_type.value
+        whole = kind == "NO" or kind.startswith("MULTI_")
+        check_replicated(parts["model"], whole, f"training with {kind}", args.world_size)
+        if not state.is_world_process_zero:
+            return
+        data = probe(parts["train_dataloader"], self.batches, dict) if self.data is None else self.data
+        objective = Objective(_without_autocast(parts["model"]), self.loss, data, without_dropout=True)
+        options = {"steps": state.max_steps if state.max_steps > 0 else None} | self.options
+        saved = _load(_checkpoint(args, state) / FILE)
+        optimizer = parts["optimizer"].optimizer  # accelerate wraps it
+        sinks = (*self.sinks, self._keep)
+        self.monitor = monitor_of(objective, optimizer, saved, state.global_step, sinks, **options)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        """Measure if it is time: here, because the schedule changes the learning rate next."""
+        if self.monitor is not None:
+            self.monitor.step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        """Log the reading, now that the trainer has counted the step."""
+        due = control.should_log
+        while self._readings:
+            self.trainer.log(self._readings.pop(0))
+        control.should_log = due  # which every log switches off
+
+    def on_save(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        """Add the Monitor's state to the checkpoint."""
+        folder = _checkpoint(args, state)
+        if self.monitor is not None and folder.is_dir():  # a search for hyper-parameters saves elsewhere
+            _save(self.monitor.state_dict(), folder / FILE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        """Write the report."""
+        if self.monitor is not None:
+            self.monitor.close()
+            if self.report is not None:
+                self.monitor.report(self.report)
+
+    def _keep(self, step: int, values: Mapping[str, float]) -> None:
+        self._readings.append(named({name: value for name, value in values.items() if "/" not in name}))
+
+
+def _without_autocast(model: nn.Module) -> nn.Module:
+    """The model before accelerate put autocast into its `forward`, which is for training in low precision."""
+    original = model.__dict__.get("_original_forward")
+    return model if original is None else with_forward(model, original)
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    """Write tensors as such, and what holds them as JSON in the header."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+
+    def kept(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"a {type(value).__name__} cannot be saved")
+        tensors[str(len(tensors))] = value.detach().cpu().contiguous().clone()
+        return {"tensor": str(len(tensors) - 1), "strides": value.stride()}
+
+    text = json.dumps(state, default=kept)
+    save_file(tensors, path, metadata={"state": text})
+
+
+def _load(path: Path) -> Mapping[str, Any] | None:
+    """What `_save` wrote; None if there is nothing."""
+    from safetensors import safe_open
+
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+
+        def restored(value: dict[str, Any]) -> Any:
+            if value.keys() != {"tensor", "strides"}:
+                return value
+            t = file.get_tensor(value["tensor"])
+            return torch.empty_strided(t.shape, value["strides"], dtype=t.dtype).copy_(t)  # sums depend on the layout
+
+        return json.loads(file.metadata()["state"], object_hook=restored)
