@@ -168,7 +168,7 @@ def plan(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: int, k
 
     def cost(pairs: int) -> tuple[float, float]:
         """Gradients of the first reading, and of all."""
-        first = 8 + 25 * PRODUCT * pairs
+        first = 8 + len(f.slices) + 25 * PRODUCT * pairs
         return first, first + READINGS * (2 + 6 * PRODUCT * pairs)
 
     def fitting(pairs: int) -> int:
