@@ -28,12 +28,12 @@ Measure = Callable[[int], float]
 Make = Callable[..., Measure]
 
 
-def sharpscope(p: Problem, model: nn.Module, count: Count, *, rtol: float = 1e-4) -> Measure:
+def sharpscope(p: Problem, model: nn.Module, count: Count, **settings: Any) -> Measure:
     """Ours, with nothing known beforehand."""
     f = ss.Objective(model, p.loss, [(p.x, p.y)])
 
     def measure(seed: int) -> float:
-        pairs = ss.lanczos(ss.hessian(f, f.weights()), k=1, rtol=rtol, seed=seed)
+        pairs = ss.lanczos(ss.hessian(f, f.weights()), k=1, seed=seed, **settings)
         count(pairs.num_matvecs)
         return pairs.values[0].item()
 
@@ -48,12 +48,12 @@ def doctored(p: Problem) -> tuple[ss.Objective, float]:
     return f, time.process_time() - start
 
 
-def sharpscope_doctored(p: Problem, model: nn.Module, count: Count, *, rtol: float = 1e-4) -> Measure:
+def sharpscope_doctored(p: Problem, model: nn.Module, count: Count, **settings: Any) -> Measure:
     """Ours with nothing known but the objective that ``doctor`` found earlier."""
     f, _ = doctored(p)
 
     def measure(seed: int) -> float:
-        pairs = ss.lanczos(ss.hessian(f, f.weights()), k=1, rtol=rtol, seed=seed)
+        pairs = ss.lanczos(ss.hessian(f, f.weights()), k=1, seed=seed, **settings)
         count(pairs.num_matvecs)
         return pairs.values[0].item()
 

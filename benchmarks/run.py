@@ -34,11 +34,18 @@ DEFAULTS = (
     Row("ARPACK, graph kept", "by hand", c.arpack_kept),
 )
 
-DOCTORED = Row("sharpscope, doctored before", "ours", c.sharpscope_doctored)
+LOOSE = {"rtol": 1e-2, "gap": 0.1}
+"""Enough for 1e-3: a residual of 1e-2, and nothing 10 % larger but for one chance in a thousand."""
+
+MORE = (
+    Row("sharpscope", "ours", c.sharpscope, LOOSE),
+    Row("sharpscope, doctored before", "ours", c.sharpscope_doctored),
+    Row("sharpscope, doctored before", "ours", c.sharpscope_doctored, LOOSE),
+)
+"""Ours in other ways; none is chosen by knowing the answer."""
 
 ARPACK: tuple[Settings, ...] = tuple({"tol": tol, "ncv": ncv} for tol in (1e-1, 1e-2, 1e-3) for ncv in (8, 14, 20))
 LADDERS: dict[c.Make, tuple[Settings, ...]] = {
-    c.sharpscope: ({"rtol": 1e-1}, {"rtol": 3e-2}, {"rtol": 1e-2}, {"rtol": 1e-3}),
     c.pyhessian_power: ({"tol": 1e-3, "steps": 100}, {"tol": 1e-4, "steps": 100}, {"tol": 1e-5, "steps": 200}),
     c.eigenthings_lanczos: tuple({"k": 1, "steps": n} for n in (10, 14, 18, 24, 30, 40)),
     c.eigenthings_power: ({"tol": 3e-2, "steps": 100}, {"tol": 1e-2, "steps": 150}),
@@ -89,7 +96,7 @@ def needs_twin(row: Row, p: Problem, exact: float) -> bool:
     """Whether a peer cannot differentiate the model as it is, or measures another function."""
     trial = row.fresh()
     trial.cold(p, 0, exact)
-    return row.kind != "ours" and (bool(trial.failure) or (row.make is c.pyhessian_power and trial.errors[0] > 0.3))
+    return bool(trial.failure) or (row.make is c.pyhessian_power and trial.errors[0] > 0.3)
 
 
 def cold(p: Problem, stage: str, extent: Extent) -> tuple[list[Row], float, float]:
@@ -98,8 +105,8 @@ def cold(p: Problem, stage: str, extent: Extent) -> tuple[list[Row], float, floa
     rows = [row.fresh() for row in DEFAULTS]
     if extent.doctor:
         c.doctored(p)
-        rows.insert(1, DOCTORED.fresh())
-    able = [row.fresh(twin=needs_twin(row, p, exact)) for row in DEFAULTS]
+    rows[1:1] = [row.fresh() for row in MORE if extent.doctor or row.make is c.sharpscope]
+    able = [row.fresh(twin=needs_twin(row, p, exact)) for row in DEFAULTS if row.kind != "ours"]
     by_arpack = tuned(able[-1], p, seeds, exact).settings
     for row in able:
         shared = LADDERS[row.make] is ARPACK
@@ -168,7 +175,7 @@ def crowd(extent: Extent) -> tables.Crowd:
             break
         p.load(after)
     exact = truth(p)
-    rows = [row.fresh() for row in DEFAULTS]
+    rows = [row.fresh() for row in (DEFAULTS[0], MORE[0], *DEFAULTS[1:])]
     for seed in range(extent.crowded_seeds):
         for row in rows:
             row.cold(p, seed, exact)

@@ -117,9 +117,7 @@ def test_the_bands_of_the_density_hold_it(name: str, steps: int) -> None:
         smooth.append(covered(broadened(values, points, found.width), found.density_band))
         sharp.append(covered(share, found.cumulative_band))
     for kind in (smooth, sharp):
-        held = torch.stack(kind).double().sum(dim=0)
-        assert held.mean() >= ENOUGH
-        assert held.min() >= 85  # of 16 points of 95 % each over 100 seeds: below this once in 10⁴
+        assert torch.stack(kind).double().sum(dim=0).min() >= ENOUGH  # at every point
 
 
 def test_more_steps_and_more_probes_narrow_the_bands() -> None:

@@ -13,7 +13,8 @@ P parameters, k wanted pairs, m columns in the basis.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +41,27 @@ POOL = 5
 
 @dataclass(frozen=True)
 class Pool:
-    """Approximate eigenvectors ``(P, m)``, their Rayleigh quotients when last multiplied, and how many calls ago."""
+    """What is known of an operator: approximate eigenvectors, best first, and a Krylov space that is being built.
 
-    vectors: Tensor = field(repr=False)
-    values: Tensor
-    ages: Tensor
+    An image is a product with the operator as it was some calls ago, or a combination of such.
+    """
+
+    vectors: Tensor = field(repr=False)  # (P, m), orthonormal
+    images: Tensor = field(repr=False)  # (P, m)
+    values: Tensor  # (m,)
+    ages: Tensor  # (m,): calls since the images were taken
+    rates: Tensor  # (m,): rise of a value in one call, when last seen
+    scout: Tensor = field(repr=False)  # (P, 0 to 2), orthonormal: x, and the direction in which it moved
+    scout_images: Tensor = field(repr=False)
+    products: int = 0  # in the scout's space
+    searches: int = 0  # one where it is the scout's turn
+
+    @classmethod
+    def of(cls, vectors: Tensor, images: Tensor, values: Tensor) -> "Pool":
+        """Of images taken in this call, with no scout yet."""
+        zeros = torch.zeros_like(values)
+        vectors, images = vectors.contiguous(), images.contiguous()  # as from a checkpoint: layouts round differently
+        return cls(vectors, images, values, zeros, zeros, vectors[:, :0], vectors[:, :0])
 
 
 @dataclass(frozen=True)
@@ -56,27 +73,32 @@ class Memory:
     lag: int = 0  # 1 or 2: which of them foretold the last answer better; 0 at first
     doubt: float = 0.0  # grows from call to call; at one it is time for a solve from a random start
     k: int = 1  # pairs found
-    drift: float = 0.0  # change of an eigenvalue in one call, as seen lately
+    drift: float = 0.0  # ‖(A_t - A_{t-1}) v‖ for the remembered vectors, as seen lately
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint."""
         pools = {"last": self.last, "before": self.before}
-        parts = {f"{name} {part}": t for name, pool in pools.items() for part, t in vars(pool).items()}
+        parts = {f"{name} {part}": torch.as_tensor(t) for name, pool in pools.items() for part, t in vars(pool).items()}
         counts = torch.tensor([self.lag, self.doubt, self.k, self.drift], dtype=torch.float64)
         return {**parts, "counts": counts}
 
     def to(self, like: Tensor) -> "Memory":
-        """On the device of `like`."""
-        pools = (replace(pool, vectors=pool.vectors.to(like)) for pool in (self.last, self.before))
-        return replace(self, **dict(zip(("last", "before"), pools, strict=True)))
+        """With its vectors on the device of `like`; what is counted stays on the processor."""
+        parts = self.tensors()
+        wide = {name for name in parts if name.endswith(("vectors", "images", "scout"))}
+        return Memory.of({name: t.to(like.device) if name in wide else t for name, t in parts.items()})
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Memory":
-        """From a checkpoint."""
-        parts = ("vectors", "values", "ages")
-        last, before = (Pool(*(tensors[f"{name} {part}"] for part in parts)) for name in ("last", "before"))
+        """From a checkpoint; copied, since products round by the alignment of what a file was mapped to."""
+
+        def pool(name: str) -> Pool:
+            parts: dict[str, Any] = {part.name: tensors[f"{name} {part.name}"].clone() for part in fields(Pool)}
+            counts: dict[str, Any] = {part: int(t) for part, t in parts.items() if t.dim() == 0}
+            return Pool(**parts | counts)
+
         lag, doubt, k, drift = tensors["counts"].tolist()
-        return cls(last, before, int(lag), doubt, int(k), drift)
+        return cls(pool("last"), pool("before"), int(lag), doubt, int(k), drift)
 
 
 @dataclass(frozen=True)
@@ -211,7 +233,8 @@ def _block_lanczos(
         if len(rows) == 0 or (done and upper - ritz[0].item() <= max(gap * scale, 2 * floor)):
             m = min(k + POOL, new)
             vectors = (s[:, :m].T.to(v) @ v[:new]).T
-            pool = Pool(vectors, ritz[:m], torch.zeros(m, dtype=torch.float64))
+            images = ritz[:m].to(v) * vectors + rows.T @ coupling[: len(rows), :m].to(v)
+            pool, none = Pool.of(vectors, images, ritz[:m]), Pool.of(vectors[:, :0], vectors[:, :0], ritz[:0])
             top = Eigenpairs(
                 ritz[:k].to(v),
                 vectors[:, :k],
@@ -220,7 +243,7 @@ def _block_lanczos(
                 upper,
                 floor,
                 used * a.cost,
-                Memory(pool, Pool(vectors[:, :0], ritz[:0], ritz[:0]), k=k),
+                Memory(pool, none, k=k),
             )
             return top, ritz[new - low :].flip(0).to(v)
         if used + len(rows) > budget:

@@ -364,7 +364,7 @@ class Monitor:
             defect=found.joint_defect,
             groups={name: len(i) for name, i in found.groups.items()},
             null=null,
-            decayed_null=sum(n for name, n in null.items() if name in params and id(params[name]) in decayed),
+            decayed_null=sum(n for name, n in null.items() if id(params.get(name.partition("[")[0])) in decayed),
             steps=self.planned_steps,
             overhead=self.overhead if self.ledger.trained else None,
         )
