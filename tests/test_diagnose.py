@@ -160,6 +160,12 @@ def test_invariant_weights_are_counted() -> None:
     assert say([1.0])["invariance"].text == "No weights are scale-invariant: the plain sharpness is the one to read."
 
 
+def test_what_was_not_asked_is_not_answered() -> None:
+    said = say([1.0], Facts(100, asked=False))
+    assert "has not been asked yet" in said["unasked"].text and "invariance" not in said
+    assert "unasked" not in say([1.0])
+
+
 def test_weight_decay_that_only_rescales() -> None:
     found = say([1.0], INVARIANT, clock=1e-3)["decay rescales"].text
     assert "On the 60 invariant weights weight decay penalizes nothing" in found and "no effect" not in found

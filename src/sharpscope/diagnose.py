@@ -36,6 +36,7 @@ class Facts:
     decayed_null: int = 0
     steps: int | None = None
     overhead: float | None = None  # time of measuring over time of training, where it is newer than the last reading
+    asked: bool = True  # whether it is known which weights are invariant
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,9 @@ def entry(at: Readings) -> Finding | None:
 def invariance(at: Readings) -> Finding:
     """How many weights are scale-invariant."""
     n = at.facts.invariant
+    if not at.facts.asked:
+        text = "Which weights are scale-invariant has not been asked yet: the budget has not allowed it."
+        return Finding("unasked", text)
     if n == 0:
         return Finding("invariance", "No weights are scale-invariant: the plain sharpness is the one to read.")
     text = (

@@ -40,6 +40,10 @@ Sink = Callable[[int, Mapping[str, float]], None]
 """What gets the numbers of every reading: ``sink(step, values)``."""
 
 
+UNASKED = ScaleGroups({}, {}, {}, torch.empty(0, dtype=torch.long), 1.0)
+"""As long as nobody has asked which weights are invariant."""
+
+
 @dataclass(frozen=True)
 class _Setting:
     """How the optimizer was set at a step; `gradient` is the norm of the one that was applied."""
@@ -118,6 +122,7 @@ class Monitor:
         self.ledger = Ledger()
         self.plan: Plan | None = None
         self._groups: ScaleGroups | None = None
+        self._described: ScaleGroups | None = None  # the groups that are on disk
         self._fixed_rule, self._leading = rule, 0
         self._rules: list[UpdateRule | None] = []
         self._seen: list[Any] | None = None
@@ -159,10 +164,10 @@ class Monitor:
 
     @property
     def groups(self) -> ScaleGroups:
-        """The scale-invariant groups, found at the first reading."""
-        if self._groups is None:
-            self._groups, self._seen = find_groups(self.measured), None
-        return self._groups
+        """The scale-invariant groups: found at the first reading or, with a budget, when it allows; none before."""
+        if self._groups is None and self.budget is None:
+            self._groups, self._seen = find_groups(self.objective), None
+        return UNASKED if self._groups is None else self._groups
 
     @property
     def measured(self) -> Objective:
@@ -223,6 +228,10 @@ class Monitor:
             solves = 2 if stability is None or stability.uniform else 3  # plain and on the sphere; in the steps' metric
             self.plan = plan(self.objective, self.objective.weights(), self.ledger, self.budget, solves, self.k)
             self.k = self.plan.k
+        if self._groups is None and self.budget.affords(self.ledger, step, self.plan.answer):
+            began = perf_counter()
+            self._groups, self._seen = find_groups(self.plan.asking), None
+            self.ledger.begun += perf_counter() - began
         return self.budget.allows(self.ledger, step, self.plan.first, self.plan.usual)
 
     def _wait(self) -> float:
@@ -319,7 +328,7 @@ class Monitor:
     def _append(self, row: dict[str, Any]) -> None:
         self.history.append(**row)
         if self._track is not None:
-            if len(self.history) == 1:
+            if len(self.history) == 1 or self._groups is not self._described:
                 self._describe()
             self._track.append(**{name: value for name, value in row.items() if name != "run"})
         numbers = {n: float(v) for n, v in row.items() if isinstance(v, float) and math.isfinite(v)}
@@ -367,6 +376,7 @@ class Monitor:
             decayed_null=sum(n for name, n in null.items() if id(params.get(name.partition("[")[0])) in decayed),
             steps=self.planned_steps,
             overhead=self.overhead if self.ledger.trained else None,
+            asked=self._groups is not None,
         )
 
     def report(self, path: str | Path) -> Path:
@@ -390,6 +400,7 @@ class Monitor:
         assert self._track is not None
         path = self._track.log.parent / "monitor.json"
         words = {"kind": "monitor", "title": type(self.objective.model).__name__}
+        self._described = self._groups
         facts = asdict(replace(self.facts, overhead=None))  # that of the latest row
         text = json.dumps(words | {"facts": facts, "config": self._config()}, default=str)
         temporary = path.with_name(f".monitor.{os.getpid()}")

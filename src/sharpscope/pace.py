@@ -37,8 +37,11 @@ READINGS = 24
 LEAST, MOST = 16, 4096
 """Examples that a planned probe holds at least, if there are as many, and at most."""
 
-PRODUCT = 1.5
-"""Cost of a product in gradients, for the plan."""
+PRODUCT, GROUPS = 1.5, 3.0
+"""Cost of a product, and of one of the gradients of `find_groups` (in double precision), in gradients, for the plan."""
+
+ASKED = 8
+"""Examples on which `find_groups` is asked."""
 
 
 def log_spaced(per_decade: int = 10) -> Schedule:
@@ -131,6 +134,11 @@ class Budget:
         spread = ledger.begun + (whole - ledger.begun) * step / self.steps
         return ledger.measured + coming <= spread and ledger.measured + dearest <= whole
 
+    def affords(self, ledger: Ledger, step: int, cost: float) -> bool:
+        """Whether something that is done once, after the first reading, may be done now."""
+        half = ledger.begun + (self.whole(ledger) - ledger.begun) / 2
+        return bool(ledger.dearest) and ledger.measured + cost <= max(half, SAFETY * self.share * ledger.trained)
+
     def whole(self, ledger: Ledger) -> float:
         """Seconds that measuring may take until the end, or until now where nobody knows the end."""
         trained = ledger.trained if self.steps is None else max(ledger.trained, ledger.typical * self.steps)
@@ -151,6 +159,8 @@ class Plan:
     k: int
     first: float  # seconds that the first reading is expected to take
     usual: float  # and each of the others
+    asking: Objective  # of which weights are invariant: a few examples will do
+    answer: float  # seconds that this is expected to take
 
 
 def plan(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: int, k: int) -> Plan:
@@ -168,7 +178,7 @@ def plan(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: int, k
 
     def cost(pairs: int) -> tuple[float, float]:
         """Gradients of the first reading, and of all."""
-        first = 8 + len(f.slices) + 25 * PRODUCT * pairs
+        first = 4 + 25 * PRODUCT * pairs
         return first, first + READINGS * (2 + 6 * PRODUCT * pairs)
 
     def fitting(pairs: int) -> int:
@@ -180,7 +190,10 @@ def plan(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: int, k
     full, pairs = next((c for c in choices if fitting(_pairs(*c, solves)) >= min(4 * least, total)), choices[-1])
     n = min(max(fitting(_pairs(full, pairs, solves)), least), total)
     first, all_of_them = (c * (fixed + slope * n) for c in cost(_pairs(full, pairs, solves)))
-    return Plan(f.on(head(most, n)), n, full, pairs, first, (all_of_them - first) / READINGS)
+    asked = min(ASKED, total)
+    answer = GROUPS * (12 + len(f.slices)) * (fixed + slope * asked)
+    usual = (all_of_them - first) / READINGS
+    return Plan(f.on(head(most, n)), n, full, pairs, first, usual, f.on(head(most, asked)), answer)
 
 
 class OutOfTime(NotConverged):
