@@ -389,6 +389,26 @@ def test_a_sink_that_fails_does_not_stop_the_run() -> None:
     assert got == [0] and monitor.history.columns["step"] == [0, 2, 4]
 
 
+def test_a_setting_without_a_rule_does_not_stop_the_run() -> None:
+    f = cases.plain()
+    sgd = torch.optim.SGD(f.model.parameters(), lr=0.1, weight_decay=0.1)
+    monitor = Monitor(f, sgd, every=1)
+    descend(f, sgd, monitor, 1)
+    sgd.param_groups[0]["momentum"] = 1.0
+    with pytest.warns(UserWarning, match="what no rule describes: momentum is 1.0"):
+        descend(f, sgd, monitor, 1)
+    sgd.param_groups[0]["momentum"] = 0.5
+    descend(f, sgd, monitor, 1)
+    assert monitor.history.table(RUN, "step", "stability_ratio")[0].tolist() == [0, 1, 3]
+    assert len(monitor.history.series(RUN, "sharpness")) == 4
+
+
+def test_sparse_gradients_are_refused_with_a_sentence() -> None:
+    net = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 1))
+    with pytest.raises(ValueError, match="'0' has sparse gradients, .* use sparse=False"):
+        Objective(net, nn.functional.mse_loss, [(torch.tensor([[0, 1], [2, 3]]), torch.zeros(2, 1))])
+
+
 def resumable(steps: int, state: Any = None, **options: Any) -> tuple[Monitor, Any]:
     torch.manual_seed(0)
     f = cases.affine()

@@ -266,7 +266,8 @@ class Monitor:
 
     def _setting(self, optimizer: Optimizer) -> "_Setting":
         """How the optimizer is set at present: what a schedule does after its step is about the next one."""
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        model = dict(self.objective.model.named_parameters())
+        grads = [g for name in self.objective.slices if (g := model[name].grad) is not None and not g.is_sparse]
         norm = torch.stack(torch._foreach_norm(grads)).norm().item() if grads else None
         group = optimizer.param_groups[self._leading]
         rate, decay, stability = float(group["lr"]), float(group.get("weight_decay", 0.0)), self._stability()
@@ -289,18 +290,17 @@ class Monitor:
             row["applied_gradient"] = setting.gradient
         if math.isfinite(row["loss"]):
             with contextlib.suppress(NotConverged, NotFinite):
-                row |= self._curvature(it, at)
-                self._memories |= it.memories
+                self._curvature(it, at, row)
+            self._memories |= it.memories
             row |= {f"rotation/{name}": a for name, a in _angles(it.scale_groups, turned).items()}
         if self.ledger.trained:
             row["overhead"] = self.overhead
         self._append({"run": RUN, "step": self.steps, **row})
         return it
 
-    def _curvature(self, it: Iterate, at: "_Setting") -> dict[str, float]:
-        """The columns that need eigenvalues."""
+    def _curvature(self, it: Iterate, at: "_Setting", row: dict[str, Any]) -> None:
+        """Add the columns that need eigenvalues, as far as these are found."""
         groups, full = it.scale_groups, self.plan is None or self.plan.full
-        row: dict[str, float] = {}
         spherical = groups.joint.numel() > 0
         scalar = it.stability is None or it.stability.uniform
         if full or scalar:
@@ -315,7 +315,7 @@ class Monitor:
         rate = at.on_sphere
         if rate is not None and "spherical_sharpness" in row:
             row["edge"] = rate(row["radius"]) * row["spherical_sharpness"]
-        return row | _by_group(it, rate, at.weight_decay)
+        row |= _by_group(it, rate, at.weight_decay)
 
     def _sphere_rate(self) -> Callable[[float], float] | None:
         """Effective learning rate at a radius, of a rule whose steps have one length for all weights."""
@@ -443,7 +443,13 @@ class Monitor:
         if key == self._seen:
             return
         fixed: list[UpdateRule | None] = [self._fixed_rule] * len(groups)
-        self._rules = rules_of(self.optimizer) if self._fixed_rule is None else fixed
+        try:
+            self._rules = rules_of(self.optimizer) if self._fixed_rule is None else fixed
+        except (TypeError, ValueError) as error:
+            if not self._rules:
+                raise
+            warnings.warn(f"the optimizer was set to what no rule describes: {error}", stacklevel=4)
+            self._rules = [None] * len(groups)  # a run is not stopped for being watched
         self._leading, self._seen = self._largest_group(), key
 
     def _largest_group(self) -> int:
