@@ -33,6 +33,7 @@ def simulated(
     *,
     told: bool,
     first_step: float = 1.0,
+    slow: int = 0,
 ) -> list[tuple[float, int]]:
     """Overhead and readings after every step of one second, where the readings take `cost` seconds in turn."""
     clock = Clock()
@@ -54,7 +55,7 @@ def simulated(
     f.loss(f.model(x), y).backward()
     for step in range(steps):
         sgd.step()
-        clock.now += first_step if step == 0 else 1.0
+        clock.now += first_step if step == 0 else 4.0 if step < slow else 1.0
         monitor.step()
         out.append((monitor.overhead, len(monitor.history)))
     return out
@@ -80,6 +81,12 @@ def test_a_slow_first_step_is_no_measure_of_the_others(monkeypatch: pytest.Monke
     path = simulated(monkeypatch, 0.05, 300, [0.5] * 300, told=True, first_step=100.0)
     assert path[-1][0] <= 0.05
     assert path[150][0] <= 0.05
+
+
+def test_steps_that_become_faster_do_not_break_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three hundred steps of four seconds, then seven hundred of one."""
+    path = simulated(monkeypatch, 0.05, 1000, [1.2, *[0.5] * 1000], told=True, slow=300)
+    assert 0.03 < path[-1][0] <= 0.05
 
 
 def test_a_reading_that_does_not_fit_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +137,8 @@ def test_the_plan_grows_with_the_budget(
     monkeypatch.setattr(pace, "_gradient_seconds", lambda f, w, n: 0.1 + 0.01 * n)
     f = large(400)
     ledger = Ledger()
-    ledger.lately.extend([10.0] * 5 if share == 1.0 else [4.0] * 5)
+    for _ in range(5):
+        ledger.stepped(10.0 if share == 1.0 else 4.0, 1)
     planned = plan(f, f.weights(), ledger, Budget(share, 1000), solves=2, k=3)
     assert planned.examples == pytest.approx(examples, rel=0.25)
     assert planned.full == full

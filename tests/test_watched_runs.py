@@ -405,7 +405,7 @@ def test_a_setting_without_a_rule_does_not_stop_the_run() -> None:
 
 def test_sparse_gradients_are_refused_with_a_sentence() -> None:
     net = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 1))
-    with pytest.raises(ValueError, match="'0' has sparse gradients, .* use sparse=False"):
+    with pytest.raises(ValueError, match=r"'0' has sparse gradients, .* use sparse=False"):
         Objective(net, nn.functional.mse_loss, [(torch.tensor([[0, 1], [2, 3]]), torch.zeros(2, 1))])
 
 

@@ -190,8 +190,7 @@ class Monitor:
             due = self._wanted(taken)
             waited = self._wait() if due else 0.0
             began += waited
-            self.ledger.trained += self._idle + waited
-            self.ledger.lately.append((self._idle + waited) / len(taken))
+            self.ledger.stepped(self._idle + waited, len(taken))
             self._idle = 0.0
             if due:
                 self._read(began)
@@ -417,7 +416,7 @@ class Monitor:
             "memories": {name: memory.tensors() for name, memory in self._memories.items()},
             "before": None if self._before is None else [self._before[0], self._before[1].cpu()],
             "groups": None if groups is None else asdict(groups),
-            "seconds": [self.ledger.trained, self.ledger.measured, self.ledger.dearest],
+            "seconds": [self.ledger.steps, self.ledger.trained, self.ledger.measured, self.ledger.dearest],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -429,7 +428,7 @@ class Monitor:
         self._memories = {name: Memory.of(tensors).to(like) for name, tensors in state["memories"].items()}
         self._before = None if state["before"] is None else (state["before"][0], state["before"][1].to(like))
         self._groups = None if state["groups"] is None else ScaleGroups(**state["groups"])
-        self.ledger.trained, self.ledger.measured, self.ledger.dearest = state["seconds"]
+        self.ledger = Ledger(*state["seconds"])
         if self._track is not None:
             self._track.log.write_bytes(b"")
             for row in state["rows"]:

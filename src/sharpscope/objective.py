@@ -95,7 +95,7 @@ class Objective:
         self._droppers = [(n, m) for n, m in droppers if self.dropout or isinstance(m, nn.RNNBase)]
         sparse = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
         if sparse:
-            raise ValueError(f"'{sparse[0]}' has sparse gradients, which autograd cannot differentiate; use sparse=False")
+            raise ValueError(f"'{sparse[0]}' has sparse gradients, which have no derivative; use sparse=False")
         check_data(data)
         reduction = getattr(loss, "reduction", "mean")
         if reduction != "mean":

@@ -90,6 +90,7 @@ def share_of(budget: float | str) -> float:
 class Ledger:
     """Seconds of training and of measuring so far."""
 
+    steps: int = 0  # that were timed
     trained: float = 0.0
     measured: float = 0.0
     dearest: float = 0.0  # reading
@@ -105,6 +106,11 @@ class Ledger:
             self.begun = self.measured + seconds
         self.dearest = max(self.dearest, seconds)
 
+    def stepped(self, seconds: float, steps: int) -> None:
+        """So many steps of training have taken so long."""
+        self.steps, self.trained = self.steps + steps, self.trained + seconds
+        self.lately.append(seconds / steps)
+
     @property
     def overhead(self) -> float:
         """Time of measuring over time of training."""
@@ -112,8 +118,8 @@ class Ledger:
 
     @property
     def typical(self) -> float:
-        """Seconds of a step."""
-        return median(self.lately) if self.lately else 0.0
+        """Seconds of a step: the median of the latest, or the mean of all if that is less."""
+        return min(median(self.lately), self.trained / self.steps) if self.lately else 0.0
 
 
 @dataclass(frozen=True)
@@ -141,8 +147,8 @@ class Budget:
 
     def whole(self, ledger: Ledger) -> float:
         """Seconds that measuring may take until the end, or until now where nobody knows the end."""
-        trained = ledger.trained if self.steps is None else max(ledger.trained, ledger.typical * self.steps)
-        return SAFETY * self.share * trained
+        coming = 0 if self.steps is None else max(self.steps - ledger.steps, 0)
+        return SAFETY * self.share * (ledger.trained + ledger.typical * coming)
 
     def seconds(self, ledger: Ledger) -> float:
         """What may be spent in the whole run, or in 1000 steps."""
