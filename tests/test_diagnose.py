@@ -173,6 +173,11 @@ def test_weight_decay_that_only_rescales() -> None:
     assert (
         "6 parameters that have no effect on the loss (c.bias)" in say([1.0], idle, clock=1e-3)["decay rescales"].text
     )
+    paired = Facts(100, pairs=("a -> b", "c -> d"))
+    assert "In 2 pairs of tensors (a -> b, ..)" in say([1.0], paired, clock=1e-3)["decay rescales"].text
+    assert (
+        "In 1 pair of tensors (a -> b)," in say([1.0], Facts(100, pairs=("a -> b",)), clock=1e-3)["decay rescales"].text
+    )
     assert "decay rescales" not in say([1.0], INVARIANT)
     assert "decay rescales" not in say([1.0], clock=1e-3)
 

@@ -34,6 +34,7 @@ class Facts:
     groups: Mapping[str, int] = field(default_factory=dict)
     null: Mapping[str, int] = field(default_factory=dict)
     decayed_null: int = 0
+    pairs: tuple[str, ...] = ()  # "a -> b": what may be rescaled by c and 1/c
     steps: int | None = None
     overhead: float | None = None  # time of measuring over time of training, where it is newer than the last reading
     asked: bool = True  # whether it is known which weights are invariant
@@ -273,8 +274,8 @@ def invariance(at: Readings) -> Finding:
 
 def decay_rescales(at: Readings) -> Finding | None:
     """On invariant weights weight decay is no penalty, and where nothing holds a weight it only shrinks it."""
-    n, idle = at.facts.invariant, at.facts.decayed_null
-    if not at.last("clock") > 0 or not (n or idle):
+    n, idle, pairs = at.facts.invariant, at.facts.decayed_null, at.facts.pairs
+    if not at.last("clock") > 0 or not (n or idle or pairs):
         return None
     parts = []
     if n:
@@ -285,7 +286,11 @@ def decay_rescales(at: Readings) -> Finding | None:
     if idle:
         names = ", ".join(at.facts.null)
         parts.append(f"It also shrinks {idle} parameters that have no effect on the loss ({names}): leave these out.")
-    return Finding("decay rescales", " ".join(parts), {"invariant": float(n), "idle": float(idle)}, LYU)
+    if pairs:
+        which = f"{len(pairs)} pairs of tensors ({pairs[0]}, ..)" if pairs[1:] else f"1 pair of tensors ({pairs[0]})"
+        parts.append(f"In {which}, which may be rescaled against each other, it only evens out the norms of the two.")
+    numbers = {"invariant": float(n), "idle": float(idle), "pairs": float(len(pairs))}
+    return Finding("decay rescales", " ".join(parts), numbers, LYU)
 
 
 def clock(at: Readings) -> Finding | None:

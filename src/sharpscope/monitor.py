@@ -373,6 +373,7 @@ class Monitor:
             groups={name: len(i) for name, i in found.groups.items()},
             null=null,
             decayed_null=sum(n for name, n in null.items() if id(params.get(name.partition("[")[0])) in decayed),
+            pairs=tuple(found.pairs),
             steps=self.planned_steps,
             overhead=self.overhead if self.ledger.trained else None,
             asked=self._groups is not None,
