@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import programs
 from .batches import Batch
-from .objective import Expand, Expansion, Objective, differentiating
+from .objective import Expand, Expansion, Objective
+from .obstacles import differentiating
 from .programs import CannotTrace, Program
 
 
