@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from traces import same
 
 from sharpscope import measures
 from sharpscope.iterate import Iterate, midpoint
@@ -81,17 +82,6 @@ def noisy_run(monitored: bool, loader: bool) -> dict[str, Any]:
         "hyper": [{k: v for k, v in g.items() if k != "params"} for g in sgd.param_groups],
         "random": (torch.get_rng_state(), torch.rand(3), random.random(), np.random.rand()),
     }
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal to the last bit."""
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(v, b[k]) for k, v in a.items())
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 @pytest.mark.parametrize("loader", [False, True], ids=["list", "loader"])

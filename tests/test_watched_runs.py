@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from traces import same
 
 from sharpscope import measures
 from sharpscope.adaptive import Adam
@@ -245,16 +246,6 @@ def run(monitored: bool, *, workers: int = 0, bf16: bool = False, optimizer: str
         "random": (torch.get_rng_state(), torch.rand(3), random.random(), np.random.rand()),
     }
     return (out, monitor) if monitored else out
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(v, b[k]) for k, v in a.items())
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 @pytest.mark.parametrize(
