@@ -10,6 +10,7 @@ from torch import nn
 
 import sharpscope as ss
 
+torch.set_num_threads(1)  # so small a problem only gets slower with more
 digits = load_digits()
 x = torch.tensor(digits.data, dtype=torch.float32) / 16
 y = torch.tensor(digits.target)

@@ -5,6 +5,8 @@ from torch import nn
 
 import sharpscope as ss
 
+torch.set_num_threads(1)  # so small a problem only gets slower with more
+
 
 def train(lr: float, wd: float, steps: int) -> ss.Monitor:
     """Full-batch descent on a small regression, with normalization after every map."""
