@@ -11,7 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -30,9 +30,9 @@ from .iterate import Iterate, midpoint
 from .objective import Objective
 from .pace import Budget, Ledger, Plan, Schedule, every_nth, limited, plan, share_of
 from .page import RUN, page, render_run
+from .reading import Setting, angles, curvature, setting_of
 from .report import write_page
-from .rules import Stability, UpdateRule, rules_of, stability_of, state_of
-from .sphere import angle
+from .rules import Stability, UpdateRule, rules_of, stability_of
 
 __all__ = ["RUN", "Monitor", "Sink", "page"]
 
@@ -42,18 +42,6 @@ Sink = Callable[[int, Mapping[str, float]], None]
 
 UNASKED = ScaleGroups({}, {}, {}, torch.empty(0, dtype=torch.long), 1.0)
 """As long as nobody has asked which weights are invariant."""
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """How the optimizer was set at a step; `gradient` is the norm of the one that was applied."""
-
-    rule: UpdateRule | None
-    stability: Stability | None
-    learning_rate: float
-    weight_decay: float
-    on_sphere: Callable[[float], float] | None
-    gradient: float | None
 
 
 class Monitor:
@@ -130,7 +118,7 @@ class Monitor:
         self._memories: dict[str, Memory] = {}
         self._before: tuple[int, Tensor] | None = None  # weights after that many steps
         self._handled, self._idle = 0, 0.0  # steps that were looked at, seconds of training since
-        self._taken: tuple[int, _Setting] | None = None  # how the optimizer was set when it took that step
+        self._taken: tuple[int, Setting] | None = None  # how the optimizer was set when it took that step
         self._track = None if directory is None else _fresh_track(Path(directory))
         self._hook = optimizer.register_step_post_hook(self._stepped)
         self._resumed = perf_counter()
@@ -205,7 +193,7 @@ class Monitor:
         rule = self.rule
         self.tau += rule.clock if rule and rule.clock > 0 else 0.0
         if self._wanted((self.steps,)):
-            self._taken = (self.steps, self._setting(optimizer))
+            self._taken = (self.steps, self._setting())
         spent = perf_counter() - began
         self._resumed += spent  # not time of training
         self.ledger.measured += spent
@@ -243,8 +231,7 @@ class Monitor:
         return perf_counter() - began
 
     def _stability(self) -> Stability | None:
-        model = dict(self.objective.model.named_parameters())
-        return stability_of(self.optimizer, [model[name] for name in self.objective.slices], self._rules)
+        return stability_of(self.optimizer, self._parameters(), self._rules)
 
     def _read(self, began: float) -> None:
         """A reading between the weights before the last step and those after it, if the former are known."""
@@ -263,20 +250,18 @@ class Monitor:
         """
         return self._measure(w, None, None)
 
-    def _setting(self, optimizer: Optimizer) -> "_Setting":
+    def _setting(self) -> Setting:
         """How the optimizer is set at present: what a schedule does after its step is about the next one."""
-        model = dict(self.objective.model.named_parameters())
-        grads = [g for name in self.objective.slices if (g := model[name].grad) is not None and not g.is_sparse]
-        norm = torch.stack(torch._foreach_norm(grads)).norm().item() if grads else None
-        group = optimizer.param_groups[self._leading]
-        rate, decay, stability = float(group["lr"]), float(group.get("weight_decay", 0.0)), self._stability()
-        uniform = stability is not None and stability.uniform
-        return _Setting(self.rule, stability, rate, decay, self._sphere_rate() if uniform else None, norm)
+        return setting_of(self.optimizer, self._parameters(), self.rule, self._rules, self._leading)
 
-    def _measure(self, w: Tensor, turned: tuple[Tensor, Tensor] | None, setting: "_Setting | None") -> Iterate:
+    def _parameters(self) -> list[Tensor]:
+        model = dict(self.objective.model.named_parameters())
+        return [model[name] for name in self.objective.slices]
+
+    def _measure(self, w: Tensor, turned: tuple[Tensor, Tensor] | None, setting: Setting | None) -> Iterate:
         """`turned` are the weights before and after the last step."""
         began = perf_counter()
-        groups, at = self.groups, self._setting(self.optimizer) if setting is None else setting
+        groups, at = self.groups, self._setting() if setting is None else setting
         rule = at.rule
         f, rtol = self.measured, 1e-4
         if self.budget is not None:
@@ -289,40 +274,13 @@ class Monitor:
             row["applied_gradient"] = setting.gradient
         if math.isfinite(row["loss"]):
             with contextlib.suppress(NotConverged, NotFinite):
-                self._curvature(it, at, row)
+                curvature(it, at, row, full=self.plan is None or self.plan.full)
             self._memories |= it.memories
-            row |= {f"rotation/{name}": a for name, a in _angles(it.scale_groups, turned).items()}
+            row |= {f"rotation/{name}": a for name, a in angles(it.scale_groups, turned).items()}
         if self.ledger.trained:
             row["overhead"] = self.overhead
         self._append({"run": RUN, "step": self.steps, **row})
         return it
-
-    def _curvature(self, it: Iterate, at: "_Setting", row: dict[str, Any]) -> None:
-        """Add the columns that need eigenvalues, as far as these are found."""
-        groups, full = it.scale_groups, self.plan is None or self.plan.full
-        spherical = groups.joint.numel() > 0
-        scalar = it.stability is None or it.stability.uniform
-        if full or scalar:
-            row |= {"sharpness": measures.sharpness(it), "residual": it.top.residuals[0].item()}
-            row |= {f"sharpness{i}": v for i, v in enumerate(it.top.values[1:].tolist(), start=2)}
-        if it.stability is not None:
-            row["stability_ratio"] = measures.stability_ratio(it)
-        if spherical:
-            row["radius"] = measures.radius(it)
-        if spherical and (full or (scalar and groups.covers(it.objective.size))):
-            row["spherical_sharpness"] = measures.spherical_sharpness(it)
-        rate = at.on_sphere
-        if rate is not None and "spherical_sharpness" in row:
-            row["edge"] = rate(row["radius"]) * row["spherical_sharpness"]
-        row |= _by_group(it, rate, at.weight_decay)
-
-    def _sphere_rate(self) -> Callable[[float], float] | None:
-        """Effective learning rate at a radius, of a rule whose steps have one length for all weights."""
-        rule, params = self.rule, self.optimizer.param_groups[self._leading]["params"]
-        if rule is None:
-            return None
-        state = state_of(self.optimizer, params, rule)
-        return lambda radius: rule.effective_learning_rate(radius, state)
 
     def _append(self, row: dict[str, Any]) -> None:
         self.history.append(**row)
@@ -465,32 +423,6 @@ class Monitor:
             weight = {id(params[n]): s.stop - s.start for n, s in self.objective.slices.items()}
         held = [sum(weight.get(id(p), 0) for p in group["params"]) for group in groups]
         return held.index(max(held))
-
-
-def _by_group(it: Iterate, rate: Callable[[float], float] | None, weight_decay: float) -> dict[str, float]:
-    """Of each invariant group: radius, effective learning rate, share in the top eigenvector, radial gradient.
-
-    The last is ``-⟨w_g, ∇_g L⟩/(wd ‖w_g‖²)``, zero for exact invariance; at one it balances weight decay.
-    """
-    row: dict[str, float] = {}
-    top = (it.effective_top if it.stability is not None else it.top).vectors[:, 0]
-    for name, indices in it.scale_groups.groups.items():
-        w, g = it.w[indices].double(), it.expansion.grad[indices].double()
-        radius = w.norm().item()
-        row |= {f"radius/{name}": radius, f"share/{name}": top[indices].double().square().sum().item()}
-        if rate is not None and radius > 0:
-            row[f"rate/{name}"] = rate(radius)
-            if weight_decay > 0:
-                row[f"radial/{name}"] = -(w @ g).item() / (weight_decay * radius**2)
-    return row
-
-
-def _angles(groups: ScaleGroups, turned: tuple[Tensor, Tensor] | None) -> dict[str, float]:
-    """By how much each group has turned, in radians."""
-    if turned is None:
-        return {}
-    before, after = turned
-    return {name: angle(before[i].double(), after[i].double()).item() for name, i in groups.groups.items()}
 
 
 def _plain(value: Any) -> Any:
