@@ -21,19 +21,8 @@ SOURCE = ROOT / "src/sharpscope"
 ORDER = (
     *("smooth", "batches", "obstacles", "objective", "programs", "products", "operators", "doctor"),
     *("bounds", "eigen", "tracking", "eigenbasis", "spectrum", "quadrature", "sphere", "symmetries"),
-    *("invariance", "surgery"),
-    *(
-        "rules",
-        "adaptive",
-        "equivalences",
-        "iterate",
-        "measures",
-        "reading",
-        "budget",
-        "history",
-        "diagnose",
-        "checkpoints",
-    ),
+    *("invariance", "surgery", "rules", "adaptive", "equivalences"),
+    *("iterate", "measures", "reading", "budget", "history", "diagnose", "checkpoints"),
     *("third", "complementarity", "flows", "integrate", "reduction", "predict"),
     *("claims", "plots", "report", "page", "analysis", "pace", "monitor", "watch", "integrations", "studies", "cli"),
 )
