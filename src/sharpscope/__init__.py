@@ -39,6 +39,7 @@ from .pace import log_spaced
 from .predict import Prediction, compare
 from .quadrature import Density, density
 from .reduction import NoMinimizer, ReductionFlow, sharpness_reduction
+from .replicas import Replicas, descend
 from .rules import (
     GD,
     ScalarRMSprop,
@@ -81,6 +82,7 @@ __all__ = [
     "ProjectedGD",
     "RMSprop",
     "ReductionFlow",
+    "Replicas",
     "ScalarRMSprop",
     "ScaleGroups",
     "SphericalRMSprop",
@@ -96,6 +98,7 @@ __all__ = [
     "central_flow",
     "compare",
     "density",
+    "descend",
     "diagonal",
     "doctor",
     "ends",

@@ -13,7 +13,8 @@ from typing import Any
 from .history import History
 
 Observed = float | tuple[float, ...]
-KINDS = ("identity", "inequality", "scaling", "comparison", "negative control")
+WIDER = "wider claim"  # of the paper, beyond what decides: where it fails, a report says "not supported here"
+KINDS = ("identity", "inequality", "scaling", "comparison", "negative control", WIDER)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Claim:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind '{self.kind}' of the claim '{self.sentence}' is none of {', '.join(KINDS)}")
+        if self.kind == WIDER and self.deciding:
+            raise ValueError(f"the wider claim '{self.sentence}' cannot decide; say deciding=False")
 
     def decide(self, study: str, history: History, config: Any) -> "Verdict":
         """The verdict on this claim; a quantity that cannot be formed (a run that broke off) does not pass."""

@@ -16,12 +16,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from .claims import Verdict
+from .claims import WIDER, Verdict
 from .diagnose import Finding
 from .plots import Chart, Columns, SphereChart, Trace, graticule, missing, traces, viewpoint
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 CONTROL = "negative control"
+WORDS = {CONTROL: ("as it should", "not as it should"), WIDER: ("supported here", "not supported here")}
 HELP = "Point at a chart to read values, drag to zoom, double-click to see all again; press a name to hide that run."
 UNSCRIPTED = "Interactive charts need scripts, which are switched off."
 MARK = {True: '<span class="mark" aria-hidden="true">✓</span>', False: '<span class="mark" aria-hidden="true">✗</span>'}
@@ -156,7 +157,7 @@ def _claims(verdicts: Sequence[Verdict]) -> str:
 
 
 def _claim(i: int, v: Verdict) -> str:
-    words = ("as it should", "not as it should") if v.kind == CONTROL else ("holds", "fails")
+    words = WORDS.get(v.kind, ("holds", "fails"))
     state = ("holds" if v.passed else "fails") + ("" if v.deciding else " aside")
     aside = "" if v.deciding else '<span class="tag">reported, does not decide</span>'
     return (

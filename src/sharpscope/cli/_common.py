@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-EXTRAS = ("tyro", "safetensors", "pyarrow", "sklearn", "tqdm", "matplotlib")
+EXTRAS = ("tyro", "safetensors", "pyarrow", "sklearn", "scipy", "tqdm", "matplotlib")
 HINT = "the command line needs the extra packages of sharpscope[studies]: pip install 'sharpscope[studies]'"
 
 

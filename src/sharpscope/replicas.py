@@ -1,0 +1,267 @@
+"""Independent runs side by side: one computation for a sweep over seeds, step sizes or data.
+
+R runs with P weights each are one tensor ``W`` ``(R, P)``, and their losses ``L_r(w_r)`` one tensor ``(R,)``.  Where
+rows do not mix, the gradient of ``Σ_r L_r`` in W holds the gradient of every run in its row, so that one backward pass,
+one Hessian product and one step of the optimizer serve all; on small problems, where most of the time goes into
+starting operations, R runs then cost little more than one.
+
+Rows may be inputs as well as weights: `jacobian` is that of outputs in the weights of each run, or in each input.
+
+R runs, P weights, n outputs.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .objective import Objective
+from .obstacles import differentiating
+from .rules import UpdateRule
+from .smooth import smooth
+
+Rows = Callable[[Tensor], Tensor]
+"""A function of each row: ``(R, P)`` to ``(R,)`` or ``(R, n)``."""
+
+Slope = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""Losses ``(R,)`` and gradients ``(R, P)`` at weights ``(R, P)`` before step t."""
+
+MAY_DIFFER = ("learning_rate", "weight_decay")
+
+
+class Replicas:
+    """``L_r(w_r)`` for R runs, from a function of all rows `losses` ``(R, P) -> (R,)`` [N32].
+
+    >>> bowls = Replicas(lambda W: 0.5 * (torch.tensor([1.0, 4.0]) * W.square().sum(1)))
+    >>> bowls.grad(torch.ones(2, 3)).tolist()
+    [[1.0, 1.0, 1.0], [4.0, 4.0, 4.0]]
+    """
+
+    def __init__(self, losses: Rows) -> None:
+        self.losses = losses
+
+    @classmethod
+    def of(cls, f: Objective) -> "Replicas":
+        """The model, loss and data of an objective at R weights at once; normalization keeps R sets of statistics.
+
+        A module that draws random numbers is refused by torch: runs would share them or not, and neither is meant.
+        """
+
+        def losses(W: Tensor) -> Tensor:
+            buffers = {name: b.expand(len(W), *b.shape).clone() for name, b in f.model.named_buffers()}
+
+            def one(w: Tensor, own: dict[str, Tensor]) -> Tensor:
+                total, count = w.new_zeros(()), 0
+                for batch in f._batches(w.device):
+                    total = total + batch.examples * f._chunk({**f.unflatten(w), **own}, batch).loss
+                    count += batch.examples
+                return total / count
+
+            return torch.vmap(one)(W, buffers)
+
+        return cls(losses)
+
+    @differentiating()
+    def value(self, W: Tensor) -> Tensor:
+        """``L_r(w_r)`` ``(R,)``."""
+        with smooth(), torch.no_grad():
+            return self.losses(W)
+
+    @differentiating()
+    def value_and_grad(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """``L_r(w_r)`` ``(R,)`` and ``∇L_r(w_r)`` ``(R, P)`` in one pass."""
+        W = W.detach().requires_grad_()
+        with smooth():
+            losses = self.losses(W)
+        (g,) = torch.autograd.grad(losses.sum(), W)
+        return losses.detach(), g
+
+    def grad(self, W: Tensor) -> Tensor:
+        """``∇L_r(w_r)`` ``(R, P)``."""
+        return self.value_and_grad(W)[1]
+
+    def slope(self, W: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
+        """The same at every step: full-batch descent."""
+        return self.value_and_grad(W)
+
+    @differentiating()
+    def hvp(self, W: Tensor, V: Tensor) -> Tensor:
+        """``∇²L_r(w_r) v_r`` ``(R, P)``."""
+        return self.products(W)(V)
+
+    @differentiating()
+    def products(self, W: Tensor) -> Callable[[Tensor], Tensor]:
+        """The map ``V -> ∇²L_r(w_r) v_r`` on a graph that is kept, for more than one product at a point."""
+        W = W.detach().requires_grad_()
+        with smooth():
+            total = self.losses(W).sum()
+        (g,) = torch.autograd.grad(total, W, create_graph=True)
+
+        def product(V: Tensor) -> Tensor:
+            with differentiating():
+                return torch.autograd.grad(g, W, V, retain_graph=True, materialize_grads=True)[0]
+
+        return product
+
+    def hessian(self, W: Tensor) -> Tensor:
+        """``∇²L_r(w_r)`` ``(R, P, P)``, dense: column by column for all runs at once."""
+        product = self.products(W)
+        units = torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
+        return torch.stack([product(unit.expand_as(W)) for unit in units], dim=2)
+
+    def check(self, W: Tensor) -> None:
+        """Raise ValueError where the losses are not one number for each row, or a loss depends on another row."""
+        R = len(W)
+        losses = self.value(W)
+        if losses.shape != (R,):
+            raise ValueError(
+                f"losses of shape {tuple(losses.shape)} from weights {tuple(W.shape)}; one a row is needed"
+            )
+        if R > 1:
+            other = W.clone()
+            other[1:] = W[1:] + 0.01 * (1 + W[1:].abs())
+            first, again = losses[0].item(), self.value(other)[0].item()
+            if not abs(first - again) <= 1e-3 * torch.finfo(W.dtype).eps ** 0.5 * max(abs(first), 1e-30):
+                raise ValueError(f"the loss of one run went from {first:.8g} to {again:.8g} when the others were moved")
+
+
+@differentiating()
+def jacobian(outputs: Rows, X: Tensor) -> Tensor:
+    """``∂ outputs_r / ∂ x_r`` ``(R, n, P)`` of a function of each row, ``(R, P)`` to ``(R, n)``: n backward passes.
+
+    >>> jacobian(lambda X: X.cumsum(1)[:, 1:], torch.zeros(1, 3)).tolist()
+    [[[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]]
+    """
+    X = X.detach().requires_grad_()
+    with smooth():
+        out = outputs(X)
+    ways = [
+        torch.autograd.grad(column.sum(), X, retain_graph=True, materialize_grads=True)[0] for column in out.unbind(1)
+    ]
+    return torch.stack(ways, dim=1)
+
+
+def gram(outputs: Rows, W: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``Σ_p s_p ∂_p f_i ∂_p f_j`` ``(R, n, n)``: the neural tangent kernel, with rates s ``(P,)`` [N33]."""
+    J = jacobian(outputs, W)
+    return (J if scale is None else J * scale) @ J.mT
+
+
+def noisy(slope: Slope, deviation: float | Tensor, seed: int) -> Slope:
+    """Gradients plus independent normal noise; `deviation` is one number or one for each run, ``(R, 1)``."""
+    draws: dict[torch.device, torch.Generator] = {}
+
+    def noise(W: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        draw = draws.setdefault(W.device, torch.Generator(W.device).manual_seed(seed))
+        losses, g = slope(W, step)
+        return losses, g + deviation * torch.randn(g.shape, generator=draw, dtype=g.dtype, device=g.device)
+
+    return noise
+
+
+def on_batches(f: Objective, x: Tensor, y: Tensor, size: int, seed: int) -> Slope:
+    """The objective on `size` examples drawn anew, without replacement within an epoch; all runs see the same ones."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def epochs() -> Iterator[Tensor]:
+        while True:
+            yield from torch.randperm(len(x), generator=draw)[: len(x) // size * size].split(size)
+
+    picks = epochs()
+
+    def slope(W: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        pick = next(picks)
+        return Replicas.of(f.on([(x[pick], y[pick])])).value_and_grad(W)
+
+    return slope
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Where R runs ended: weights ``(R, P)``, and for each of them ``(R,)`` its loss, its steps, and how it ended."""
+
+    weights: Tensor
+    losses: Tensor
+    steps: Tensor
+    reached: Tensor  # it met the criterion `until`
+    diverged: Tensor
+
+
+def descend(
+    slope: Slope,
+    W: Tensor,
+    rules: UpdateRule | Sequence[UpdateRule],
+    steps: int,
+    *,
+    until: Callable[[Tensor], Tensor] | None = None,
+    watch: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+    limit: float = 1e6,
+) -> Descent:
+    """At most `steps` steps of R runs from `W` ``(R, P)``; a run that is done stays where it is while others go on.
+
+    Args:
+        slope: losses and gradients, `Replicas.slope` or what mini-batches and noise make of it.
+        rules: one for all, or one a run; these may differ in learning rate and weight decay.
+        until: losses ``(R,)`` to booleans: which runs have arrived.
+        watch: called with step t, W, losses and gradients at every iterate, before step t and after the last.
+        limit: a run has diverged when its loss is not finite or its weights have grown by this factor.
+
+    Raises:
+        TypeError, ValueError: rules of several kinds, or a rule whose step mixes runs.
+    """
+    rule = rules if isinstance(rules, UpdateRule) else stacked(rules, W)
+    state = rule.init(W)
+    most = limit * W.norm(dim=1).clamp_min(torch.finfo(W.dtype).tiny)
+    ended = torch.zeros((3, len(W)), dtype=torch.bool, device=W.device)
+    reached, diverged, done = ended.unbind()
+    taken = torch.zeros(len(W), dtype=torch.long, device=W.device)
+    for t in range(steps + 1):
+        losses, g = slope(W, t)
+        lost = ~(losses.isfinite() & (W.norm(dim=1) <= most))
+        diverged |= lost & ~done
+        if until is not None:
+            reached |= until(losses) & ~lost & ~done
+        done |= reached | diverged
+        if watch is not None:
+            watch(t, W, losses, g)
+        if t == steps or bool(done.all()):
+            break
+        new, state = rule.step(W, g, state)
+        if t == 0:
+            _check_rows(rules, W, g, new)
+        W = torch.where(done[:, None], W, new)
+        taken += ~done
+    return Descent(W, losses, taken, reached, diverged)
+
+
+def stacked(rules: Sequence[UpdateRule], W: Tensor) -> UpdateRule:
+    """One rule for all runs, whose learning rates and weight decays are columns ``(R, 1)`` where they differ."""
+    first, *others = rules
+    if len(rules) != len(W):
+        raise ValueError(f"{len(rules)} rules for {len(W)} runs; give one rule, or one a run")
+    if {type(rule) for rule in others} - {type(first)}:
+        raise TypeError(
+            f"runs side by side need one kind of rule; got {', '.join(sorted({type(r).__name__ for r in rules}))}"
+        )
+    rule = copy.copy(first)
+    for field in fields(first):  # type: ignore[arg-type]  # rules are dataclasses
+        values = [getattr(r, field.name) for r in rules]
+        if any(v != values[0] for v in values):
+            if field.name not in MAY_DIFFER:
+                raise ValueError(
+                    f"{field.name} is {values}; runs side by side may differ in {' and '.join(MAY_DIFFER)} only"
+                )
+            object.__setattr__(rule, field.name, torch.tensor(values, dtype=W.dtype, device=W.device)[:, None])
+    return rule
+
+
+def _check_rows(rules: UpdateRule | Sequence[UpdateRule], W: Tensor, g: Tensor, new: Tensor) -> None:
+    """The first and the last run step as they would alone."""
+    for r in {0, len(W) - 1}:
+        rule = rules if isinstance(rules, UpdateRule) else rules[r]
+        alone, _ = rule.step(W[r], g[r], rule.init(W[r]))
+        error = 1e3 * torch.finfo(W.dtype).eps * W[r].abs().max().item()
+        if not torch.allclose(alone, new[r], rtol=0, atol=error, equal_nan=True):
+            raise ValueError(f"a step of {type(rule).__name__} mixes the runs: it reads a norm of all weights together")

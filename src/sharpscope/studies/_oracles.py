@@ -1,0 +1,63 @@
+"""Convex and constrained problems with known answers, against which implicit biases are held."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def basis_pursuit(a: Array, y: Array) -> Array:
+    """``argmin ‖x‖₁`` subject to ``A x = y``, A ``(n, d)``: a linear program in ``x = p - q``, ``p, q ≥ 0``."""
+    from scipy.optimize import linprog
+
+    d = a.shape[1]
+    found = linprog(np.ones(2 * d), A_eq=np.hstack([a, -a]), b_eq=y, bounds=(0, None), method="highs")
+    if found.status != 0:
+        raise ArithmeticError(f"basis pursuit has no answer: {found.message}")
+    return found.x[:d] - found.x[d:]
+
+
+def least_nuclear_norm(
+    a: Array, b: Array, shape: tuple[int, int], *, step: float = 0.5, iterations: int = 4000
+) -> Array:
+    """``argmin ‖M‖_*`` subject to ``⟨A_i, M⟩ = b_i`` by Douglas-Rachford splitting; A ``(n, p·q)``, M ``(p, q)``.
+
+    The shadow sequence: soft thresholding of singular values by `step`, then projection on the affine set.
+    """
+    inverse = np.linalg.pinv(a)
+    z = inverse @ b
+    x = z
+    for _ in range(iterations):
+        x = z - inverse @ (a @ z - b)
+        u, s, vt = np.linalg.svd((2 * x - z).reshape(shape), full_matrices=False)
+        z = z + ((u * np.maximum(s - step, 0)) @ vt).ravel() - x
+    return (z - inverse @ (a @ z - b)).reshape(shape)
+
+
+def least_frobenius_norm(a: Array, b: Array, shape: tuple[int, int]) -> Array:
+    """``argmin ‖M‖_F`` subject to ``⟨A_i, M⟩ = b_i``."""
+    return (np.linalg.pinv(a) @ b).reshape(shape)
+
+
+def within_orthant(value_and_grad: Callable[[Array], tuple[float, Array]], start: Array) -> Array:
+    """The minimizer of a smooth function that keeps the signs of `start` (zero is allowed), by L-BFGS-B from there."""
+    from scipy.optimize import minimize
+
+    signs = np.sign(start)
+
+    def folded(x: Array) -> tuple[float, Array]:
+        value, g = value_and_grad(signs * x)
+        return value, signs * g
+
+    bounds = [(0, None)] * len(start)
+    found = minimize(
+        folded,
+        np.abs(start),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        options={"maxiter": 100000, "maxfun": 100000, "ftol": 1e-15, "gtol": 1e-10},
+    )
+    return signs * found.x
