@@ -61,7 +61,8 @@ def _update_running(
         moments = ((mean, input.mean(dims, keepdim=True)), (var, input.var(dims, keepdim=True)))
         for running, now in moments:
             if running is not None:
-                running.lerp_(now.mean((0, *range(2, now.dim()))).to(running.dtype), momentum)
+                fresh = now.mean((0, *range(2, now.dim()))).to(running.dtype)
+                running.mul_(1 - momentum).add_(fresh, alpha=momentum)  # lerp_ cannot be batched
 
 
 def _normalize_channels(
