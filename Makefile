@@ -10,13 +10,14 @@ OMP_NUM_THREADS ?= 1
 MKL_NUM_THREADS ?= 1
 export OMP_NUM_THREADS MKL_NUM_THREADS
 
-.PHONY: help demo test bench overhead lint clean
+.PHONY: help demo test bench overhead sweeps lint clean
 
 help:
 	@echo "make demo      run the quick study of Lyu et al. (2022) and write its report to $(DEMO)"
 	@echo "make test      run the tests (those of the report page need Chromium)"
 	@echo "make bench     compare with other packages (15 minutes; QUICK=1: 3), writes benchmarks/RESULTS.md (runs/ if quick)"
 	@echo "make overhead  what the monitor costs at three budgets (6 minutes), writes benchmarks/OVERHEAD.md"
+	@echo "make sweeps    what runs side by side save (3 minutes), writes benchmarks/SWEEPS.md"
 	@echo "make lint      run ruff and mypy"
 	@echo "make clean     remove .venv and caches, keep runs (also after moving this directory or changing Python)"
 
@@ -47,6 +48,9 @@ bench: $(PEERS)
 
 overhead: $(READY)
 	@.venv/bin/python -m benchmarks.overhead
+
+sweeps: $(READY)
+	@.venv/bin/python -m benchmarks.sweeps
 
 lint: $(READY)
 	.venv/bin/ruff check .

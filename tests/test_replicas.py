@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sharpscope.adaptive import Adam, RMSprop
 from sharpscope.objective import Objective
+from sharpscope.programs import CannotTrace
 from sharpscope.replicas import Replicas, descend, gram, jacobian, noisy, on_batches, stacked
 from sharpscope.rules import GD, ScalarRMSprop, UpdateRule
 
@@ -68,6 +69,29 @@ def test_a_sweep_is_the_same_as_its_runs_one_after_another(name: str) -> None:
         assert torch.allclose(swept.weights[r], w, rtol=0, atol=1e-10)
         assert swept.losses[r].item() == pytest.approx(f.value(w).item(), rel=1e-9)
     assert swept.steps.tolist() == [40] * RUNS and not swept.diverged.any() and not swept.reached.any()
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm])
+def test_a_recorded_slope_is_the_slope(norm: type[nn.Module]) -> None:
+    f = network(norm)
+    before = {name: b.clone() for name, b in f.model.named_buffers()}
+    together = Replicas.of(f)
+    slope = together.recorded(starts(f))
+    for _ in range(2):
+        W = starts(f)
+        for found, expected in zip(slope(W, 0), together.slope(W), strict=True):
+            assert torch.allclose(found, expected, rtol=1e-12, atol=1e-14)
+    assert all(torch.equal(b, before[name]) for name, b in f.model.named_buffers())
+
+
+def test_what_changes_from_call_to_call_is_not_recorded() -> None:
+    count = iter(range(100))
+    changing = Replicas(lambda W: next(count) * W.square().sum(1))
+    with pytest.raises(CannotTrace, match="other numbers"):
+        changing.recorded(torch.ones(2, 3))
+    branching = Replicas(lambda W: W.sum(1) if W.sum() > 0 else -W.sum(1))
+    with pytest.raises(CannotTrace, match="no fixed program"):
+        branching.recorded(torch.ones(2, 3))
 
 
 def bowls(curvature: Sequence[float]) -> Replicas:

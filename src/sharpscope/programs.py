@@ -45,11 +45,31 @@ def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor],
     Raises:
         CannotTrace: the function branches on values, or asks for numbers.
     """
+    return _cut(_recorded(function, (*inputs, v)))
+
+
+def record(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """``function(*inputs)`` as a fixed program for inputs of these shapes: without autograd, modes and modules.
+
+    Raises:
+        CannotTrace: the function branches on values, or its program gives other numbers.
+    """
+    program = _recorded(function, inputs)
+    _fold_constants(program)
+    with torch.no_grad():
+        pairs = zip(function(*inputs), program(*inputs), strict=True)
+        for first, again in pairs:
+            if not torch.allclose(first, again, rtol=1e3 * torch.finfo(first.dtype).eps, equal_nan=True):
+                raise CannotTrace("the fixed program gives other numbers: something in it changes from call to call")
+    return program
+
+
+def _recorded(function: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Tensor]) -> fx.GraphModule:
+    """All operations of ``function(*arguments)``, repeated ones once, none of which writes."""
     # Torch's tracer is a second of imports, which nobody should pay who does not trace.
     from torch._decomp import get_decompositions
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    arguments = (*inputs, v)
     factored: Any = get_decompositions([getattr(torch.ops.aten, f"{name}_backward") for name in FACTORED])
     try:
         graph = make_fx(function, decomposition_table=factored)(*arguments)
@@ -62,7 +82,7 @@ def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor],
     graph.graph.eliminate_dead_code()
     if _writes(graph.graph):
         raise CannotTrace("no fixed program: something is written in place that is neither a buffer nor a parameter")
-    return _cut(graph)
+    return graph
 
 
 def first_line(error: Exception) -> str:
@@ -88,6 +108,25 @@ def _merge_repeated(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def _fold_constants(module: fx.GraphModule) -> None:
+    """What does not depend on the inputs is computed now, once."""
+    known: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = getattr(module, node.target)
+        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            with torch.no_grad():
+                known[node] = node.target(*args, **kwargs)
+    for node, value in known.items():
+        if node.op == "call_function" and isinstance(value, Tensor):
+            module.register_buffer(f"folded_{node.name}", value)
+            with module.graph.inserting_before(node):
+                node.replace_all_uses_with(module.graph.get_attr(f"folded_{node.name}"))
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 def _cut(module: fx.GraphModule) -> Program:
