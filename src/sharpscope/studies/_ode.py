@@ -1,4 +1,4 @@
-"""Gradient flows as ordinary differential equations, to solver precision (scipy)."""
+"""Gradient flows as ordinary differential equations, to solver precision (scipy), and their explicit Euler steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,3 +63,16 @@ def flow(
         times = np.append(times, found.t_events[0][-1])
         states = np.vstack([states.reshape(-1, len(start)), found.y_events[0][-1:]])
     return Curve(times, states, found.status == 1)
+
+
+def descent(field: Callable[[Array], Array], start: Array, rate: float, steps: int) -> Array:
+    """``y ← y + rate·field(y)``: all states ``(steps + 1, P)``; with minus a gradient, gradient descent.
+
+    >>> descent(lambda y: -y, np.array([8.0]), 0.5, 3).ravel().tolist()
+    [8.0, 4.0, 2.0, 1.0]
+    """
+    states = np.empty((steps + 1, len(start)))
+    states[0] = start
+    for t in range(steps):
+        states[t + 1] = states[t] + rate * field(states[t])
+    return states
