@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .objective import Objective
 from .obstacles import differentiating
+from .operators import SymmetricOperator
 from .programs import record
 from .rules import UpdateRule
 from .smooth import smooth
@@ -125,6 +126,11 @@ class Replicas:
                 return torch.autograd.grad(g, W, V, retain_graph=True, materialize_grads=True)[0]
 
         return product
+
+    def operator(self, w: Tensor) -> SymmetricOperator:
+        """The Hessian of one run at w ``(P,)``, for the solvers of eigenvalues."""
+        product = self.products(w[None])
+        return SymmetricOperator(lambda v: product(v[None])[0], w)
 
     def hessian(self, W: Tensor) -> Tensor:
         """``∇²L_r(w_r)`` ``(R, P, P)``, dense: column by column for all runs at once."""

@@ -38,6 +38,23 @@ def digits(train: int = 500, seed: int = 0) -> Split:
     return Split(x[:train], y[:train], labels[:train], x[train:], y[train:], labels[train:])
 
 
+def flat_digits(train: int, test: int, factor: float, seed: int = 0) -> Split:
+    """The same digits as vectors of 64, centred, of root mean square norm `factor`; targets are one-hot, as they are.
+
+    Mean and norm are those of the training images.
+    """
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    order = np.random.default_rng(seed).permutation(len(raw.target))[: train + test]
+    x = torch.tensor(raw.data[order] / 16)
+    x = x - x[:train].mean(0)
+    x = factor * x / x[:train].square().sum(1).mean().sqrt()
+    labels = torch.tensor(raw.target[order])
+    y = one_hot(labels, 10).double()
+    return Split(x[:train], y[:train], labels[:train], x[train:], y[train:], labels[train:])
+
+
 def smooth_function(train: int = 80, test: int = 2000, seed: int = 0) -> Split:
     """``tanh(1.5 x₁) + ½ sin x₂`` of standard normal x in 20 dimensions, without noise; the label is its sign."""
     generator = torch.Generator().manual_seed(seed)

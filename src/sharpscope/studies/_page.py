@@ -29,7 +29,7 @@ def charting(part: str, labels: Mapping[str, str], captions: Mapping[str, str]) 
     """``chart(name, title, x, y, runs, log="xy")``: axes are labelled by column, captions found by the chart's name."""
 
     def chart(name: str, title: str, x: str, y: str, runs: tuple[str, ...], log: str = "", **more: Any) -> Chart:
-        axes = {"log_x": "x" in log, "log_y": "y" in log}
-        return Chart(name, title, x, y, runs, labels[x], labels[y], part=part, caption=captions[name], **axes, **more)
+        more |= {"log_x": "x" in log, "log_y": "y" in log, "part": part, "caption": captions[name]}
+        return Chart(name, title, x, y, runs, labels[x], labels[y], **more)
 
     return chart

@@ -112,6 +112,26 @@ def over(top: Observer, bottom: Observer) -> Observer:
     return read
 
 
+def less(first: Observer, second: Observer) -> Observer:
+    """The difference of two observations, repeat by repeat."""
+
+    def read(h: History, config: Any) -> tuple[float, ...]:
+        pairs = [v if isinstance(v, tuple) else (v,) for v in (first(h, config), second(h, config))]
+        return tuple(a - b for a, b in zip(*pairs, strict=True))
+
+    return read
+
+
+def together(*observers: Observer) -> Observer:
+    """All numbers of several observations, which one criterion has to hold for."""
+
+    def read(h: History, config: Any) -> tuple[float, ...]:
+        seen = [observe(h, config) for observe in observers]
+        return tuple(v for some in seen for v in (some if isinstance(some, tuple) else (some,)))
+
+    return read
+
+
 def middle(values: Sequence[float]) -> float:
     """The median."""
     return statistics.median(values)
