@@ -1,17 +1,15 @@
 """Weight-normalized sensing: both flows in other coordinates with autograd, what is conserved, and when it helps."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
+from sharpscope.studies._diagonal import Sensing, normalized, plain, shrinkage
 from sharpscope.studies._ode import Array, flow
 from sharpscope.studies._oracles import basis_pursuit
-from sharpscope.studies.chou2023 import QUICK, Config, Sensing, normalized, plain, shrinkage
+from sharpscope.studies.chou2023 import Config
 
-SMALL = replace(QUICK, unknowns=12, equations=7, sparsity=1)
-PROBLEM = Sensing.draw(SMALL, 0)
+PROBLEM = Sensing.draw(equations=7, unknowns=12, sparsity=1, rng=np.random.default_rng([106, 0]))
 SCALE = float(PROBLEM.truth.sum())
 
 
@@ -88,6 +86,8 @@ def test_basis_pursuit_finds_what_was_measured() -> None:
     assert PROBLEM.error(basis_pursuit(PROBLEM.a, PROBLEM.a @ PROBLEM.truth)) < 1e-8
     assert np.count_nonzero(PROBLEM.truth) == 1
     assert np.linalg.norm(PROBLEM.misfit(PROBLEM.truth)) == 0
+    assert PROBLEM.a @ PROBLEM.kernel == pytest.approx(np.zeros((7, 12)), abs=1e-12)
+    assert np.trace(PROBLEM.kernel) == pytest.approx(12 - 7)
 
 
 def test_nonsense_is_refused() -> None:

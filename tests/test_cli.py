@@ -2,13 +2,14 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from sharpscope import cli
-from sharpscope.studies._study import discover
+from sharpscope.studies._study import discover, headings
 
 
 def say(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -22,12 +23,35 @@ def say(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 
 def test_list_names_studies_papers_and_claims(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"tiny", "lyu2022"} <= discover().keys() and len(lines) == len(discover())
+    for line, (name, study) in zip(lines, discover().items(), strict=True):
+        assert re.fullmatch(f"{name} +{re.escape(f'{headings(study)[0]}: {study.PAPER}')}", line)
+    assert cli.main(["list", "--claims"]) == 0
     listed = capsys.readouterr().out
-    assert {"tiny", "lyu2022"} <= discover().keys()
-    for name, study in discover().items():
-        assert f"{name}\n  {study.PAPER}\n" in listed
+    for study in discover().values():
         assert all(f"{claim.sentence}: {claim.criterion.text}" in listed for claim in study.CLAIMS)
-    assert "Batches fit as well (loss): at most 0 (reported, does not decide)" in listed
+    assert cli.main(["list", "tiny"]) == 0
+    listed = capsys.readouterr().out
+    assert "Batches fit as well (loss): at most 0 (reported, does not decide)" in listed and "lyu" not in listed
+
+
+def test_a_study_that_cannot_be_imported_is_said(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong.py").write_text("x = 1 / 0")
+    studies = sys.modules["sharpscope.studies"]
+    monkeypatch.setattr(studies, "__path__", [*studies.__path__, str(tmp_path)])
+    assert cli.main(["list"]) == 2
+    listed = capsys.readouterr().out
+    assert re.search("^tiny .*On Small Things", listed, re.MULTILINE)
+    assert re.search("^wrong +cannot be imported: ZeroDivisionError: division by zero$", listed, re.MULTILINE)
+    status, said = say(capsys, "run", "wrong", "--out", str(tmp_path / "run"))
+    assert (status, said) == (
+        2,
+        "sharpscope: the study wrong cannot be imported: ZeroDivisionError: division by zero\n",
+    )
+    assert cli.main(["run", "tiny", "--quick", "--workers", "1", "--out", str(tmp_path / "run")]) == 0
 
 
 def test_the_exit_status_says_whether_the_claims_hold(
@@ -52,7 +76,8 @@ def test_run_all_runs_every_study(
     monkeypatch.setattr(sys.modules["sharpscope.studies"], "__path__", sys.modules["sharpscope.studies"].__path__[-1:])
     monkeypatch.chdir(tmp_path)
     assert cli.main(["run", "all", "--quick", "--workers", "1"]) == 0
-    assert (tmp_path / "runs/tiny-quick/report.html").exists()
+    assert {p.name for p in (tmp_path / "runs/all-quick").iterdir()} == {"all.json", "index.html", "small", "tiny"}
+    assert (tmp_path / "runs/all-quick/tiny/report.html").exists()
     status, said = say(capsys, "run", "all", "--steps", "3")
     assert status == 2 and "--steps is a field of one study" in said
 
@@ -61,7 +86,7 @@ def test_run_all_runs_every_study(
     ("arguments", "sentence"),
     [
         ("run tyni", "there is no study 'tyni'; did you mean 'tiny'?"),
-        ("run xyzzy", "there is no study 'xyzzy'; known: cohen2025, lyu2022, tiny"),
+        ("run xyzzy", "there is no study 'xyzzy'; known: "),
         ("run tyni --help", "did you mean 'tiny'?"),
         ("run tiny --learning-rat 1", "tiny has no field 'learning_rat'; did you mean --learning-rate?"),
         ("run tiny --quik", "tiny has no field 'quik'; did you mean --quick?"),
@@ -82,7 +107,12 @@ def test_run_all_runs_every_study(
         ("run", "the following arguments are required: NAME"),
         ("rnu tiny", "invalid choice: 'rnu' (choose from"),
         ("", "the following arguments are required: command"),
-        ("list tiny", "unknown argument tiny"),
+        ("list tyni", "there is no study 'tyni'; did you mean 'tiny'?"),
+        ("list tiny stray", "unknown argument stray"),
+        ("run tiny --quick --full", "--quick and --full contradict each other; give one of them"),
+        ("run tiny --seeds 3", "tiny has no field 'seed', so there is nothing to repeat; leave --seeds out"),
+        ("run tiny --seeds 0", "--seeds is 0; it must be at least 1"),
+        ("run all --seeds many", "argument --seeds: invalid int value: 'many'"),
         ("report", "the following arguments are required: directory"),
         ("report runs --quick", "unknown argument --quick"),
         ("report runs other", "unknown argument other"),

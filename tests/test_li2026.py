@@ -1,32 +1,32 @@
 """Deep linear discriminants: closed forms against autograd, the conserved quantities, and what breaks them."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from sharpscope.studies._ode import descent, flow
-from sharpscope.studies._oracles import within_orthant
-from sharpscope.studies.li2026 import (
-    QUICK,
-    Classes,
-    Config,
+from sharpscope.studies._diagonal import (
     balanced,
     drift,
+    flow_of_layers,
+    flow_of_product,
+    growth_by_descent,
     layered,
     quasi,
     reduced,
+    spread,
 )
+from sharpscope.studies._fisher import Classes
+from sharpscope.studies._ode import descent, flow
+from sharpscope.studies.li2026 import Config
 
-SMALL = replace(QUICK, dimension=5, examples=40)
 W = np.array([0.7, -0.4, 0.5, 0.3, -0.6])
 
 
 @pytest.fixture
 def classes() -> Classes:
-    return Classes.draw((1.0, -0.8, 0.6, 0.5), SMALL, np.random.default_rng(0))
+    return Classes.draw((1.0, -0.8, 0.6, 0.5), 5, 40, np.random.default_rng(0))
 
 
 def losses(c: Classes) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
@@ -66,9 +66,9 @@ def test_only_the_ratio_is_of_degree_zero(classes: Classes) -> None:
 @pytest.mark.parametrize("depth", [2, 3])
 def test_layers_and_multiplicative_steps_go_the_same_way(classes: Classes, depth: int) -> None:
     at = np.linspace(0, 3, 11)
-    layers = flow(layered(classes.fisher, depth), balanced(W, depth).ravel(), 3.0, at=at, rtol=1e-10)
+    w = flow_of_layers(classes.fisher, balanced(W, depth), at).states.prod(1)
+    assert flow_of_product(classes.fisher, W, depth, 3.0, at).states == pytest.approx(w, rel=1e-6)
     logs = flow(reduced(classes.fisher, depth, np.sign(W)), np.log(np.abs(W)), 3.0, at=at, rtol=1e-10)
-    w = layers.states.reshape(len(at), depth, -1).prod(1)
     assert np.sign(W) * np.exp(logs.states) == pytest.approx(w, rel=1e-6)
     assert drift(quasi(w, 2 / depth)) < 1e-8
     assert drift(quasi(w, 2 / depth + 0.3)) > 1e-3
@@ -78,7 +78,7 @@ def test_unbalanced_layers_keep_their_norms_and_lose_the_quasi_norm(classes: Cla
     skew = np.exp(np.random.default_rng(2).standard_normal(5))
     layers = balanced(W, 2) * np.array([skew, 1 / skew])
     assert layers.prod(0) == pytest.approx(W)
-    states = flow(layered(classes.fisher, 2), layers.ravel(), 3.0, rtol=1e-10).states.reshape(-1, 2, 5)
+    states = flow_of_layers(classes.fisher, layers, np.linspace(0, 3, 11)).states
     assert drift(np.square(states).sum(2)) < 1e-8
     assert drift(quasi(states.prod(1), 1.0)) > 1e-2
 
@@ -89,16 +89,42 @@ def test_a_step_grows_the_norms_by_that_of_the_gradient(classes: Classes) -> Non
     push = np.square(field(before).reshape(3, 5)).sum(1)
     grown = np.square(after.reshape(3, 5)).sum(1) - np.square(before.reshape(3, 5)).sum(1)
     assert grown == pytest.approx(0.01 * push, rel=1e-10)
+    growth, off = growth_by_descent(classes.fisher, balanced(W, 3), 0.1, 1)
+    total = [quasi(y.reshape(3, 5).prod(0), 2 / 3) for y in (before, after)]
+    assert growth == pytest.approx(float(total[1] / total[0] - 1))
+    assert off < 1e-14
+    assert growth_by_descent(classes.squares, balanced(W, 3), 0.1, 1)[1] > 1e-3
+
+
+def test_one_layer_is_plain_gradient_flow(classes: Classes) -> None:
+    end = flow(lambda w: -classes.fisher(w), W, 2.0, rtol=1e-10).end
+    assert flow_of_product(classes.fisher, W, 1, 2.0).end == pytest.approx(end, rel=1e-8)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_flows_stop_where_they_are_told_to(classes: Classes, depth: int) -> None:
+    early = flow_of_product(classes.squares, W, depth, 50.0, residual=lambda w: float(w[0] - 0.8 * W[0]))
+    assert early.settled
+    assert early.end[0] == pytest.approx(0.8 * W[0])
+    most = 2 * float(quasi(W, 2 / depth))
+    found = flow_of_layers(classes.difference, balanced(W, depth), np.linspace(0, 5, 6), most)
+    assert found.settled and found.times[-1] < 5
+    assert quasi(found.states[-1].prod(0), 2 / depth) == pytest.approx(most)
+
+
+def test_spread_counts_equal_weights() -> None:
+    assert spread(np.array([3.0, 0, -3, 3])) == pytest.approx(3)
 
 
 def test_two_layers_end_at_the_best_of_their_orthant(classes: Classes) -> None:
     free = np.asarray(np.linalg.solve(classes.within, classes.apart), np.float64)
     assert classes.fisher(free) == pytest.approx(np.zeros(5), abs=1e-12)
     start = W * [1, 1, 1, -np.sign(W[3] * free[3]), 1]
-    best = within_orthant(lambda w: (-classes.ratio(w), classes.fisher(w)), start)
-    end = np.sign(start) * np.exp(flow(reduced(classes.fisher, 2, np.sign(start)), np.log(np.abs(W)), 200.0).end)
-    assert classes.ratio(end) == pytest.approx(classes.ratio(best), rel=1e-6)
-    assert classes.ratio(free) > 1.01 * classes.ratio(best)
+    best = classes.greatest_within(start)
+    end = flow_of_product(classes.fisher, start, 2, 200.0).end
+    assert classes.ratio(end) == pytest.approx(best, rel=1e-6)
+    assert classes.ratio(free) == pytest.approx(classes.greatest())
+    assert classes.greatest() > 1.01 * best
 
 
 def test_nonsense_is_refused() -> None:

@@ -118,7 +118,7 @@ def test_a_finished_run_is_not_computed_again(
     def never(*_: Any) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(_run, "_run_jobs", never)
+    monkeypatch.setattr(_run, "_work", never)
     before = (whole / "history.parquet").stat().st_mtime_ns
     (whole / "report.html").unlink()
     (whole / "verdicts.json").unlink()

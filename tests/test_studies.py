@@ -70,6 +70,10 @@ def test_the_quick_configuration_only_shrinks() -> None:
 def test_nonsense_is_refused_by_name() -> None:
     for field in fields(lyu.Config):
         value = getattr(lyu.Config(), field.name)
+        if field.name == "seed":
+            with pytest.raises(ValueError, match="seed is -1; it must not be negative"):
+                lyu.Config(seed=-1)
+            continue
         for odd in () if isinstance(value, bool) else (-1, 0, float("nan")):
             wrong: dict[str, Any] = {field.name: (odd,) if isinstance(value, tuple) else odd}
             with pytest.raises(ValueError, match=f"{field.name} is {odd}; it must be positive"):

@@ -30,6 +30,7 @@ from ..replicas import Replicas, descend
 from ..rules import GD
 from ._data import flat_digits
 from ._deep import Stack
+from ._fields import demand_positive
 from ._ode import flow
 from ._page import charting, claiming
 from ._stats import Observer, by_seed, last, spearman
@@ -42,6 +43,7 @@ PAPER = (
 TOY, NET = "A diagonal net with one datum", "A network on digits"
 Array = NDArray[np.float64]
 X = np.linspace(0.4, 2, 6)
+OVER = ("norm ‖(u, v)‖²", "sharpness")
 TEACHERS = {"least sharp": 0, "in between": 2, "least norm": 5}  # all of β on one coordinate
 
 
@@ -58,9 +60,7 @@ class Config:
     target: float = 1e-2  # its training loss
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name != "seed" and not (min(value) if isinstance(value, tuple) else value) > 0:
-                raise ValueError(f"{name} is {value}; it must be positive")
+        demand_positive(self)
 
 
 QUICK = Config(repeats=1)
@@ -119,6 +119,8 @@ def _toy(track: Track, report: Report, seed: int, config: Config) -> None:
         row |= {"edge": row["sharpness"] * float(share) * critical / 2, "flow_sharpness": sharp}
         track.append(run="toy", seed=seed, **row, **_shown(row, seed, config))
         if seed == config.seed:
+            for name, column in zip(OVER, ("norm_over", "sharp_over"), strict=True):
+                track.append(run=name, shown_share=float(share), shown_over=row[column])
             for name, e in errors.items():
                 track.append(run=name, shown_share=float(share), shown_error=float(e[i]))
     draws = np.random.default_rng([922, seed]).dirichlet(np.ones(6), config.teachers) / X
@@ -214,7 +216,12 @@ def _claims() -> Iterator[Claim]:
     sentence = "Beyond η_c the sharpness falls with the rate (rank correlation)"
     yield claim(sentence, _beyond("toy", spearman, "sharpness"), at_most(-0.9), "comparison", "toy")
     sentence = "Beyond η_c runs end at the edge of stability (sharpness·η/2, the farthest from .955)"
-    yield claim(sentence, _beyond("toy", _farthest(0.955), "edge"), within(0.9, 1.01), "inequality", "toy")
+    note = "On some seeds one rate in thirty, from 1.7 η_c on, is thrown to a flatter solution and leaves the edge."
+    edge = _beyond("toy", _farthest(0.955), "edge")
+    yield claim(sentence, edge, within(0.9, 1.01), "inequality", "toy", note=note)
+    sentence = "… and most rates do on every draw (median of sharpness·η/2)"
+    typical = _beyond("toy", lambda s, v: float(np.median(v)), "edge")
+    yield claim(sentence, typical, within(0.9, 1.01), "inequality", "toy", aside=True)
     sentence = "Random teachers for whom a rate in between is better than both ends by a tenth (share)"
     yield claim(sentence, last("teachers", "interior"), at_least(0.5), "comparison", "teachers")
     sentence = "Sharpness in closed form and by automatic derivatives (relative difference)"
@@ -236,41 +243,27 @@ CLAIMS = tuple(_claims())
 LABELS = {
     "shown_share": "learning rate over η_c",
     "shown_norm": "norm",
-    "shown_norm_over": "over the flow's",
-    "shown_sharpness": "sharpness",
+    "shown_over": "over the flow's",
     "shown_edge": "sharpness·η/2",
     "shown_error": "‖β - β*‖²",
     "shown_test": "test loss",
 }
 CAPTIONS = {
-    "conflict": "Up to η_c nothing depends on the rate; beyond it the sharpness falls and the norm grows.  The largest"
-    " rates diverge and are left out.",
+    "conflict": "Up to η_c nothing depends on the rate; beyond it the sharpness falls and the norm grows.  Near the end"
+    " a few runs are thrown to other solutions, and the largest rates diverge and are left out.",
     "teachers": "Whose weight is all on one coordinate: the smallest x, the third, the largest.",
     "edge": "Beyond η_c the final sharpness is 2/η, below it that of the flow.",
     "net-norm": "The norm of all weights when the training loss has reached .01.",
-    "net-test": "Reported: the largest rates do best here, none in between by much.",
+    "net-test": "Reported: mostly the largest rates do best here, and none in between by much.",
 }
+toy_chart, net_chart = (charting(part, LABELS, CAPTIONS) for part in (TOY, NET))
+AT, EDGE = "shown_share", ((1.0, "edge of stability"),)
 CHARTS = (
-    charting(TOY, LABELS, CAPTIONS)(
-        "conflict",
-        "Norm and sharpness against the rate",
-        "shown_share",
-        "shown_norm_over",
-        ("toy",),
-        beside=(("shown_sharp_over", "sharpness"),),
-        lines=((1.0, "gradient flow"),),
+    toy_chart("conflict", "Norm and sharpness", AT, "shown_over", OVER, markers=True, lines=((1.0, "gradient flow"),)),
+    toy_chart("teachers", "Error for three teachers", AT, "shown_error", tuple(TEACHERS), markers=True),
+    net_chart(
+        "edge", "Distance to the edge", AT, "shown_edge", ("network", "toy"), markers=True, lines=((1.0, "edge"),)
     ),
-    charting(TOY, LABELS, CAPTIONS)(
-        "teachers", "Error for three teachers", "shown_share", "shown_error", tuple(TEACHERS)
-    ),
-    charting(NET, LABELS, CAPTIONS)(
-        "edge",
-        "Distance to the edge",
-        "shown_share",
-        "shown_edge",
-        ("network", "toy"),
-        lines=((1.0, "edge of stability"),),
-    ),
-    charting(NET, LABELS, CAPTIONS)("net-norm", "Norm of the network", "shown_share", "shown_norm", ("network",)),
-    charting(NET, LABELS, CAPTIONS)("net-test", "Test loss of the network", "shown_share", "shown_test", ("network",)),
+    net_chart("net-norm", "Norm of the network", AT, "shown_norm", ("network",)),
+    net_chart("net-test", "Test loss of the network", AT, "shown_test", ("network",)),
 )

@@ -24,6 +24,7 @@ from ..history import Track
 from ..replicas import Replicas, Slope, descend
 from ..rules import GD
 from ._deep import hash_of
+from ._fields import demand_positive
 from ._page import charting, claiming
 from ._shallow import BEND, hessian, output, slope, start
 from ._stats import Observer, by_seed, last, less, over, power, together, worst
@@ -52,9 +53,7 @@ class Config:
     sgd: bool = True  # also SGD on one example a step
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name not in ("seed", "sgd") and not (min(value) if isinstance(value, tuple) else value) > 0:
-                raise ValueError(f"{name} is {value}; it must be positive")
+        demand_positive(self)
         if min(self.sizes) < REPLACED:
             raise ValueError(f"sizes is {self.sizes}; {REPLACED} examples are replaced one by one")
         if any(m % 2 for m in self.widths):

@@ -26,6 +26,7 @@ from ..history import History, Track
 from ..replicas import Replicas, descend
 from ..rules import GD, UpdateRule
 from ._deep import Stack, hash_of, largest
+from ._fields import demand_positive
 from ._page import charting, claiming
 from ._rules import NormalizedGD
 from ._starts import chain_derivatives, chain_losses, forward, law
@@ -68,10 +69,7 @@ class Config:
     trained: bool = True  # also networks of width 12
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            small = min(value) if isinstance(value, tuple) else value
-            if name not in ("seed", "trained") and not small > 0:
-                raise ValueError(f"{name} is {value}; it must be positive")
+        demand_positive(self)
 
 
 QUICK = Config(depths=(4, 8, 12, 16), trained=False)

@@ -27,6 +27,7 @@ from ..history import Track
 from ..replicas import Replicas, descend, jacobian
 from ._data import flat_digits
 from ._deep import Stack, hash_of, largest
+from ._fields import demand_positive
 from ._page import charting, claiming
 from ._stats import Observer, by_seed, line, worst
 from ._study import Job, Report
@@ -55,10 +56,7 @@ class Config:
     trained: bool = True  # also networks after training, and curvature at gain 1
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            small = min(value) if isinstance(value, tuple) else value
-            if name not in ("seed", "trained") and not small > 0:
-                raise ValueError(f"{name} is {value}; it must be positive")
+        demand_positive(self)
 
 
 QUICK = Config(trained=False)

@@ -1,0 +1,18 @@
+"""What the fields of every configuration have to satisfy."""
+
+from typing import Any
+
+
+def demand_positive(config: Any, *free: str) -> None:
+    """Numbers, and those in tuples, are positive, and ``seed`` is not negative; flags and the fields `free` are free.
+
+    Raises:
+        ValueError: one that is not, by name.
+    """
+    for name, value in vars(config).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if name == "seed":
+            if value < 0:
+                raise ValueError(f"seed is {value}; it must not be negative")
+        elif name not in free and not isinstance(value, bool) and not all(v > 0 for v in numbers):
+            raise ValueError(f"{name} is {value}; it must be positive")

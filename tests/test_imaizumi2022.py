@@ -1,0 +1,126 @@
+"""Noise near a minimum: variances against their recursion and against runs, label noise against the Jacobian."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sharpscope.replicas import Replicas, descend, jacobian, noisy
+from sharpscope.rules import GD
+from sharpscope.studies._minimize import minimize
+from sharpscope.studies.imaizumi2022 import (
+    Config,
+    Fit,
+    excess,
+    margins,
+    matrices,
+    scores,
+    shapes,
+    share,
+    variances,
+)
+
+CURVATURES = torch.tensor([0.0, 1e-3, 0.1, 1.0, 3.9], dtype=torch.float64)
+RATE, NOISE = 0.5, 0.1
+
+
+@pytest.mark.parametrize("steps", [0, 1, 7, 400])
+def test_variances_are_those_of_the_recursion(steps: int) -> None:
+    v = torch.zeros(5, dtype=torch.float64)
+    for _ in range(steps):
+        v = (1 - RATE * CURVATURES).square() * v + (RATE * NOISE) ** 2
+    torch.testing.assert_close(variances(CURVATURES, RATE, NOISE, steps), v, rtol=1e-9, atol=0)
+
+
+def test_the_rise_of_the_loss_comes_to_its_limit_and_the_flat_direction_counts_nothing() -> None:
+    curved = CURVATURES[2:]
+    limit = RATE * NOISE**2 / 2 * (1 / (2 - RATE * curved)).sum().item()
+    assert excess(curved, RATE, NOISE, 10000) == pytest.approx(limit, rel=1e-12)
+    padded = torch.cat([torch.zeros(50, dtype=torch.float64), curved])
+    assert excess(padded, RATE, NOISE, 10000) == pytest.approx(limit, rel=1e-12)
+
+
+def test_noisy_descent_on_a_bowl_has_these_variances() -> None:
+    bowl = Replicas(lambda W: 0.5 * (CURVATURES * W.square()).sum(1))
+    start = torch.zeros(4000, 5, dtype=torch.float64)
+    end = descend(noisy(bowl.slope, NOISE, seed=0), start, GD(RATE), 60)
+    ratio = end.weights.square().mean(0) / variances(CURVATURES, RATE, NOISE, 60)
+    assert (ratio - 1).abs().max() < 4 * (2 / 4000) ** 0.5  # four standard errors
+    assert end.losses.mean().item() == pytest.approx(excess(CURVATURES, RATE, NOISE, 60), rel=0.06)
+
+
+def test_the_network_is_its_formula() -> None:
+    p = Fit.drawn(width=3, examples=5, seed=0)
+    W = torch.stack([p.start(0), p.start(1)])
+    assert W.shape == (2, p.size) == (2, 30)
+    V, b, a = W[1, :24].view(3, 8).numpy(), W[1, 24:27].numpy(), W[1, 27:].numpy()
+    by_hand = [a @ np.tanh(V @ x + b) / 3**0.5 for x in p.x.numpy()]
+    np.testing.assert_allclose(p.outputs(W)[1].numpy(), by_hand, rtol=1e-13)
+    assert p.losses(W)[1].item() == pytest.approx(np.square(by_hand - p.y.numpy()).mean() / 2, rel=1e-13)
+    Replicas(p.losses).check(W)
+
+
+def test_at_a_minimum_the_hessian_has_no_more_directions_than_examples_and_label_noise_stays_in_them() -> None:
+    p = Fit.drawn(width=5, examples=10, seed=1)
+    w = p.start(1)
+    best = minimize(Replicas(p.losses).recorded(w[None]), w, below=1e-20)
+    at = best.weights[None]
+    assert best.loss <= 1e-20
+    values, vectors = torch.linalg.eigh(Replicas(p.losses).hessian(at)[0])
+    J = jacobian(p.outputs, at)[0]
+    torch.testing.assert_close((vectors * values) @ vectors.T, J.T @ J / 10, rtol=0, atol=1e-8)
+    assert (values > 1e-6 * values[-1]).sum() <= 10
+    W, top = at.expand(3000, -1), vectors[:, -10:]
+    g = p.relabelled(0.05, seed=0)(W, 0)[1]
+    assert share(g, top) > 1 - 1e-12
+    assert g.square().sum(1).mean().item() == pytest.approx(0.05**2 * values.sum().item() / 10, rel=0.05)
+
+    deviation = 0.05 * (values.sum().item() / (10 * p.size)) ** 0.5
+    rate, noises = 1 / values[-1].item(), (p.relabelled(0.05, 0), noisy(Replicas(p.losses).slope, deviation, 0))
+    labels, isotropic = (
+        share(descend(slope, W[:32].clone(), GD(rate), 200).weights - best.weights, top) for slope in noises
+    )
+    assert labels > 0.8 and isotropic < 10 / p.size
+
+
+def test_share_is_that_of_a_projection() -> None:
+    draw = torch.Generator().manual_seed(0)
+    U = torch.linalg.qr(torch.randn(12, 3, generator=draw, dtype=torch.float64)).Q
+    inside = torch.randn(4, 3, generator=draw, dtype=torch.float64) @ U.T
+    assert share(inside, U) == pytest.approx(1)
+    spread = torch.randn(5000, 12, generator=draw, dtype=torch.float64)
+    assert share(spread, U) == pytest.approx(3 / 12, rel=0.05)
+    assert share(spread - spread @ U @ U.T, U) < 1e-25
+
+
+def test_scores_are_those_of_the_modules_and_margins_those_of_sorting() -> None:
+    width, draw = 6, torch.Generator().manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(64, width, bias=False),
+        nn.ReLU(),
+        nn.Linear(width, width, bias=False),
+        nn.ReLU(),
+        nn.Linear(width, 10, bias=False),
+    )
+    W = torch.cat([p.detach().flatten() for p in net.parameters()])[None]
+    assert W.shape[1] == sum(a * b for a, b in shapes(width))
+    x = torch.randn(7, 64, generator=draw)
+    torch.testing.assert_close(scores(W, x, width)[0], net(x).detach())
+    torch.testing.assert_close(matrices(W, width)[1][0], list(net.parameters())[1].detach())
+    s, labels = torch.randn(2, 7, 10, generator=draw), torch.randint(10, (2, 7), generator=draw)
+    for r in range(2):
+        for i in range(7):
+            y = int(labels[r, i])
+            others = sorted(v for c, v in enumerate(s[r, i].tolist()) if c != y)
+            assert margins(s, labels)[r, i].item() == pytest.approx(s[r, i, y].item() - others[-1], abs=1e-6)
+
+
+def test_nonsense_is_refused() -> None:
+    cases: dict[str, Any] = {"repeats": 0, "noises": (0.1, -1.0), "widths": (0,), "label_noise": float("nan")}
+    for name, wrong in cases.items():
+        with pytest.raises(ValueError, match=f"{name} is .*; it must be positive"):
+            Config(**{name: wrong})
+    with pytest.raises(ValueError, match="a fraction is between 0 and 1"):
+        Config(fractions=(0.0, 1.5))

@@ -1,0 +1,69 @@
+"""Smaller things happen <b>more</b> quickly.
+
+A walk for each of a few runs, drawn from a seed.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from sharpscope.claims import WIDER, Claim, at_least, at_most, median, within
+from sharpscope.history import History, Track
+from sharpscope.plots import Chart
+from sharpscope.studies._study import Job, Report
+
+PAPER = 'Nobody & Someone, On "Smaller" Things'
+
+
+@dataclass(frozen=True)
+class Config:
+    """What turns."""
+
+    seed: int = 0
+    walks: int = 3
+    steps: int = 40
+    raises: str = ""  # "job", "jobs" or "claim": where the study fails
+
+    def __post_init__(self) -> None:
+        if self.walks < 1:
+            raise ValueError(f"walks is {self.walks}; it must be positive")
+
+
+QUICK = Config(steps=20)
+
+
+def jobs(config: Config) -> list[Job]:
+    if config.raises == "jobs":
+        raise RuntimeError("no jobs")
+    return [Job(f"walk {i}", _walk, {"config": config, "i": i}, 1 + i) for i in range(config.walks)]
+
+
+def _walk(track: Track, report: Report, config: Config, i: int) -> None:
+    state = track.resume()
+    rng = np.random.default_rng([config.seed, i])
+    steps = rng.standard_normal(config.steps).cumsum()
+    for step in range(int(state["step"]) + 1 if state else 0, config.steps):
+        track.append(step=step, x=steps[step])
+        if step == 10 and config.raises == "job" and i == 0:
+            raise KeyError("no\nway")
+        if os.environ.get("TINY_WAITS") in (f"small, {track.run}", "all") and step == 10:
+            track.log.with_suffix(".waits").touch()
+            time.sleep(1000)
+        report((step + 1) / config.steps)
+
+
+def _ends(h: History, config: Config) -> tuple[float, ...]:
+    if config.raises == "claim":
+        raise RuntimeError("no <i>claim</i>")
+    return tuple(float(h.series(f"walk {i}", "x")[-1]) for i in range(config.walks))
+
+
+CLAIMS = (
+    Claim("Walks end <near> where they begin", _ends, within(-20, 20), "inequality", "Walks", ("walk 0",)),
+    Claim("The middle one ends above", _ends, median(at_least(0)), "comparison", "Walks", ("walk 0",), False),
+    Claim("Steps are not longer than a mile", lambda h, c: 0.5, at_most(1), "negative control", "Walks", ("walk 0",)),
+    Claim("All walks lead to Rome", lambda h, c: 3.0, at_most(2), WIDER, "Walks", ("walk 0",), False),
+)
+CHARTS = (Chart("walks", "Walks", "step", "x", ("walk 0", "walk 1"), "step", "x"),)
