@@ -10,7 +10,9 @@ OMP_NUM_THREADS ?= 1
 MKL_NUM_THREADS ?= 1
 export OMP_NUM_THREADS MKL_NUM_THREADS
 
-.PHONY: help demo test bench overhead sweeps lint clean
+ALL := runs/all
+
+.PHONY: help demo gallery test bench overhead sweeps lint clean
 
 help:
 	@echo "make demo      run the quick study of Lyu et al. (2022) and write its report to $(DEMO)"
@@ -18,6 +20,7 @@ help:
 	@echo "make bench     compare with other packages (15 minutes; QUICK=1: 3), writes benchmarks/RESULTS.md (runs/ if quick)"
 	@echo "make overhead  what the monitor costs at three budgets (6 minutes), writes benchmarks/OVERHEAD.md"
 	@echo "make sweeps    what runs side by side save (3 minutes), writes benchmarks/SWEEPS.md"
+	@echo "make gallery   write docs/gallery.md from a finished \`sharpscope run all\` (ALL=its directory, $(ALL))"
 	@echo "make lint      run ruff and mypy"
 	@echo "make clean     remove .venv and caches, keep runs (also after moving this directory or changing Python)"
 
@@ -51,6 +54,9 @@ overhead: $(READY)
 
 sweeps: $(READY)
 	@.venv/bin/python -m benchmarks.sweeps
+
+gallery: $(READY)
+	@.venv/bin/python tools/gallery.py $(ALL)
 
 lint: $(READY)
 	.venv/bin/ruff check .

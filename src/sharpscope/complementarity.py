@@ -14,6 +14,7 @@ All matrices are k × k, and n = k (k + 1)/2 is the number of unknowns.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -168,6 +169,7 @@ def _residual(x: Tensor, s: Tensor) -> float:
     return max(-ex[0].item() / sx, -es[0].item() / ss, abs((x * s).sum().item()) / (sx * ss))
 
 
+@cache
 def _frame(k: int) -> Tensor:
     """Orthonormal basis of symmetric matrices as rows (n, k²)."""
     i, j = torch.triu_indices(k, k)

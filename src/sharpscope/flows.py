@@ -43,9 +43,19 @@ class Slope:
     averages: State  # d/dt of the averages in the rule's state
     curvatures: Tensor  # C (k, k): of the modes near the edge, in units in which the bound is c
     covariance: Tensor  # X (k, k) of the oscillation along them
-    variances: Tensor  # eigenvalues of Σ = U X Uᵀ (k,), ascending: mean squared amplitudes
+    modes: Tensor  # U (P, k)
     loss: float  # L averaged over the oscillation, L(w) + ½⟨Σ, ∇²L⟩
     point_loss: float  # L(w)
+
+    @cached_property
+    def variances(self) -> Tensor:
+        """Eigenvalues of ``Σ = U X Uᵀ`` (k,), ascending: mean squared amplitudes."""
+        U, X = self.modes, self.covariance
+        if not len(X):
+            return X.new_zeros(0)
+        values, Q = torch.linalg.eigh(U.T @ U)
+        root = Q * values.clamp_min(0).sqrt()
+        return torch.linalg.eigvalsh(root.T @ X @ root)
 
 
 @dataclass(frozen=True)
@@ -157,7 +167,7 @@ class Local:
             square = square + self._shaken(X)
         velocity = -inverse * (force + 0.5 * self.push(X)) - drift
         rates = rule.relax(averages, square) if averages else {}
-        return Slope(velocity, rates, C, X, self.variances(X), *self.losses(value.item(), C, X))
+        return Slope(velocity, rates, C, X, self.modes, *self.losses(value.item(), C, X))
 
     def metric(self, averages: State) -> Tensor:
         """``Uᵀ P U`` (k, k): the identity at w0, until P moves."""
@@ -176,14 +186,6 @@ class Local:
         """``L + ½⟨Σ, ∇²L⟩`` and L."""
         own = C - self.flow.rule.coupled_decay * self.modes.T @ self.modes
         return value + 0.5 * (X * own).sum().item(), value
-
-    def variances(self, X: Tensor) -> Tensor:
-        """Eigenvalues of ``U X Uᵀ``."""
-        if not len(X):
-            return X.new_zeros(0)
-        values, Q = torch.linalg.eigh(self.modes.T @ self.modes)
-        root = Q * values.clamp_min(0).sqrt()
-        return torch.linalg.eigvalsh(root.T @ X @ root)
 
     def _shaken(self, X: Tensor) -> Tensor:
         """The diagonal of ``∇²F Σ ∇²F``, the mean square of the oscillation of the gradient; ``∇²F U = c P U``."""

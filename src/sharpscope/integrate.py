@@ -238,7 +238,7 @@ class implicit:
             along = whole.vectors[:, stiff].T @ (root * left[:, None])
             new = new - (root * (whole.vectors[:, stiff] @ (along / values[stiff, None])))[:, 0]
         cost += 1 + self.corrections
-        s = Slope((new - w) / dt, {}, C, X, local.variances(X), *local.losses(value.item(), C, X))
+        s = Slope((new - w) / dt, {}, C, X, local.modes, *local.losses(value.item(), C, X))
         after = Point(
             point.t + dt,
             new,

@@ -149,6 +149,15 @@ class Objective:
         """``∇L(w)`` ``(P,)``."""
         return self.value_and_grad(w)[1]
 
+    @differentiating()
+    def of_batch(self, w: Tensor, batch: Batch, buffers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Loss and gradient of one batch with these buffers, of which it reads nothing else: to be recorded."""
+        w = w.detach().requires_grad_()
+        own = {name: b.clone() for name, b in buffers.items()}
+        loss = self._chunk({**self.unflatten(w), **own}, batch).loss
+        (g,) = torch.autograd.grad(loss, w)
+        return loss.detach(), g
+
     def at(self, w: Tensor) -> "Expansion":
         """The derivatives around `w`: use this for more than one product at a point."""
         return self.expand(self, w)

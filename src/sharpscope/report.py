@@ -69,17 +69,29 @@ def render(
         ("Configuration", _facts("What was set", config, " open")),
         ("Environment", _facts("Where it ran", environment)),
     )
+    scripts = Template(_asset("scripts.html")).substitute(
+        data=_json(data),
+        licence=_asset("uPlot.LICENSE"),
+        library=_asset("uPlot.iife.min.js"),
+        script=_asset("report.js"),
+    )
+    return chapters_page(title, subtitle, lead, chapters, style=_asset("uPlot.min.css"), scripts=scripts)
+
+
+def chapters_page(
+    title: str, subtitle: str, lead: str, chapters: Sequence[tuple[str, str]], *, style: str = "", scripts: str = ""
+) -> str:
+    """A page in the look of the report: headings, and chapters whose content is HTML already."""
+    there = [(head, html) for head, html in chapters if html]
     return Template(_asset("report.html")).substitute(
         title=escape(title),
         subtitle=escape(subtitle),
         lead=escape(lead),
-        links="".join(f'<a href="#{head.lower()}">{head}</a>' for head, html in chapters if html),
-        body="".join(f'<section id="{h.lower()}"><h2>{h}</h2>{html}</section>' for h, html in chapters if html),
-        data=_json(data),
-        style=_asset("uPlot.min.css") + _asset("report.css"),
-        licence=_asset("uPlot.LICENSE"),
-        library=_asset("uPlot.iife.min.js"),
-        script=_asset("report.js"),
+        links="".join(f'<a href="#{head.lower()}">{head}</a>' for head, _ in there) if len(there) > 1 else "",
+        body="".join(f'<section id="{head.lower()}"><h2>{head}</h2>{html}</section>' for head, html in there),
+        style=style + _asset("report.css"),
+        footer=f"Made with sharpscope{'; charts drawn by uPlot' * bool(scripts)}.",
+        scripts=scripts,
     )
 
 
@@ -144,36 +156,53 @@ def _claims(verdicts: Sequence[Verdict]) -> str:
     if not verdicts:
         return ""
     many = len({v.study for v in verdicts}) > 1
-    numbered = list(enumerate(verdicts, 1))
+    numbered = [(f"claim-{i}", v) for i, v in enumerate(verdicts, 1)]
     failed = [(i, v) for i, v in numbered if v.deciding and not v.passed]
-    links = "".join(f'<li>Fails: <a href="#claim-{i}">{escape(v.claim)}</a></li>' for i, v in failed)
+    links = "".join(f'<li>Fails: <a href="#{i}">{escape(v.claim)}</a></li>' for i, v in failed)
     html = f'<div class="summary {"fails" if failed else "holds"}"><p>{MARK[not failed]} {summary(verdicts)}</p>'
     html += f"<ul>{links}</ul></div>" if failed else "</div>"
     for part, group in _grouped(numbered, lambda item: f"{item[1].study}: {item[1].part}" if many else item[1].part):
-        rows = "".join(_claim(i, v) for i, v in group)
-        html += f'<table class="claims"><caption><h3>{escape(part or "All claims")}</h3></caption>'
-        html += f"{_heads('Verdict', 'Claim', 'Observed', 'Criterion', 'Kind')}<tbody>{rows}</tbody></table>"
+        html += claims_table(f"<h3>{escape(part or 'All claims')}</h3>", group)
     return html
 
 
-def _claim(i: int, v: Verdict) -> str:
+def claims_table(caption: str, verdicts: Sequence[tuple[str, Verdict]]) -> str:
+    """The verdicts, each with the id of its row; the caption is HTML."""
+    rows = "".join(_claim(name, v) for name, v in verdicts)
+    head = heads("Verdict", "Claim", "Observed", "Criterion", "Kind")
+    return f'<table class="claims"><caption>{caption}</caption>{head}<tbody>{rows}</tbody></table>'
+
+
+def state(v: Verdict) -> tuple[str, str]:
+    """The class of a verdict, and its words with a mark (HTML)."""
     words = WORDS.get(v.kind, ("holds", "fails"))
-    state = ("holds" if v.passed else "fails") + ("" if v.deciding else " aside")
+    kind = ("holds" if v.passed else "fails") + ("" if v.deciding else " aside")
+    return kind, f"{MARK[v.passed]} {words[not v.passed]}"
+
+
+def claimed(v: Verdict) -> str:
+    """What is claimed, with what there is to say about it, as the head of a row."""
     aside = "" if v.deciding else '<span class="tag">reported, does not decide</span>'
+    return f'<th scope="row">{escape(v.claim)} {aside}{note(v.note)}</th>'
+
+
+def _claim(name: str, v: Verdict) -> str:
+    kind, words = state(v)
     return (
-        f'<tr id="claim-{i}" class="{state}"><td class="verdict">{MARK[v.passed]} {words[not v.passed]}</td>'
-        f'<th scope="row">{escape(v.claim)} {aside}{_note(v.note)}</th>'
+        f'<tr id="{escape(name)}" class="{kind}"><td class="verdict">{words}</td>{claimed(v)}'
         f'<td data-head="Observed" class="number">{observed(v.observed)}</td>'
         f'<td data-head="Criterion">{escape(v.criterion)}</td>'
         f'<td data-head="Kind" class="kind">{escape(v.kind)}</td></tr>'
     )
 
 
-def _note(*sentences: str) -> str:
+def note(*sentences: str) -> str:
+    """Sentences, small and below."""
     return "".join(f'<span class="note">{escape(sentence)}</span>' for sentence in sentences if sentence)
 
 
-def _heads(*names: str) -> str:
+def heads(*names: str) -> str:
+    """The head of a table."""
     return "<thead><tr>" + "".join(f'<th scope="col">{name}</th>' for name in names) + "</tr></thead>"
 
 
@@ -189,13 +218,13 @@ def _figure(chart: Chart | SphereChart, columns: Columns, figures: Mapping[str, 
     lines, name = traces(chart, columns), escape(chart.name)
     thinned = "; ".join(f"{t.run}: {len(t.points)} of {t.total} points" for t in lines if len(t.points) < t.total)
     hidden = sum(t.hidden for t in lines)
-    note = _note(
+    below = note(
         missing(chart, columns),
         thinned and f"Thinned for this page{', extremes kept' * isinstance(chart, Chart)} ({thinned}).",
         f"Not on a logarithmic axis: {number(hidden)} at or below zero." if hidden else "",
     )
     if not any(t.points for t in lines):
-        return f'<figure id="chart-{name}"><h4>{escape(chart.title)}</h4><p class="missing">{note}</p></figure>'
+        return f'<figure id="chart-{name}"><h4>{escape(chart.title)}</h4><p class="missing">{below}</p></figure>'
     numbers = _numbers(chart, lines) if isinstance(chart, Chart) else ""
     said = f"Chart: {chart.title}. Runs: {', '.join(t.run for t in lines if t.points)}."
     png = b64encode(figures.get(chart.name, b"")).decode()
@@ -203,7 +232,7 @@ def _figure(chart: Chart | SphereChart, columns: Columns, figures: Mapping[str, 
     return (
         f'<figure id="chart-{name}"><h4>{escape(chart.title)}</h4>'
         f'<div class="chart" data-chart="{name}" data-label="{escape(said)}"></div><noscript>{picture}</noscript>'
-        f"<figcaption>{escape(chart.caption)}{note}{numbers}</figcaption></figure>"
+        f"<figcaption>{escape(chart.caption)}{below}{numbers}</figcaption></figure>"
     )
 
 
@@ -214,8 +243,8 @@ def _numbers(chart: Chart, lines: Sequence[Trace]) -> str:
         y = [point[1] for point in t.points]
         cells = map(number, (t.total, y[0], y[-1], min(y), max(y)))
         rows += f'<tr><th scope="row">{escape(t.run)}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    heads = _heads("Run", "Points", "First", "Last", "Lowest", "Highest")
-    table = f'<table><caption class="unseen">{escape(chart.y_label)}</caption>{heads}<tbody>{rows}</tbody></table>'
+    head = heads("Run", "Points", "First", "Last", "Lowest", "Highest")
+    table = f'<table><caption class="unseen">{escape(chart.y_label)}</caption>{head}<tbody>{rows}</tbody></table>'
     return f'<details><summary>Numbers</summary><div class="wide">{table}</div></details>'
 
 

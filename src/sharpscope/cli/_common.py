@@ -39,5 +39,12 @@ def find_study(name: str) -> Any:
     """The study of that name."""
     from ..studies._study import find
 
-    with refusing(LookupError):
+    try:
         return find(name)
+    except ModuleNotFoundError:
+        raise
+    except LookupError as error:
+        raise Refused(str(error)) from error
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise Refused(f"the study {name} cannot be imported: {said}") from error

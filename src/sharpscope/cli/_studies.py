@@ -7,35 +7,40 @@ import difflib
 import io
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..claims import WIDER
 from ._common import Refused, find_study, need_extras, refusing
 
-OPTIONS = ("quick", "out", "workers")
+OPTIONS = ("quick", "full", "out", "workers", "seeds")
+WORKERS = min(os.cpu_count() or 1, 8)
 
 
 def add(commands: Any) -> None:
     """Add the parsers of these commands."""
-    listing = commands.add_parser("list", help="every study, its paper and its claims")
+    listing = commands.add_parser("list", help="every study and its paper, or the claims of one")
+    listing.add_argument("study", metavar="NAME", nargs="?", help="name of a study: its claims as well")
+    listing.add_argument("--claims", action="store_true", help="the claims of all studies")
     listing.set_defaults(act=_list)
     run = commands.add_parser(
         "run",
-        help="run a study and write its report",
+        help="run a study, or all of them side by side, and write the report",
         epilog="`sharpscope run NAME --help` shows the study's fields",
         add_help=False,
         allow_abbrev=False,  # what is no option of ours may be a field of the study
     )
     run.add_argument("-h", "--help", action=_Help, nargs=0, help="show this, and the fields of the study NAME")
-    run.add_argument("study", metavar="NAME", help="name of a study, or all")
+    run.add_argument("study", metavar="NAME", help="name of a study, or all: side by side, with one page over them")
     run.add_argument("--quick", action="store_true", help="small sizes")
+    run.add_argument("--full", action="store_true", help="full sizes (the default)")
+    run.add_argument("--seeds", type=int, metavar="N", help="repeat under N seeds, from that of the configuration on")
     run.add_argument("--out", type=Path, help="directory of the run (default: runs/NAME or runs/NAME-quick)")
-    run.add_argument(
-        "--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes (default: one per core, up to 8)"
-    )
+    run.add_argument("--workers", type=int, default=WORKERS, help="processes (default: one per core, up to 8)")
     run.set_defaults(act=_run)
-    report = commands.add_parser("report", help="write the report of a finished run again")
+    report = commands.add_parser("report", help="write the report of a finished run, or of a run of all, again")
     report.add_argument("directory", type=Path)
     report.set_defaults(act=_report)
 
@@ -52,48 +57,64 @@ class _Help(argparse.Action):
 
 
 def _list(args: argparse.Namespace) -> int:
-    from ..studies._study import discover
+    from ..studies._study import find, headings, known
 
-    for name, study in discover().items():
-        print(f"{name}\n  {study.PAPER}")
-        for claim in study.CLAIMS:
+    names = known() if args.study is None else [args.study]
+    width = max(map(len, names))
+    status = 0
+    for name in names:
+        try:
+            study = find(name) if args.study is None else find_study(name)
+        except (Refused, ModuleNotFoundError):
+            raise
+        except Exception as error:  # the others can be listed
+            print(f"{name:{width}}  cannot be imported: {type(error).__name__}: {error}")
+            status = 2
+            continue
+        print(f"{name:{width}}  {headings(study)[0]}: {study.PAPER}")
+        for claim in study.CLAIMS if args.claims or args.study else ():
             mark = "" if claim.deciding else " (reported, does not decide)"
             print(f"  - [{claim.part}] {claim.sentence}: {claim.criterion.text}{mark}")
-    return 0
+    return status
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..studies._study import discover
+    from ..studies._run import Unusable, run_study
+    from ..studies._several import entry, run_all, run_entries
 
     need_extras()
+    if args.quick and args.full:
+        raise Refused("--quick and --full contradict each other; give one of them")
+    if args.seeds is not None and args.seeds < 1:
+        raise Refused(f"--seeds is {args.seeds}; it must be at least 1")
+    out = args.out or Path("runs") / (f"{args.study}-quick" if args.quick else args.study)
     if args.study == "all":
         if args.rest:
-            raise Refused(f"{args.rest[0]} is a field of one study; `run all` takes only --quick, --out and --workers")
-        names = list(discover())
-        statuses = [_run_one(n, args, [], (args.out or Path("runs")) / _folder(n, args.quick)) for n in names]
-        return max(statuses)
-    return _run_one(args.study, args, args.rest, args.out or Path("runs") / _folder(args.study, args.quick))
-
-
-def _folder(name: str, quick: bool) -> str:
-    return f"{name}-quick" if quick else name
-
-
-def _run_one(name: str, args: argparse.Namespace, rest: Sequence[str], out: Path) -> int:
-    from ..studies._run import Unusable, run_study
-
-    study = find_study(name)
-    config = _configure(name, study, study.QUICK if args.quick else study.Config(), rest)
+            options = ", ".join(f"--{name}" for name in OPTIONS)
+            raise Refused(f"{args.rest[0]} is a field of one study; `run all` takes only {options}")
+        with refusing(Unusable):
+            entries = run_all(out, quick=args.quick, seeds=args.seeds, workers=args.workers)
+        return _print_all(entries, out)
+    study = find_study(args.study)
+    config = _configure(args.study, study, study.QUICK if args.quick else study.Config(), args.rest)
     with refusing(Unusable):
-        verdicts = run_study(name, config, out, workers=args.workers)
-    return _print(verdicts, out)
+        if args.seeds is None:
+            return _print(run_study(args.study, config, out, workers=args.workers), out)
+        repeats = entry(args.study, config, out, args.seeds)
+        run_entries([repeats], workers=args.workers, changed=lambda: None)
+    return _print_seeds(repeats)
 
 
 def _report(args: argparse.Namespace) -> int:
-    from ..studies._run import Unusable, reread
+    from ..studies._run import SEEDS, Unusable, reread
+    from ..studies._several import ALL, reread_all, reread_seeds
 
     need_extras()
     with refusing(Unusable, LookupError):
+        if (args.directory / ALL).exists():
+            return _print_all(reread_all(args.directory, workers=WORKERS), args.directory)
+        if (args.directory / SEEDS).exists() and not (args.directory / "config.json").exists():
+            return _print_seeds(reread_seeds(args.directory, workers=WORKERS))
         verdicts = reread(args.directory)
     return _print(verdicts, args.directory)
 
@@ -127,19 +148,78 @@ def _configure(name: str, study: Any, default: Any, rest: Sequence[str]) -> Any:
 
 def _print(verdicts: Sequence[Any], out: Path) -> int:
     """The verdicts as lines, and the exit status they mean."""
-    from ..report import observed
     from ..studies._run import stopped
 
+    _print_claims(verdicts)
+    for job, note in stopped(out).items():
+        print(f"  stop {job}: {note}")
+    print(f"\n{_tally(verdicts)}; report: {out / 'report.html'}")
+    return 1 if _failed(verdicts) else 0
+
+
+def _print_claims(verdicts: Sequence[Any]) -> None:
     part = ""
     for v in verdicts:
         if v.part != part:
             part = v.part
             print(f"\n{part}")
-        mark = ("ok  " if v.passed else "FAIL") if v.deciding else ("yes " if v.passed else "no  ")
-        print(f"  {mark} {v.claim}: {observed(v.observed)} ({v.criterion}{'' if v.deciding else '; does not decide'})")
-    for job, note in stopped(out).items():
+        print(f"  {_line(v)}")
+
+
+def _line(v: Any) -> str:
+    from ..report import observed
+
+    mark = ("ok  " if v.passed else "FAIL") if v.deciding else ("yes " if v.passed else "no  ")
+    claim = v.claim if v.passed or v.kind != WIDER else f"not supported here: {v.claim}"
+    return f"{mark} {claim}: {observed(v.observed)} ({v.criterion}{'' if v.deciding else '; does not decide'})"
+
+
+def _failed(verdicts: Sequence[Any]) -> list[Any]:
+    return [v for v in verdicts if v.deciding and not v.passed]
+
+
+def _tally(verdicts: Sequence[Any]) -> str:
+    deciding = sum(v.deciding for v in verdicts)
+    return f"{deciding - len(_failed(verdicts))} of {deciding} deciding claims hold"
+
+
+def _print_all(entries: Sequence[Any], out: Path) -> int:
+    """One line per study, and the claims that fail."""
+    from ..studies._overview import duration
+
+    width = max((len(e.study) for e in entries), default=0)
+    for e in entries:
+        mark = "none" if e.failures else "FAIL" if _failed(e.verdicts) else "ok  "
+        wider = sum(v.kind == WIDER and not v.passed for v in e.verdicts)
+        aside = f", {wider} wider not supported here" if wider else ""
+        seeds = "" if None in e.runs else f" on {len(e.runs)} seeds"
+        said = f"{_tally(e.verdicts)}{seeds}{aside}" if e.verdicts else "could not run"
+        print(f"{mark} {e.study:{width}}  {said}{f' ({e.note})' if e.note else ''}")
+        for v in _failed(e.verdicts):
+            print(f"     {_line(v)}")
+        for job, note in e.stopped.items():
+            print(f"     stop {job}: {note}")
+    _complain(entries)
+    verdicts = [v for e in entries for v in e.verdicts]
+    spent = duration(sum(e.seconds for e in entries))
+    print(f"\n{_tally(verdicts)} in {len(entries)} studies, {spent} of processor time; page: {out / 'index.html'}")
+    return max((_status(e) for e in entries), default=0)
+
+
+def _print_seeds(e: Any) -> int:
+    _print_claims(e.verdicts)
+    for job, note in e.stopped.items():
         print(f"  stop {job}: {note}")
-    deciding = [v for v in verdicts if v.deciding]
-    failed = [v for v in deciding if not v.passed]
-    print(f"\n{len(deciding) - len(failed)} of {len(deciding)} deciding claims hold; report: {out / 'report.html'}")
-    return 1 if failed else 0
+    _complain([e])
+    print(f"\n{_tally(e.verdicts)} on {len(e.runs)} seeds; page: {e.out / 'index.html'}")
+    return _status(e)
+
+
+def _complain(entries: Sequence[Any]) -> None:
+    for e in entries:
+        for sentence in e.failures:
+            print(f"sharpscope: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+def _status(e: Any) -> int:
+    return 2 if e.failures else 1 if _failed(e.verdicts) else 0

@@ -50,6 +50,10 @@ def _check(directory: Path) -> None:
     with refusing(Unusable, ValueError, LookupError):
         if _is_run(directory):
             return
+    if several := [name for name in ("all.json", "seeds.json") if (directory / name).exists()]:
+        inside = sorted(p.parent.name for p in directory.glob("*/config.json"))
+        one = f", {directory / inside[0]} say" if inside else ""
+        raise Refused(f"{directory} holds several runs ({several[0]}): watch one{one}, or open {directory}/index.html")
     foreign = [p.name for p in directory.iterdir() if p.suffix not in OURS and p.name != "log" and p.name[0] != "."]
     if foreign:
         raise Refused(

@@ -15,6 +15,7 @@ from ..predict import compare
 from ..rules import GD, UpdateRule
 from ..sphere import effective_learning_rate
 from ._networks import SECONDS_PER_STEP, Variant, task_of
+from ._recorded import recorded
 from ._study import Job, Report
 
 Observer = Callable[[History, Any], Any]
@@ -49,7 +50,7 @@ def run_forecast(track: Track, report: Report, name: str, forecast: Forecast) ->
     track.resume()
     variant = forecast.variant
     task = task_of(variant)
-    f = Objective(task.net, task.loss, [(task.x, task.y)])
+    f = recorded(Objective(task.net, task.loss, [(task.x, task.y)]), forecast.start + forecast.steps)
     rule: UpdateRule = forecast.rule or GD(variant.learning_rate, variant.weight_decay, variant.momentum)
     w = f.weights()
     state = rule.init(w)

@@ -1,39 +1,51 @@
-"""Runs a study: its jobs in processes of their own, then verdicts, figures and the report.
+"""Runs studies: their jobs on a pool of processes, then verdicts, figures and the report of each.
 
-A run directory holds ``config.json`` (what was asked), ``log/`` (rows as they come), ``history.parquet`` (every row),
-``verdicts.json``, ``figures/``, ``environment.json`` and ``report.html``.
+A run directory holds ``config.json`` (what was asked), ``log/`` (rows as they come, and the seconds each job took),
+``history.parquet`` (every row), ``verdicts.json``, ``figures/``, ``environment.json`` and ``report.html``.  Where a
+study raised, ``error.txt`` has the traceback.
 """
 
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
-from tqdm import tqdm
 
 from ..checkpoints import Unusable as Unusable
 from ..claims import Verdict
 from ..history import History, Track
 from ..plots import save_figures
 from ..report import render, write_report
-from ._study import Job, Study, find
+from ._pool import KILLED, Failed, Group, Task, failed, work_off
+from ._study import Job, Report, Study, find, headings
 
 PACKAGES = ("sharpscope", "torch", "numpy", "scikit-learn", "pyarrow", "matplotlib", "safetensors")
+ERROR = "error.txt"
+SEEDS = "seeds.json"
+"""Of repeats of a study under several seeds, in the directory above theirs."""
+SECONDS_PER_CHART = 0.25
+"""Rough cost of a figure, for the progress bar."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A study with one configuration, in a directory of its own."""
+
+    study: str
+    config: Any
+    out: Path
+
+
+Outcome = list[Verdict] | Unusable
+"""The verdicts on a run, or why there are none."""
 
 
 def run_study(name: str, config: Any, out: Path, *, workers: int) -> list[Verdict]:
@@ -41,42 +53,108 @@ def run_study(name: str, config: Any, out: Path, *, workers: int) -> list[Verdic
 
     Raises:
         Unusable: the directory cannot be written, holds another run or is being written by another process, the disk
-            is full, or a worker was killed.
+            is full, a worker was killed, or the study raised.
     """
-    study = find(name)
-    asked = {"study": name, "config": dataclasses.asdict(config)}
-    try:
-        _claim_directory(out, asked)
-        if not (out / "history.parquet").exists():
-            began = time.monotonic()
-            jobs = study.jobs(config)
-            with _alone(out):
-                _run_jobs(jobs, out / "log", workers)
-            tracks = [Track(out / "log", job.name) for job in jobs]
+    outcome = run_side_by_side({name: Run(name, config, out)}, workers=workers)[name]
+    if isinstance(outcome, Unusable):
+        raise outcome
+    return outcome
+
+
+def run_side_by_side(
+    runs: Mapping[str, Run], *, workers: int, settled: Callable[[str, Outcome], None] = lambda name, outcome: None
+) -> dict[str, Outcome]:
+    """Runs by name, all jobs on one pool; each is concluded as soon as its own are done, and then told to `settled`.
+
+    What is finished is not computed again; a run that cannot go on leaves the others alone.
+    """
+    outcomes: dict[str, Outcome] = {}
+
+    def settle(name: str, outcome: Any) -> None:
+        outcomes[name] = _unusable(outcome, runs[name].out) if isinstance(outcome, Failed) else outcome
+        settled(name, outcomes[name])
+
+    with ExitStack() as locks:
+        groups = {}
+        for name, run in runs.items():
+            try:
+                groups[name] = _group(run, locks)
+            except Unusable as error:
+                settle(name, Failed(str(error)))
+            except Exception as error:
+                settle(name, failed(f"the study {run.study}", error))
+        work_off(groups, workers, settle)
+    return outcomes
+
+
+def _group(run: Run, locks: ExitStack) -> Group:
+    """The unfinished jobs of a run, and its conclusion."""
+    study, log = find(run.study), run.out / "log"
+    with explained(run.out):
+        _claim_directory(run.out, {"study": run.study, "config": dataclasses.asdict(run.config)})
+        (run.out / ERROR).unlink(missing_ok=True)
+        tasks: list[Task] = []
+        if not (run.out / "history.parquet").exists():
+            locks.enter_context(_alone(run.out))
+            jobs = [job for job in study.jobs(run.config) if not Track(log, job.name).finished]
+            tasks = [Task(job.name, _work, (job, run.out), job.cost) for job in jobs]
+    return Group(tuple(tasks), Task("verdicts and figures", _close, (run,), 1 + SECONDS_PER_CHART * len(study.CHARTS)))
+
+
+def _work(report: Report, job: Job, out: Path) -> None:
+    with explained(out):
+        track = Track(out / "log", job.name)
+        began = time.process_time()
+        job.work(track, report, **job.arguments)
+        if not track.finished:
+            track.finish()
+        _spent(track).write_text(f"{time.process_time() - began:.2f}\n")
+        report(1.0)
+
+
+def _spent(track: Track) -> Path:
+    """Where the processor seconds of a job are noted."""
+    return track.log.with_suffix(".seconds")
+
+
+def _close(report: Report, run: Run) -> list[Verdict]:
+    """Gather the rows of all jobs, if need be, and conclude."""
+    study = find(run.study)
+    with explained(run.out):
+        if not (run.out / "history.parquet").exists():
+            tracks = [Track(run.out / "log", job.name) for job in study.jobs(run.config)]
+            spent = [float(_spent(t).read_text() or 0) for t in tracks if _spent(t).exists()]
             stopped = {track.run: track.note for track in tracks if track.note}
-            facts = environment() | {"seconds": round(time.monotonic() - began, 1), "stopped": stopped}
-            _write_json(out / "environment.json", facts)
-            History(row for track in tracks for row in track.rows).save(out / "history.parquet")
-        return conclude(study, name, config, out)
-    except OSError as error:
-        raise Unusable(_explain(error, out)) from error
-    except BrokenProcessPool as error:
-        reason = "a worker process was killed (out of memory? --workers 1 needs the least)"
-        raise Unusable(f"{reason}; what is in {out} is kept, and the same command goes on from it") from error
+            facts = environment() | {"seconds": round(sum(spent), 1), "stopped": stopped}
+            write_json(run.out / "environment.json", facts)
+            History(row for track in tracks for row in track.rows).save(run.out / "history.parquet")
+        return conclude(study, run.study, run.config, run.out, report)
 
 
-def conclude(study: Study, name: str, config: Any, out: Path) -> list[Verdict]:
+def _unusable(failure: Failed, out: Path) -> Unusable:
+    """The sentence for a failure; its traceback is left in the run's directory."""
+    if not failure.trace and failure.sentence != KILLED:
+        return Unusable(failure.sentence)
+    where = ""
+    if failure.trace and (out / "config.json").exists():
+        (out / ERROR).write_text(failure.trace, encoding="utf-8")
+        where = f" (see {out / ERROR})"
+    return Unusable(f"{failure.sentence}{where}; what is in {out} is kept, and the same command goes on from it")
+
+
+def conclude(study: Study, name: str, config: Any, out: Path, report: Report = lambda share: None) -> list[Verdict]:
     """Verdicts, figures and report from the history in `out`."""
     history = History.load(out / "history.parquet")
     ran = set(history.runs)
     verdicts = [c.decide(name, history, config) for c in study.CLAIMS if set(c.runs) <= ran]
     left_out = [c.sentence for c in study.CLAIMS if not set(c.runs) <= ran]
-    _write_json(out / "verdicts.json", [dataclasses.asdict(v) for v in verdicts])
+    write_json(out / "verdicts.json", [dataclasses.asdict(v) for v in verdicts])
     environment = json.loads((out / "environment.json").read_text())
     charts = [chart for chart in study.CHARTS if _has_runs(chart, ran)]
-    for chart in tqdm(charts, "figures", disable=not sys.stderr.isatty()):
+    for i, chart in enumerate(charts, 1):
         save_figures([chart], history.columns, out / "figures")
-    title, lead = _headings(study)
+        report(i / (1 + len(charts)))
+    title, lead = headings(study)
     write_report(
         out / "report.html",
         title=title,
@@ -105,7 +183,7 @@ def page(out: Path) -> str | None:
         return None
     done = sum(track.finished for track in tracks)
     return render(
-        title=_headings(study)[0],
+        title=headings(study)[0],
         subtitle=study.PAPER,
         lead=f"So far {done} of {len(jobs)} jobs are done. The verdicts come at the end.",
         verdicts=(),
@@ -116,28 +194,29 @@ def page(out: Path) -> str | None:
     )
 
 
-def _headings(study: Study) -> tuple[str, str]:
-    """Title and lead of a study's page: the first two paragraphs of its docstring."""
-    summary = (study.__doc__ or "").strip().split("\n\n")
-    return summary[0].rstrip("."), " ".join(summary[1].split()) if len(summary) > 1 else ""
-
-
 def reread(out: Path) -> list[Verdict]:
     """Verdicts, figures and report of a finished run directory, made again.
 
     Raises:
         Unusable: `out` is not a finished run, or cannot be written.
     """
+    if (out / "config.json").exists() and not (out / "history.parquet").exists():
+        raise Unusable(f"the run in {out} is not finished; repeat its `sharpscope run` command to go on with it")
+    run = run_in(out)
+    return run_study(run.study, run.config, out, workers=1)
+
+
+def run_in(out: Path) -> Run:
+    """The run that `out` holds.
+
+    Raises:
+        Unusable: none.
+    """
     if not (out / "config.json").exists():
         raise Unusable(f"{out} holds no run: there is no config.json; give the directory of a `sharpscope run`")
-    if not (out / "history.parquet").exists():
-        raise Unusable(f"the run in {out} is not finished; repeat its `sharpscope run` command to go on with it")
     asked = asked_of(out)
     study = find(asked["study"])
-    try:
-        return conclude(study, asked["study"], config_from(study, asked["config"]), out)
-    except OSError as error:
-        raise Unusable(_explain(error, out)) from error
+    return Run(asked["study"], config_from(study, asked["config"]), out)
 
 
 def stopped(out: Path) -> dict[str, str]:
@@ -158,10 +237,16 @@ def _claim_directory(out: Path, asked: Mapping[str, Any]) -> None:
         there = asked_of(out)
         if there != asked:
             raise Unusable(f"{out} holds a different run ({_difference(there, asked)}); choose another --out")
-    elif out.exists() and any(file.name != "config.tmp" for file in out.iterdir()):  # that one is ours, cut short
+    elif out.exists() and any(not _ours(file, out) for file in out.iterdir()):
         raise Unusable(f"{out} is not empty and holds no run of sharpscope; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(path, asked)
+    write_json(path, asked)
+
+
+def _ours(file: Path, out: Path) -> bool:
+    """Does a file belong to a run that was cut short at its very start, or to repeats under other seeds beside it?"""
+    beside = (out / SEEDS).exists() and (file.name in (SEEDS, "index.html") or file.name.startswith("seed-"))
+    return file.name == "config.tmp" or beside
 
 
 def asked_of(out: Path) -> dict[str, Any]:
@@ -204,83 +289,6 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _run_jobs(jobs: Sequence[Job], log: Path, workers: int) -> None:
-    """All unfinished jobs, longest first; progress is shown on a terminal."""
-    log.mkdir(parents=True, exist_ok=True)
-    todo = sorted((j for j in jobs if not Track(log, j.name).finished), key=lambda j: -j.cost)
-    if not todo:
-        return
-    context = multiprocessing.get_context("spawn")
-    shares: Any = context.Array("d", len(todo))
-    with tqdm(
-        total=round(sum(j.cost for j in todo), 1),
-        disable=not sys.stderr.isatty(),
-        bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed} < {remaining}",
-    ) as bar:
-
-        def show() -> None:
-            bar.n = sum(j.cost * share for j, share in zip(todo, shares, strict=True))
-            running = [j.name for j, s in zip(todo, shares, strict=True) if 0 < s < 1]
-            bar.set_description_str(", ".join(running)[:48].ljust(48))
-
-        if workers <= 1:
-            torch.set_num_threads(1)
-            for i, job in enumerate(todo):
-                _work(job, log, shares, i, show)
-            return
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        pool = ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_worker, initargs=(shares,))
-        try:
-            interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is for their parent
-            waiting: set[Future[None]] = {pool.submit(_work_in_process, job, log, i) for i, job in enumerate(todo)}
-            signal.signal(signal.SIGINT, interrupt)
-            while waiting:
-                done, waiting = wait(waiting, timeout=0.3, return_when="FIRST_COMPLETED")
-                for future in done:
-                    future.result()
-                show()
-        except BaseException:
-            for process in list(pool._processes.values()):
-                process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        pool.shutdown()
-
-
-_shares: Any
-
-
-def _worker(shares: Any) -> None:
-    global _shares
-    _shares = shares
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed must not write on, beside the run that goes on in its place."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _work_in_process(job: Job, log: Path, i: int) -> None:
-    _work(job, log, _shares, i, lambda: None)
-
-
-def _work(job: Job, log: Path, shares: Any, i: int, show: Any) -> None:
-    def report(share: float) -> None:
-        shares[i] = share
-        show()
-
-    track = Track(log, job.name)
-    job.work(track, report, **job.arguments)
-    if not track.finished:
-        track.finish()
-    report(1.0)
-
-
 def _has_runs(chart: Any, ran: set[str]) -> bool:
     names = getattr(chart, "runs", None) or (chart.curve, *chart.paths)
     return any(name in ran for name in names)
@@ -303,7 +311,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -318,6 +326,15 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return value
+
+
+@contextmanager
+def explained(out: Path) -> Iterator[None]:
+    """What the system refuses, as a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise Unusable(_explain(error, out)) from error
 
 
 def _explain(error: OSError, out: Path) -> str:

@@ -12,6 +12,8 @@ R runs with weights W ``(R, m·d)``; inputs ``(R, n, d)`` or ``(n, d)``, targets
 import torch
 from torch import Tensor
 
+from ..replicas import Replicas
+
 BEND = 4 / (3 * 3**0.5)
 """B, the largest |tanh''|."""
 
@@ -38,10 +40,11 @@ def slope(W: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """L ``(R,)`` and ``∇L`` ``(R, m·d)`` in closed form."""
     w = W.view(len(W), -1, x.shape[-1])
     mu = signs(w.shape[1])
-    h = torch.tanh(x @ w.mT)
-    r = h @ mu - y
-    back = (r[..., None] * (1 - h.square())).mT @ x / x.shape[-2]
-    return 0.5 * r.square().mean(1), (mu[:, None] * back).flatten(1)
+    # tanh z = 2σ(2z) - 1, and Σμ = 0: a sigmoid takes a quarter of the time; in place, since this is every step.
+    s = (w @ (2 * x).mT).sigmoid_()
+    r = 2 * (mu @ s) - y
+    bent = s.addcmul_(s, s, value=-1).mul_(r[:, None])
+    return 0.5 * r.square().mean(1), ((bent @ x) * (4 / x.shape[-2] * mu[:, None])).flatten(1)
 
 
 def hessian(W: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -59,3 +62,10 @@ def hessian(W: Tensor, x: Tensor, y: Tensor) -> Tensor:
     for k in range(m):
         H[:, k * d : k * d + d, k * d : k * d + d] += blocks[:, k]
     return H
+
+
+def two_ways(W: Tensor, x: Tensor, y: Tensor) -> float:
+    """Gradient and Hessian in closed form against automatic ones (largest difference over the largest entry)."""
+    f = Replicas(lambda W: 0.5 * (output(W, x) - y).square().mean(1))
+    pairs = ((f.grad(W), slope(W, x, y)[1]), (f.hessian(W), hessian(W, x, y)))
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)

@@ -58,24 +58,33 @@ class Study(Protocol):
     def jobs(config: Any) -> Sequence[Job]: ...
 
 
+def known() -> list[str]:
+    """The names of all studies in this package, none of which is imported."""
+    package = importlib.import_module(__package__)
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
 def discover() -> dict[str, Study]:
     """Every study in this package, by name."""
-    package = importlib.import_module(__package__)
-    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
-    return {name: find(name, names) for name in names}
+    return {name: find(name) for name in known()}
 
 
-def find(name: str, names: Sequence[str] | None = None) -> Study:
+def find(name: str) -> Study:
     """The study called `name`.
 
     Raises:
         LookupError: there is none; the message names the nearest.
     """
-    if names is None:
-        names = list(discover())
+    names = known()
     if name not in names:
         near = difflib.get_close_matches(name, names, 1, 0.3)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
         raise LookupError(f"there is no study '{name}'; {hint}")
     module: Any = importlib.import_module(f"{__package__}.{name}")
     return module
+
+
+def headings(study: Study) -> tuple[str, str]:
+    """Title and lead of a study's page: the first two paragraphs of its docstring."""
+    summary = (study.__doc__ or "").strip().split("\n\n")
+    return summary[0].rstrip("."), " ".join(summary[1].split()) if len(summary) > 1 else ""

@@ -15,6 +15,7 @@ from ..iterate import Iterate, midpoint
 from ..objective import Objective
 from ..rules import GD, State, UpdateRule
 from ..sphere import angle
+from ._recorded import recorded
 from ._study import Report
 
 EARLY = {1, 2, 5, 10, 20, 30, 50, 70, 100, 150, 200, 300}
@@ -102,12 +103,13 @@ def train(
     if not saved and not measure(0, w, state, loss=f.value(w).item()):
         return
     sums = w.new_zeros(2, len(f.slices))
+    fast = recorded(f, schedule.steps)
     sizes = [s.stop - s.start for s in f.slices.values()]
     for step in range(done + 1, schedule.steps + 1):
-        batch = f
+        batch = fast
         if schedule.batch is not None:
             picked = torch.randperm(len(task.x), generator=draw)[: schedule.batch]
-            batch = f.on([(task.x[picked], task.y[picked])])
+            batch = fast.on([(task.x[picked], task.y[picked])])
         loss, g = batch.value_and_grad(w)
         new, state = rule.step(w, g, state)
         size = new.norm().item()

@@ -23,7 +23,8 @@ from ..plots import Chart
 from ..rules import GD
 from ..tracking import track as track_pairs
 from ._forecast import Forecast, Observer, beside, claims, ends, runs
-from ._networks import Variant, task_of
+from ._networks import SECONDS_PER_STEP, Variant, task_of
+from ._recorded import recorded
 from ._study import Job, Report
 
 PAPER = (
@@ -33,6 +34,8 @@ PAPER = (
 BOTH = "Beside the optimizer"
 ENDS = "Where it ends"
 COST = "The cost of a path"
+EXPLICIT_RATE = 1e-4
+"""Least intrinsic rate at which explicit steps are taken too."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,14 @@ class Config:
     rates: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6)  # intrinsic rates of the cost
     walked: float = 1e-5  # least intrinsic rate at which gradient descent is run too
     dear: bool = True  # also the transformer, and where the flow ends
+    seed: int = 0  # of data and weights
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
         for name, value in vars(self).items():
-            if not isinstance(value, bool) and not (min(value) if isinstance(value, tuple) else value) > 0:
+            least = min(value) if isinstance(value, tuple) else value
+            if name != "seed" and not isinstance(value, bool) and not least > 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
 
 
@@ -70,22 +77,29 @@ FAILING = {
 def jobs(config: Config) -> list[Job]:
     forecasts = {
         name: Forecast(v, config.start * (1 + (v.net == "plain")), config.steps, config.points)
-        for name, v in (NETS | FAILING).items()
+        for name, v in ((name, replace(v, seed=config.seed)) for name, v in (NETS | FAILING).items())
         if config.dear or not (name in FAILING or v.net == "transformer")
     }
     return [
         *(forecast.job(name) for name, forecast in forecasts.items()),
-        *(Job(f"cost, il {il:g}", _cost, {"il": il, "walk": il >= config.walked}, 3e-4 / il) for il in config.rates),
+        *(_cost_job(config, il) for il in config.rates),
     ]
 
 
-def _cost(track: Track, report: Report, il: float, walk: bool) -> None:
+def _cost_job(config: Config, il: float) -> Job:
+    walk = il >= config.walked
+    steps = 5000 + (1 / il if walk else 0) + (9 / il if il >= EXPLICIT_RATE else 0)  # an explicit one is dear
+    arguments = {"il": il, "walk": walk, "seed": config.seed}
+    return Job(f"cost, il {il:g}", _cost, arguments, 3 + 0.6 * SECONDS_PER_STEP["regression"] * steps)
+
+
+def _cost(track: Track, report: Report, il: float, walk: bool, seed: int) -> None:
     """Flows and optimizer over τ = 1 from step 5000 (20 000 for il ≤ 1e-5), regression network with 40 examples."""
     track.resume()
-    variant = Variant("regression", "BN", "squares", 0.5, il / 0.5, train=40)
+    variant = Variant("regression", "BN", "squares", 0.5, il / 0.5, train=40, seed=seed)
     task = task_of(variant)
-    f, rule = Objective(task.net, task.loss, [(task.x, task.y)]), GD(0.5, il / 0.5)
     early, steps = max(round(0.2 / max(il, 1e-5)), 5000), round(1 / il)
+    f, rule = recorded(Objective(task.net, task.loss, [(task.x, task.y)]), early), GD(0.5, il / 0.5)
     w = f.weights()
 
     def walked(w: Any, steps: int, low: float, high: float) -> Any:
@@ -112,7 +126,7 @@ def _cost(track: Track, report: Report, il: float, walk: bool) -> None:
     start = average(w)
     path = integrate(central_flow(f, rule), start, steps, method=implicit())
     read("cost: implicit flow", path.weights[-1], path.gradients)
-    if il >= 1e-4:
+    if il >= EXPLICIT_RATE:
         slow = integrate(central_flow(f, rule), start, steps)
         read("cost: explicit flow", slow.weights[-1], slow.gradients)
     if walk:

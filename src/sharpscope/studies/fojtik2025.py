@@ -6,12 +6,11 @@ which bias generalizes better depends on the teacher: for most teachers of a dia
 between.  Here one datum and six weights show it, where both extremes are known in closed form, and a small tanh network
 on digits.  The control is the teacher that has the least norm itself: for it no rate beats the smallest.
 
-β = u⊙v, loss ½ (⟨x, β⟩ - y)², one datum x > 0.  Where the loss is zero,
+    β = u⊙v,   loss ½ (⟨x, β⟩ - 1)²,   at zero loss and u = v:  λ1 = 2 Σ x_i² |β_i|,  ½ ‖(u, v)‖² = ‖β‖₁
+    critical rate η_c = 2/(largest λ1 along the gradient flow);   edge of stability: λ1·η/2 = 1
 
-    sharpness = Σ x_i² (u_i² + v_i²)  (= 2 Σ x_i² |β_i| for u = v),     ½ ‖(u, v)‖² ≥ ‖β‖₁
-    least norm: all on the largest x_i          least sharpness: all on the smallest x_i
-
-η_c = 2/(largest sharpness along the gradient flow).
+A single run shortly before the largest rate that converges may jump past the edge, to a solution that is flatter still;
+the median over starts at one rate does not.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..claims import WIDER, Claim, at_least, at_most, within
@@ -29,11 +27,11 @@ from ..history import Track
 from ..replicas import Replicas, descend
 from ..rules import GD
 from ._data import flat_digits
+from ._datum import Array, X, dense, errors, gain, product, sharpness, sweep
 from ._deep import Stack
 from ._fields import demand_positive
-from ._ode import flow
 from ._page import charting, claiming
-from ._stats import Observer, by_seed, last, spearman
+from ._stats import Observer, by_seed, spearman
 from ._study import Job, Report
 
 PAPER = (
@@ -41,9 +39,7 @@ PAPER = (
     " Regularization (arXiv 2505.21423)"
 )
 TOY, NET = "A diagonal net with one datum", "A network on digits"
-Array = NDArray[np.float64]
-X = np.linspace(0.4, 2, 6)
-OVER = ("norm ‖(u, v)‖²", "sharpness")
+OVER = {"norm ‖(u, v)‖²": "norm_over", "sharpness": "sharp_over"}
 TEACHERS = {"least sharp": 0, "in between": 2, "least norm": 5}  # all of β on one coordinate
 
 
@@ -53,7 +49,8 @@ class Config:
 
     seed: int = 0
     repeats: int = 3
-    rates: int = 60  # learning rates of the toy, from .1 to 1.95 η_c
+    starts: int = 31  # of the toy, in each repeat
+    rates: int = 60  # its learning rates, from .1 to 1.95 η_c
     steps: int = 20000
     teachers: int = 2000
     shares: tuple[float, ...] = (0.5, 0.9, 1.3, 1.8, 2.5, 3.2, 4.0, 5.0)  # of η_c, for the network
@@ -68,87 +65,48 @@ QUICK = Config(repeats=1)
 
 def jobs(config: Config) -> list[Job]:
     seeds = range(config.seed, config.seed + config.repeats)
-    works = {"toy": (_toy, 4), "network": (_network, 20)}
-    return [
-        Job(f"{name}, seed {s}", work, {"seed": s, "config": config}, cost)
-        for s in seeds
-        for name, (work, cost) in works.items()
-    ]
-
-
-def losses(W: Tensor) -> Tensor:
-    """``½ (⟨x, u⊙v⟩ - 1)²`` ``(R,)`` of weights (u, v) ``(R, 12)``."""
-    u, v = W.split(len(X), dim=1)
-    return 0.5 * ((u * v) @ torch.as_tensor(X) - 1).square()
-
-
-def sharpness(w: Array) -> float:
-    """λ1 of the Hessian of the toy at w ``(12,)``, in closed form: two 2×2 blocks a coordinate and one rank."""
-    u, v = w.reshape(2, -1)
-    slope = np.concatenate([X * v, X * u])
-    cross = (X @ (u * v) - 1) * np.diag(X)
-    return float(np.linalg.eigvalsh(np.outer(slope, slope) + np.block([[0 * cross, cross], [cross, 0 * cross]]))[-1])
-
-
-def flow_field(w: Array) -> Array:
-    """``-∇L``."""
-    u, v = w.reshape(2, -1)
-    return np.asarray(-(X @ (u * v) - 1) * np.concatenate([X * v, X * u]))
+    works = (("toy", _toy, 3.0), ("network", _network, 20.0))
+    return [Job(f"{name}, seed {s}", w, {"seed": s, "config": config}, cost) for s in seeds for name, w, cost in works]
 
 
 def _toy(track: Track, report: Report, seed: int, config: Config) -> None:
-    """Gradient descent at all rates side by side, against the flow from the same start."""
+    """Gradient descent from all starts at all rates side by side, against the flow from the same starts."""
     track.resume()
-    start = 0.05 + 1e-3 * np.random.default_rng([921, seed]).standard_normal(2 * len(X))
-    path = flow(flow_field, start, 1e4, residual=lambda w: float(abs(X @ (w[:6] * w[6:]) - 1)), small=1e-10)
-    critical = 2 / max(map(sharpness, path.states))
-    end = path.end
-    norm, sharp = float(end @ end), sharpness(end)
-    W = torch.as_tensor(start).expand(config.rates, -1)
-    track.append(run="toy, two ways", seed=seed, apart=_two_ways(W[:1]))
+    starts = 0.05 + 1e-3 * np.random.default_rng([921, seed]).standard_normal((config.starts, 2 * len(X)))
     shares = np.linspace(0.1, 1.95, config.rates)
-    rules = [GD(float(s * critical)) for s in shares]
-    done = descend(Replicas(losses).recorded(W), W, rules, config.steps, until=lambda loss: loss < 0.5e-18)
-    kept = done.reached.numpy()
-    ends, shares = done.weights.numpy()[kept], shares[kept]
-    beta = ends[:, :6] * ends[:, 6:]
-    errors = {name: _errors(beta, np.eye(6)[i] / X[i]) for name, i in TEACHERS.items()}
-    for i, (share, w) in enumerate(zip(shares, ends, strict=True)):
-        row = {"share": float(share), "norm": float(w @ w), "sharpness": sharpness(w)}
-        row |= {"norm_over": row["norm"] / norm, "sharp_over": row["sharpness"] / sharp}
-        row |= {"edge": row["sharpness"] * float(share) * critical / 2, "flow_sharpness": sharp}
-        track.append(run="toy", seed=seed, **row, **_shown(row, seed, config))
-        if seed == config.seed:
-            for name, column in zip(OVER, ("norm_over", "sharp_over"), strict=True):
-                track.append(run=name, shown_share=float(share), shown_over=row[column])
-            for name, e in errors.items():
-                track.append(run=name, shown_share=float(share), shown_error=float(e[i]))
-    draws = np.random.default_rng([922, seed]).dirichlet(np.ones(6), config.teachers) / X
-    each = np.array([_gain(_errors(beta, b)) for b in draws])
-    least, middle = (_gain(errors[name]) for name in ("least norm", "in between"))
-    track.append(run="teachers", seed=seed, interior=float((each <= 0.9).mean()), least_norm=least, middle=middle)
+    runs = sweep(starts, shares, config.steps)
+    for i in np.flatnonzero(2 * runs.kept.sum(0) > len(starts)):  # rates at which most converge
+        columns = {"norm_over": runs.norm, "sharp_over": runs.sharp, "edge": runs.edge}
+        row = {name: float(np.median(v[runs.kept[:, i], i])) for name, v in columns.items()}
+        track.append(run="toy", seed=seed, share=float(shares[i]), **row, **_shown(row, shares[i], seed, config))
+        for name, column in OVER.items():
+            track.append(run=name, **_shown({"over": row[column]}, shares[i], seed, config))
+    draws = np.random.default_rng([922, seed]).dirichlet(np.ones(len(X)), config.teachers) / X
+    for k, (ok, norm, sharp, edge) in enumerate(zip(runs.kept, runs.norm, runs.sharp, runs.edge, strict=True)):
+        beta, low, high = product(runs.ends[k, ok]), ok & (shares < 0.9), ok & (shares > 1.03)
+        error = {name: errors(beta, np.eye(len(X))[i] / X[i]) for name, i in TEACHERS.items()}
+        track.append(
+            run="starts",
+            seed=seed,
+            norm_apart=float(np.abs(norm[low] - 1).max()),
+            sharp_apart=float(np.abs(sharp[low] - 1).max()),
+            norm_order=spearman(shares[high], norm[high]),
+            sharp_order=spearman(shares[high], sharp[high]),
+            at_edge=float(((edge[high] >= 0.9) & (edge[high] <= 1.01)).mean()),
+            interior=float(np.mean([gain(errors(beta, teacher)) <= 0.9 for teacher in draws])),
+            least_norm=float(error["least norm"].min() / error["least norm"][0]),
+            apart=float(abs(sharpness(starts[k]) / dense(starts[k]) - 1)),
+        )
+        if seed == config.seed and k == 0:
+            for name, values in error.items():
+                for share, e in zip(shares[ok], values, strict=True):
+                    track.append(run=name, shown_share=float(share), shown_error=float(e))
     report(1.0)
 
 
-def _two_ways(W: Tensor) -> float:
-    """Sharpness in closed form and from automatic second derivatives (relative difference)."""
-    dense = torch.linalg.eigvalsh(Replicas(losses).hessian(W)[0])[-1].item()
-    return abs(sharpness(W[0].numpy()) / dense - 1)
-
-
-def _errors(beta: Array, teacher: Array) -> Array:
-    """``‖β - β*‖²`` for each rate."""
-    return np.asarray(np.square(beta - teacher).sum(1))
-
-
-def _gain(errors: Array) -> float:
-    """Least error over that of the better end of the range of rates: one where no rate in between is better."""
-    return float(errors.min() / min(errors[0], errors[-1]))
-
-
-def _shown(row: dict[str, float], seed: int, config: Config) -> dict[str, float]:
+def _shown(row: dict[str, float], share: float, seed: int, config: Config) -> dict[str, float]:
     """What is drawn, of the first repeat."""
-    return {f"shown_{name}": value for name, value in row.items() if seed == config.seed}
+    return {f"shown_{name}": v for name, v in {"share": float(share), **row}.items() if seed == config.seed}
 
 
 def net_losses(stack: Stack, x: Tensor, y: Tensor, W: Tensor) -> Tensor:
@@ -181,9 +139,8 @@ def _network(track: Track, report: Report, seed: int, config: Config) -> None:
     for share, w, ok, test in zip(config.shares, done.weights, done.reached, tests, strict=True):
         if ok:
             top = _top(f, w)
-            row = {"share": share, "norm": w.norm().item(), "sharpness": top, "test": test}
-            row |= {"edge": top * share * critical / 2, "sharp_over": top / sharp}
-            track.append(run="network", seed=seed, **row, **_shown(row, seed, config))
+            row = {"norm": w.norm().item(), "sharp_over": top / sharp, "edge": top * share * critical / 2, "test": test}
+            track.append(run="network", seed=seed, share=share, **row, **_shown(row, share, seed, config))
 
 
 def _top(f: Replicas, w: Tensor, rtol: float = 1e-3) -> float:
@@ -191,54 +148,49 @@ def _top(f: Replicas, w: Tensor, rtol: float = 1e-3) -> float:
     return lanczos(f.operator(w), rtol=rtol).values[0].item()
 
 
-def _flow_regime(run: str, column: str) -> Observer:
-    """Greatest relative distance from the flow's value below .9 η_c (the network's rate at .9 included)."""
-    return by_seed(run, lambda s, v: np.abs(v[s < 0.91] - 1).max(), "share", column)
+def _beyond(run: str, reduce: Callable[[Array], float], column: str, above: float) -> Observer:
+    """A number of a column at the rates above so many η_c."""
+    return by_seed(run, lambda share, v: reduce(v[share > above]), "share", column)
 
 
-def _beyond(run: str, reduce: Callable[[Array, Array], float], column: str, above: float = 1.03) -> Observer:
-    """A number of the rates beyond η_c and a column."""
-    return by_seed(run, lambda s, v: reduce(s[s > above], v[s > above]), "share", column)
-
-
-def _farthest(centre: float) -> Callable[[Array, Array], float]:
-    return lambda s, v: float(v[np.abs(v - centre).argmax()])
+def _farthest(centre: float) -> Callable[[Array], float]:
+    return lambda v: float(v[np.abs(v - centre).argmax()])
 
 
 def _claims() -> Iterator[Claim]:
-    claim = claiming(TOY)
+    """Of the toy, the worst over starts, but for the edge of stability."""
+    claim, run = claiming(TOY), "starts"
     sentence = "Below .9 η_c the norm is that of the flow (greatest relative distance of ‖(u, v)‖²)"
-    yield claim(sentence, _flow_regime("toy", "norm_over"), at_most(0.05), "comparison", "toy")
+    yield claim(sentence, by_seed(run, max, "norm_apart"), at_most(0.05), "comparison", run)
     sentence = "Below .9 η_c the sharpness is that of the flow (greatest relative distance)"
-    yield claim(sentence, _flow_regime("toy", "sharp_over"), at_most(0.05), "comparison", "toy")
+    yield claim(sentence, by_seed(run, max, "sharp_apart"), at_most(0.05), "comparison", run)
     sentence = "Beyond η_c the norm grows with the rate (rank correlation)"
-    yield claim(sentence, _beyond("toy", spearman, "norm"), at_least(0.9), "comparison", "toy")
+    yield claim(sentence, by_seed(run, min, "norm_order"), at_least(0.9), "comparison", run)
     sentence = "Beyond η_c the sharpness falls with the rate (rank correlation)"
-    yield claim(sentence, _beyond("toy", spearman, "sharpness"), at_most(-0.9), "comparison", "toy")
-    sentence = "Beyond η_c runs end at the edge of stability (sharpness·η/2, the farthest from .955)"
-    note = "On some seeds one rate in thirty, from 1.7 η_c on, is thrown to a flatter solution and leaves the edge."
-    edge = _beyond("toy", _farthest(0.955), "edge")
-    yield claim(sentence, edge, within(0.9, 1.01), "inequality", "toy", note=note)
-    sentence = "… and most rates do on every draw (median of sharpness·η/2)"
-    typical = _beyond("toy", lambda s, v: float(np.median(v)), "edge")
-    yield claim(sentence, typical, within(0.9, 1.01), "inequality", "toy", aside=True)
+    yield claim(sentence, by_seed(run, max, "sharp_order"), at_most(-0.9), "comparison", run)
+    sentence = "Beyond η_c runs end at the edge of stability (sharpness·η/2, median of the starts, farthest from .955)"
+    yield claim(sentence, _beyond("toy", _farthest(0.955), "edge", 1.03), within(0.9, 1.01), "inequality", "toy")
+    sentence = "Single runs beyond η_c that end at the edge (share)"
+    yield claim(sentence, by_seed(run, np.mean, "at_edge"), at_least(0.9), "comparison", run, aside=True, note=JUMP)
     sentence = "Random teachers for whom a rate in between is better than both ends by a tenth (share)"
-    yield claim(sentence, last("teachers", "interior"), at_least(0.5), "comparison", "teachers")
+    yield claim(sentence, by_seed(run, np.median, "interior"), at_least(0.5), "comparison", run)
     sentence = "Sharpness in closed form and by automatic derivatives (relative difference)"
-    yield claim(sentence, last("toy, two ways", "apart"), at_most(1e-10), "identity", "toy, two ways")
-    sentence = "For the teacher of least norm no rate is better than the smallest (least error over that at it)"
-    yield claim(sentence, last("teachers", "least_norm"), at_least(0.9), "negative control", "teachers")
-    claim = claiming(NET)
+    yield claim(sentence, by_seed(run, max, "apart"), at_most(1e-10), "identity", run)
+    sentence = "For the teacher of least norm the smallest rate is best (least error over that at it)"
+    yield claim(sentence, by_seed(run, min, "least_norm"), at_least(1), "negative control", run)
+    claim, run = claiming(NET), "network"
     sentence = "Beyond η_c training ends at the edge of stability (sharpness·η/2, the farthest from 1)"
-    yield claim(sentence, _beyond("network", _farthest(1), "edge", 1.0), within(0.9, 1.1), "inequality", "network")
-    sentence = "Beyond η_c the norm grows with the rate (rank correlation over all rates)"
-    yield claim(sentence, _beyond("network", spearman, "norm", 0), at_least(0.9), "comparison", "network")
+    yield claim(sentence, _beyond(run, _farthest(1), "edge", 1), within(0.9, 1.1), "inequality", run)
+    sentence = "The larger the rate, the larger the norm (rank correlation)"
+    yield claim(sentence, by_seed(run, spearman, "share", "norm"), at_least(0.9), "comparison", run)
     sentence = "Below η_c the sharpness is that of the flow (greatest relative distance)"
-    yield claim(sentence, _flow_regime("network", "sharp_over"), at_most(0.05), "negative control", "network")
+    apart = by_seed(run, lambda share, v: np.abs(v[share < 1] - 1).max(), "share", "sharp_over")
+    yield claim(sentence, apart, at_most(0.05), "negative control", run)
     sentence = "A rate in between has the least test loss, by a tenth (least over that at the better end)"
-    yield claim(sentence, _beyond("network", lambda s, v: _gain(v), "test", 0), at_most(0.9), WIDER, "network")
+    yield claim(sentence, by_seed(run, gain, "test"), at_most(0.9), WIDER, run)
 
 
+JUMP = "Just before the largest rate that converges, some runs jump past the edge to flatter solutions."
 CLAIMS = tuple(_claims())
 LABELS = {
     "shown_share": "learning rate over η_c",
@@ -249,21 +201,19 @@ LABELS = {
     "shown_test": "test loss",
 }
 CAPTIONS = {
-    "conflict": "Up to η_c nothing depends on the rate; beyond it the sharpness falls and the norm grows.  Near the end"
-    " a few runs are thrown to other solutions, and the largest rates diverge and are left out.",
-    "teachers": "Whose weight is all on one coordinate: the smallest x, the third, the largest.",
+    "conflict": "Up to η_c nothing depends on the rate; beyond it the sharpness falls and the norm grows.  Medians over"
+    " starts, at rates at which most converge.",
+    "teachers": "Whose weight is all on one coordinate: the smallest x, the third, the largest.  One start.",
     "edge": "Beyond η_c the final sharpness is 2/η, below it that of the flow.",
     "net-norm": "The norm of all weights when the training loss has reached .01.",
-    "net-test": "Reported: mostly the largest rates do best here, and none in between by much.",
+    "net-test": "Reported: the largest rates do best here, none in between by much.",
 }
-toy_chart, net_chart = (charting(part, LABELS, CAPTIONS) for part in (TOY, NET))
-AT, EDGE = "shown_share", ((1.0, "edge of stability"),)
+AT, toy, net = "shown_share", charting(TOY, LABELS, CAPTIONS), charting(NET, LABELS, CAPTIONS)
+FLOW, EDGE = ((1.0, "gradient flow"),), ((1.0, "edge of stability"),)
 CHARTS = (
-    toy_chart("conflict", "Norm and sharpness", AT, "shown_over", OVER, markers=True, lines=((1.0, "gradient flow"),)),
-    toy_chart("teachers", "Error for three teachers", AT, "shown_error", tuple(TEACHERS), markers=True),
-    net_chart(
-        "edge", "Distance to the edge", AT, "shown_edge", ("network", "toy"), markers=True, lines=((1.0, "edge"),)
-    ),
-    net_chart("net-norm", "Norm of the network", AT, "shown_norm", ("network",)),
-    net_chart("net-test", "Test loss of the network", AT, "shown_test", ("network",)),
+    toy("conflict", "Norm and sharpness against the rate", AT, "shown_over", tuple(OVER), lines=FLOW, markers=True),
+    toy("teachers", "Error for three teachers", AT, "shown_error", tuple(TEACHERS), markers=True),
+    net("edge", "Distance to the edge", AT, "shown_edge", ("network", "toy"), lines=EDGE, markers=True),
+    net("net-norm", "Norm of the network", AT, "shown_norm", ("network",), markers=True),
+    net("net-test", "Test loss of the network", AT, "shown_test", ("network",), markers=True),
 )

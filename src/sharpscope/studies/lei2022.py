@@ -17,17 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..claims import Claim, at_least, at_most, within
 from ..history import Track
-from ..replicas import Replicas, Slope, descend
-from ..rules import GD
 from ._deep import hash_of
 from ._fields import demand_positive
 from ._page import charting, claiming
-from ._shallow import BEND, hessian, output, slope, start
-from ._stats import Observer, by_seed, last, less, over, power, together, worst
+from ._shallow import BEND, slope, start, two_ways
+from ._spheredata import FRESH, INPUTS, RATE, REPLACED, TIMES, WIDTH, along, draw, replaced, risks, singly
+from ._stats import Observer, by_seed, power, together, worst
 from ._study import Job, Report
 
 PAPER = (
@@ -35,10 +33,7 @@ PAPER = (
     " (arXiv 2209.09298)"
 )
 PART = "Stability and early stopping"
-RATE, INPUTS, WIDTH, NOISE = 0.5, 5, 64, 0.3
-TIMES = (10, 30, 100, 300, 1000)
 WIDTHS = SIZES = (16, 32, 64, 128, 256)
-REPLACED, FRESH = 16, 4000
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ class Config:
 
     seed: int = 0
     repeats: int = 1
-    draws: int = 5  # data sets and starts that expectations are taken over
+    draws: int = 5  # data sets and starts that expectations are taken over, at the least
     sizes: tuple[int, ...] = SIZES  # n, each at least 16
     widths: tuple[int, ...] = WIDTHS  # m of the eigenvalue bound
     sgd: bool = True  # also SGD on one example a step
@@ -67,137 +62,71 @@ def jobs(config: Config) -> list[Job]:
     out = []
     for seed in range(config.seed, config.seed + config.repeats):
         own = {"seed": seed, "config": config}
-        out += [Job(f"n = {n}, seed {seed}", _stability, {"n": n, **own}, n * config.draws / 40) for n in config.sizes]
-        out += [Job(f"m = {m}, seed {seed}", _eigenvalue, {"m": m, **own}, m / 40) for m in config.widths]
-        if config.sgd:
-            out.append(Job(f"SGD, seed {seed}", _sgd, own, 3))
+        for n in config.sizes:
+            out.append(Job(f"stability, n = {n}, seed {seed}", _stability, {"n": n, **own}, 1 + n / 32))
+            out.append(Job(f"stopping, n = {n}, seed {seed}", _stopping, {"n": n, **own}, n / 64))
+        out += [Job(f"eigenvalue, m = {m}, seed {seed}", _eigenvalue, {"m": m, **own}, m / 60) for m in config.widths]
     return out
 
 
-def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """n inputs on the unit sphere and ``sin 2x₁ + ½ x₂`` plus noise."""
-    x = torch.randn(n, INPUTS, generator=generator, dtype=torch.float64)
-    x = x / x.norm(dim=1, keepdim=True)
-    return x, teacher(x) + NOISE * torch.randn(n, generator=generator, dtype=torch.float64)
-
-
-def teacher(x: Tensor) -> Tensor:
-    """``sin 2x₁ + ½ x₂``."""
-    return torch.sin(2 * x[..., 0]) + 0.5 * x[..., 1]
-
-
-def excess(W: Tensor, x: Tensor) -> Tensor:
-    """``½ mean (f - teacher)²`` on fresh inputs ``(R,)``: the population loss less that of the noise."""
-    return 0.5 * (output(W, x) - teacher(x)).square().mean(1)
-
-
-def replaced(n: int, generator: torch.Generator) -> dict[int, dict[str, float]]:
-    """Training beside 16 copies with one example replaced each, on one draw: what is seen at each time."""
-    x, y = draw(n, generator)
-    other_x, other_y = draw(REPLACED, generator)
-    fresh, _ = draw(FRESH, generator)
-    X, Y, own = x.repeat(REPLACED + 1, 1, 1), y.repeat(REPLACED + 1, 1), torch.arange(REPLACED)
-    X[own + 1, own], Y[own + 1, own] = other_x, other_y
-    first = start(WIDTH, INPUTS, generator)
-    begin = slope(first[None], x, y)[0].item()
-    seen: dict[int, dict[str, float]] = {}
-
-    def watch(t: int, W: Tensor, losses: Tensor, g: Tensor) -> None:
-        if t in TIMES:
-            r = output(W, x) - y
-            seen[t] = {
-                "stability": (W[1:] - W[0]).square().sum(1).mean().item(),
-                "gap": 0.5 * (r[own + 1, own].square() - r[0, own].square()).mean().item(),
-                "loss": losses[0].item(),
-                "residual": r.abs().max().item(),
-                "excess": excess(W[:1], fresh).item(),
-                "walked": ((W[0] - first).square().sum() / (2 * RATE * t * begin)).item(),
-            }
-
-    descend(lambda W, t: slope(W, X, Y), first.repeat(REPLACED + 1, 1), GD(RATE), max(TIMES), watch=watch)
-    return seen
+def _generator(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(hash_of(numbers))
 
 
 def _stability(track: Track, report: Report, n: int, seed: int, config: Config) -> None:
     """Means over draws at each time, and the bound on the gap that they give."""
     track.resume()
     draws = []
-    many = config.draws * max(1, 64 // n)  # few examples are cheap, and scatter most
+    many = config.draws * max(2, 96 // n)  # few examples are cheap
     for number in range(many):
-        draws.append(replaced(n, torch.Generator().manual_seed(hash_of([931, seed, n, number]))))
+        draws.append(replaced(n, _generator(931, seed, n, number)))
         report((number + 1) / many)
     mean = {t: {name: float(np.mean([d[t][name] for d in draws])) for name in draws[0][t]} for t in TIMES}
     for t, row in mean.items():
         rho = 1 + BEND * max(d[t]["residual"] for d in draws) / WIDTH**0.5
         row["bound"] = (2 * rho * row["loss"] * row["stability"]) ** 0.5 + rho * row["stability"] / 2
-        row["walked"] = max(d[t]["walked"] for d in draws)
+        row |= {"walked": max(d[t]["walked"] for d in draws), "over": row["gap"] / row["bound"]}
+        row["growth"] = row["stability"] / mean[100]["stability"]
         shown = {f"shown_{name}": row[name] for name in ("stability", "gap") if seed == config.seed}
-        track.append(run=f"ηt = {RATE * t:g}", seed=seed, n=n, over=row["gap"] / row["bound"], **row, **shown)
+        track.append(run=f"ηt = {RATE * t:g}", seed=seed, n=n, **row, **shown)
+
+
+def _stopping(track: Track, report: Report, n: int, seed: int, config: Config) -> None:
+    """Excess risk of runs side by side, each on data of its own, at each one's best time and at the last."""
+    track.resume()
+    generator, runs = _generator(933, seed, n), 16 * config.draws
+    (x, y), (fresh, _) = draw(n, generator, runs), draw(FRESH // 4, generator)
+    first = torch.stack([start(WIDTH, INPUTS, generator) for _ in range(runs)])
+    found = risks(lambda W, t: slope(W, x, y), first, fresh)
+    best, mean = found.min(0).values.mean().item(), found.mean(1)
+    row = {"best": best, "late": mean[-1].item() / best, "late_of_mean": (mean[-1] / mean.min()).item()}
+    if config.sgd and n == 64:
+        row["sgd"] = risks(singly(x, y, hash_of([934, seed])), first, fresh).min(0).values.mean().item() / best
+        track.append(run="SGD", seed=seed, **row)
+    track.append(run="best time", seed=seed, n=n, **row)
+    for t, risk in zip(TIMES, mean.tolist(), strict=True):
         if seed == config.seed:
-            track.append(run=f"n = {n}", shown_time=RATE * t, shown_risk=row["excess"])
-    best = min(row["excess"] for row in mean.values())
-    track.append(run="best time", seed=seed, n=n, best=best, late=mean[max(TIMES)]["excess"] / best)
+            track.append(run=f"n = {n}", shown_time=RATE * t, shown_risk=risk)
+    report(1.0)
 
 
 def _eigenvalue(track: Track, report: Report, m: int, seed: int, config: Config) -> None:
     """Least eigenvalue of the Hessian over its bound along training on 32 examples, three draws or more."""
     track.resume()
+    at_start: list[float] = []
     for number in range(3 * max(1, 128 // m)):
-        generator = torch.Generator().manual_seed(hash_of([932, seed, m, number]))
+        generator = _generator(932, seed, m, number)
         x, y = draw(32, generator)
         W = start(m, INPUTS, generator)[None]
-        for t, H, bound in _along(W, x, y):
+        for t, H, bound in along(W, x, y):
             least = torch.linalg.eigvalsh(H)[0].item()
-            track.append(run="least eigenvalue", seed=seed, m=m, step=t, least=-least, over=-least / bound)
+            at_start += [-least] if t == 0 else []
+            track.append(run="least eigenvalue", seed=seed, m=m, over=-least / bound)
             if seed == config.seed and number == 0:
                 track.append(run=f"m = {m}", shown_time=RATE * t, shown_least=least, shown_limit=-bound)
         if m == min(config.widths) and number == 0:
             track.append(run="two ways", seed=seed, apart=two_ways(W, x, y))
-
-
-def _along(W: Tensor, x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor, float]]:
-    """Step, Hessian, and ``(B/√m) mean|r|`` on the way of gradient descent."""
-    done = 0
-    for t in (0, 10, 30, 100):
-        W = descend(lambda W, t: slope(W, x, y), W, GD(RATE), t - done).weights
-        done, bend = t, BEND / (W.shape[1] // INPUTS) ** 0.5
-        yield t, hessian(W, x, y)[0], bend * (output(W, x) - y).abs().mean().item()
-
-
-def two_ways(W: Tensor, x: Tensor, y: Tensor) -> float:
-    """Gradient and Hessian in closed form against automatic ones (largest difference over the largest entry)."""
-    f = Replicas(lambda W: 0.5 * (output(W, x) - y).square().mean(1))
-    pairs = ((f.grad(W), slope(W, x, y)[1]), (f.hessian(W), hessian(W, x, y)))
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
-
-
-def _sgd(track: Track, report: Report, seed: int, config: Config) -> None:
-    """One example a step, n = 64: least mean excess risk over the times, against gradient descent's."""
-    track.resume()
-    found = []
-    for number in range(config.draws):
-        generator = torch.Generator().manual_seed(hash_of([931, seed, 64, number]))  # the data of n = 64 above
-        (x, y), _, (fresh, _) = draw(64, generator), draw(REPLACED, generator), draw(FRESH, generator)
-        order = torch.randint(64, (max(TIMES),), generator=torch.Generator().manual_seed(number))
-        found.append(_risks(singly(x, y, order), fresh, start(WIDTH, INPUTS, generator)))
-    track.append(run="SGD", seed=seed, n=64, best=float(np.mean(found, axis=0).min()))
-
-
-def singly(x: Tensor, y: Tensor, order: Tensor) -> Slope:
-    """The slope on one example a step."""
-    return lambda W, t: slope(W, x[order[t % len(order), None]], y[order[t % len(order), None]])
-
-
-def _risks(step: Slope, fresh: Tensor, first: Tensor) -> list[float]:
-    """Excess risk at the times."""
-    risks: list[float] = []
-
-    def watch(t: int, W: Tensor, losses: Tensor, g: Tensor) -> None:
-        if t in TIMES:
-            risks.append(excess(W, fresh).item())
-
-    descend(step, first[None], GD(RATE), max(TIMES), watch=watch)
-    return risks
+    track.append(run="start", seed=seed, m=m, least=float(np.mean(at_start)))
 
 
 def _power(run: str, column: str, x: str = "n") -> Observer:
@@ -221,14 +150,11 @@ EARLY = tuple(run for run, t in zip(RUNS, TIMES, strict=True) if RATE * t <= 150
 
 def _claims() -> Iterator[Claim]:
     claim, control = claiming(PART), "negative control"
-    sentence, run = (
-        "The least eigenvalue keeps its bound along training (greatest of it over the bound)",
-        "least eigenvalue",
-    )
-    yield claim(sentence, by_seed(run, max, "over"), at_most(1), "inequality", run)
+    sentence = "The least eigenvalue keeps its bound along training (greatest of it over the bound)"
+    over = by_seed("least eigenvalue", max, "over")
+    yield claim(sentence, over, at_most(1), "inequality", "least eigenvalue")
     sentence = "The wider, the closer to convex: exponent in m of the least eigenvalue at the start"
-    first = by_seed(run, lambda m, t, v: power(m[t == 0], v[t == 0]).slope, "m", "step", "least")
-    yield claim(sentence, first, within(-0.65, -0.3), "scaling", run)
+    yield claim(sentence, _power("start", "least", "m"), within(-0.65, -0.3), "scaling", "start")
     sentence = "Weights move no farther than their bound (greatest ‖W_t - W_0‖² over 2ηt L(W_0))"
     yield claim(sentence, _greatest("walked"), at_most(1), "inequality", *RUNS)
     sentence = "Stability: exponent of ε² in the number of examples, ηt from 5 to 150"
@@ -242,14 +168,14 @@ def _claims() -> Iterator[Claim]:
     sentence = "Gradient and Hessian in closed form and automatic ones (relative difference)"
     yield claim(sentence, by_seed("two ways", max, "apart"), at_most(1e-10), "identity", "two ways")
     sentence = "Far past the best time stability falls off slower (exponent at ηt = 500 less that at 50)"
-    late, early = _power("ηt = 500", "stability"), _power("ηt = 50", "stability")
-    yield claim(sentence, less(late, early), at_least(0), control, "ηt = 500", "ηt = 50")
-    sentence = "… and 16 examples have lost what they had gained (excess risk at ηt = 500 over its best)"
+    yield claim(sentence, _power("ηt = 500", "growth"), at_least(0), control, "ηt = 500")
+    sentence = (
+        "… and with 16 examples what was gained is lost (excess risk at ηt = 500 over that at each run's best time)"
+    )
     lost = by_seed("best time", lambda n, v: v[n == 16][0], "n", "late")
     yield claim(sentence, lost, at_least(1.2), control, "best time")
     sentence = "SGD on single examples does about as well with 64 (its excess risk at its best time over GD's)"
-    ours = by_seed("best time", lambda n, v: v[n == 64][0], "n", "best")
-    yield claim(sentence, over(last("SGD", "best"), ours), within(0.5, 2), "comparison", "SGD", "best time", aside=True)
+    yield claim(sentence, by_seed("SGD", max, "sgd"), within(0.5, 2), "comparison", "SGD", aside=True)
 
 
 CLAIMS = tuple(_claims())
@@ -264,20 +190,14 @@ LABELS = {
 CAPTIONS = {
     "stability": "How far one example moves what is found: as 1/n², until near-convexity is used up.",
     "gap": "By replacing examples, which tells it from noise: as 1/n.",
-    "least": "The least eigenvalue of the Hessian of one network for each width, and below it the bound.",
+    "least": "The least eigenvalue of the Hessian of one network for each width, and its bound.",
     "risk": "With few examples one has to stop early.",
 }
-chart = charting(PART, LABELS, CAPTIONS)
+chart, BOUND = charting(PART, LABELS, CAPTIONS), (("shown_limit", "bound"),)
+OF_N, OF_M = tuple(f"n = {n}" for n in SIZES), tuple(f"m = {m}" for m in (16, 64, 256))
 CHARTS = (
     chart("stability", "Stability against examples", "n", "shown_stability", RUNS, log="xy"),
     chart("gap", "Generalization gap against examples", "n", "shown_gap", RUNS, log="xy"),
-    chart("risk", "Excess risk along training", "shown_time", "shown_risk", tuple(f"n = {n}" for n in SIZES), log="xy"),
-    chart(
-        "least",
-        "Nearly convex",
-        "shown_time",
-        "shown_least",
-        tuple(f"m = {m}" for m in WIDTHS),
-        beside=(("shown_limit", "bound"),),
-    ),
+    chart("risk", "Excess risk along training", "shown_time", "shown_risk", OF_N, log="xy"),
+    chart("least", "Nearly convex", "shown_time", "shown_least", OF_M, beside=BOUND),
 )

@@ -28,7 +28,7 @@ def jobs(config: Config) -> list[Job]:
             ("completion", WD, steps, 200),
             ("completion, no decay", 0.0, config.completion_control, 1000),
         ):
-            arguments = {"weight_decay": wd, "steps": n, "every": every, "seed": seed}
+            arguments = {"weight_decay": wd, "steps": n, "every": every, "seed": config.first_seed + seed}
             out.append(Job(name + suffix, _complete, arguments, 5e-4 * n))
     return out
 

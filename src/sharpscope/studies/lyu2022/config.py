@@ -29,14 +29,22 @@ class Config:
     digits_steps: int = 6000
     digits_every: int = 50  # steps between measurements
     forecast_steps: int = 1000  # foretold by the central flow
+    seed: int = 0  # of data, weights and starts
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
         for name, value in vars(self).items():
             for v in value if isinstance(value, tuple) else (value,):
-                if not isinstance(v, bool) and not v > 0:
+                if name != "seed" and not isinstance(v, bool) and not v > 0:
                     raise ValueError(f"{name} is {v}; it must be positive")
         if self.learning_rate * self.weight_decay >= 1:
             raise ValueError(f"lr·wd is {self.learning_rate * self.weight_decay:g}; it must be below one")
+
+    @property
+    def first_seed(self) -> int:
+        """What all seeds are counted from: so far apart that no two values of `seed` share a draw."""
+        return 100 * self.seed
 
 
 QUICK = Config(

@@ -22,7 +22,7 @@ FORECAST, FORECAST_FROM = "forecast of digits BN", 1000
 def variants(config: Config) -> dict[str, Variant]:
     """The reference run "digits BN" (il = 1e-4) and its relatives, most of them at twice its intrinsic rate."""
     n, every = config.digits_steps, config.digits_every
-    base = Variant("mlp", "BN", "half squares", 0.2, 5e-4, steps=n, every=every)
+    base = Variant("mlp", "BN", "half squares", 0.2, 5e-4, steps=n, every=every, seed=config.first_seed)
     fast = replace(base, weight_decay=1e-3, steps=n // 2)
     wide = replace(fast, learning_rate=1.0, weight_decay=2e-4)  # the same il, for losses with small gradients
     still = replace(base, weight_decay=0.0, steps=n // 2, every=4 * every)

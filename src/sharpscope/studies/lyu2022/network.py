@@ -21,7 +21,7 @@ BURSTING_SEEDS = 3
 
 
 def variants(config: Config, seed: int) -> dict[str, Variant]:
-    """The base run "BN" and its relatives, under one seed for weights and data."""
+    """The base run "BN" and its relatives, under one seed for weights and data, counted from the first."""
     base = Variant(
         "regression",
         "BN",
@@ -29,7 +29,7 @@ def variants(config: Config, seed: int) -> dict[str, Variant]:
         config.learning_rate,
         config.weight_decay,
         tau=4,
-        seed=seed,
+        seed=config.first_seed + seed,
         every=config.network_every,
     )
     none = replace(base, norm="none", learning_rate=config.learning_rate / 10, tau=0, steps=8000, every=200)

@@ -24,23 +24,23 @@ CONTROLS = {"regression without decay": reg.gradient, "regression without BN": r
 
 
 def jobs(config: Config) -> list[Job]:
-    data = range(config.regression_data)
+    data, first = range(config.regression_data), config.first_seed
     angles = [
-        Job(_on(f"angle, il {il:g}", i), _angle, {"il": il, "data": i}, max(0.2, 5.5e-5 / il))
+        Job(_on(f"angle, il {il:g}", i), _angle, {"il": il, "seed": first + i}, max(0.2, 5.5e-5 / il))
         for il in config.regression_rates
         for i in data
     ]
-    starts = [Job(_on("random starts", i), _random_starts, {"data": i}, 0.5) for i in data]
-    return [*angles, *starts, *(Job(name, _control, {"name": name}, 1.5) for name in CONTROLS)]
+    starts = [Job(_on("random starts", i), _random_starts, {"data": i, "first": first}, 0.5) for i in data]
+    return [*angles, *starts, *(Job(name, _control, {"name": name, "first": first}, 1.5) for name in CONTROLS)]
 
 
 def _on(name: str, data: int) -> str:
     return f"{name}, data {data}" if data else name
 
 
-def _angle(track: Track, report: Report, il: float, data: int) -> None:
+def _angle(track: Track, report: Report, il: float, seed: int) -> None:
     """From α = 1.2 at the edge to τ = 3."""
-    p = reg.random_problem(data)
+    p = reg.random_problem(seed)
     process = reg.Descent(p, reg.edge_start(p, 1.2, LR_CLOSED, il), LR_CLOSED, il)
     walk(track, report, process, [track.run], reading_steps(il, 3.0))
 
@@ -60,16 +60,16 @@ class _Pair(reg.Descent):
         }
 
 
-def _random_starts(track: Track, report: Report, data: int) -> None:
+def _random_starts(track: Track, report: Report, data: int, first: int) -> None:
     """Two random starts, to τ = 12, where they should have met."""
-    p = reg.random_problem(data)
-    process = _Pair(p, reg.random_starts(p, 5, 2), LR_CLOSED, IL)
+    p = reg.random_problem(first + data)
+    process = _Pair(p, reg.random_starts(p, first + 5, 2), LR_CLOSED, IL)
     walk(track, report, process, [_on(f"start {i}", data) for i in (1, 2)], range(0, round(12 / IL) + 1, 100))
 
 
-def _control(track: Track, report: Report, name: str) -> None:
-    p = reg.random_problem(0)
-    process = _Pair(p, reg.random_starts(p, 5, 1), LR_CLOSED, 0.0, CONTROLS[name])
+def _control(track: Track, report: Report, name: str, first: int) -> None:
+    p = reg.random_problem(first)
+    process = _Pair(p, reg.random_starts(p, first + 5, 1), LR_CLOSED, 0.0, CONTROLS[name])
     walk(track, report, process, [name], [0, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000])
 
 
