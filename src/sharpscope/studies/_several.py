@@ -79,6 +79,8 @@ class Entry:
 def entry(study: str, config: Any, out: Path, seeds: int | None) -> Entry:
     """One run in `out`, or one below it for each of `seeds` seeds from that of the configuration on.
 
+    A study that repeats itself under following seeds leaves them out for the next run: no two share a draw.
+
     Raises:
         Unusable: the study has no field `seed`.
     """
@@ -86,7 +88,8 @@ def entry(study: str, config: Any, out: Path, seeds: int | None) -> Entry:
         return Entry(study, out, {None: Run(study, config, out)})
     if "seed" not in (f.name for f in dataclasses.fields(config)):
         raise Unusable(f"{study} has no field 'seed', so there is nothing to repeat; leave --seeds out")
-    numbers = range(config.seed, config.seed + seeds)
+    stride = getattr(config, "repeats", 1)
+    numbers = range(config.seed, config.seed + seeds * stride, stride)
     runs: dict[int | None, Run] = {
         n: Run(study, dataclasses.replace(config, seed=n), out / f"seed-{n}") for n in numbers
     }
