@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from sharpscope.replicas import Replicas
+from sharpscope.replicas import descend
+from sharpscope.rules import GD
 from sharpscope.studies import _shallow as net
-from sharpscope.studies.lei2022 import INPUTS, Config, draw, replaced, singly, two_ways
+from sharpscope.studies._spheredata import INPUTS, RATE, TIMES, along, draw, replaced, risks, singly
+from sharpscope.studies.lei2022 import Config
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -17,7 +19,7 @@ def test_output_gradient_and_hessian_are_those_of_autograd() -> None:
     mu = net.signs(8)
     by_hand = torch.stack([mu[k] * torch.tanh(x @ units[1, k]) for k in range(8)]).sum(0)
     assert torch.allclose(net.output(W, x)[1], by_hand, rtol=1e-12)
-    assert two_ways(W, x, y) < 1e-12
+    assert net.two_ways(W, x, y) < 1e-12
 
 
 def test_the_start_computes_nothing() -> None:
@@ -57,12 +59,56 @@ def test_one_example_more_or_less_moves_less_among_more() -> None:
     assert 0 < first["walked"] <= 1
 
 
+def test_replacing_is_training_again() -> None:
+    """The gap by its definition, run by run: mean over both directions of loss as a fresh example less as its own."""
+    x, y = draw(16, torch.Generator().manual_seed(2))
+    seen = replaced(16, torch.Generator().manual_seed(2))[10]
+    generator = torch.Generator().manual_seed(2)
+    draw(16, generator)
+    other_x, other_y = draw(16, generator)
+    first = net.start(64, INPUTS, generator)[None]
+
+    def trained(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return descend(lambda W, t: net.slope(W, x, y), first, GD(RATE), 10).weights
+
+    def loss(W: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (net.output(W, x[None]) - y).square().sum()
+
+    gaps, W = [], trained(x, y)
+    for i in range(16):
+        new_x, new_y = x.clone(), y.clone()
+        new_x[i], new_y[i] = other_x[i], other_y[i]
+        V = trained(new_x, new_y)
+        gaps += [loss(V, x[i], y[i]) - loss(W, x[i], y[i]), loss(W, other_x[i], other_y[i])]
+        gaps[-1] = gaps[-1] - loss(V, other_x[i], other_y[i])
+    assert seen["gap"] == pytest.approx(torch.stack(gaps).mean().item(), rel=1e-9)
+
+
 def test_single_examples_average_to_the_whole() -> None:
-    x, y = draw(6, GENERATOR)
-    W = torch.randn(1, 4 * INPUTS, generator=GENERATOR, dtype=torch.float64)
-    step = singly(x, y, torch.arange(6))
-    mean = torch.stack([step(W, t)[1] for t in range(6)]).mean(0)
-    assert torch.allclose(mean, Replicas(lambda W: 0.5 * (net.output(W, x) - y).square().mean(1)).grad(W), rtol=1e-10)
+    x, y = draw(3, GENERATOR, 2)
+    W = torch.randn(2, 4 * INPUTS, generator=GENERATOR, dtype=torch.float64)
+    step = singly(x, y, 0)
+    mean = torch.stack([step(W, t)[1] for t in range(4000)]).mean(0)
+    assert torch.allclose(mean, net.slope(W, x, y)[1], atol=0.02)  # standard error of one entry: about .005
+
+
+def test_risk_of_a_start_is_that_of_zero() -> None:
+    x, y = draw(16, GENERATOR, 2)
+    fresh, _ = draw(50, GENERATOR)
+    first = torch.stack([net.start(8, INPUTS, GENERATOR) for _ in range(2)])
+    still = risks(lambda W, t: (torch.zeros(2, dtype=W.dtype), torch.zeros_like(W)), first, fresh)
+    zero = 0.5 * (torch.sin(2 * fresh[:, 0]) + 0.5 * fresh[:, 1]).square().mean()
+    assert still.shape == (len(TIMES), 2) and torch.allclose(still, zero.expand_as(still), rtol=1e-12)
+    assert risks(lambda W, t: net.slope(W, x, y), first, fresh).max() < zero
+
+
+def test_along_training_the_bound_shrinks_with_the_residuals() -> None:
+    x, y = draw(9, GENERATOR)
+    steps, hessians, bounds = zip(*along(net.start(8, INPUTS, GENERATOR)[None], x, y), strict=True)
+    assert steps == (0, 10, 30, 100) and bounds[-1] < bounds[0]
+    assert bounds[0] == pytest.approx(net.BEND / 8**0.5 * y.abs().mean().item(), rel=1e-12)
+    for H, bound in zip(hessians, bounds, strict=True):
+        assert torch.linalg.eigvalsh(H)[0] >= -bound
 
 
 def test_bad_configurations_are_refused() -> None:

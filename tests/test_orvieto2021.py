@@ -6,10 +6,10 @@ import torch
 from scipy.stats import binom, chi2
 
 from sharpscope.replicas import Replicas
-from sharpscope.studies._deep import Stack, hash_of, largest
+from sharpscope.studies._deep import Stack, hash_of, largest, losses
 from sharpscope.studies._rules import NormalizedGD
-from sharpscope.studies._starts import chain_derivatives, chain_losses, forward, law
-from sharpscope.studies.orvieto2021 import QUICK, RATES, Config, jobs, net_losses, sample
+from sharpscope.studies._starts import chain_derivatives, chain_losses, forward, law, sample
+from sharpscope.studies.orvieto2021 import QUICK, RATES, Config, jobs
 
 
 @pytest.mark.parametrize("depth", [2, 5, 12])
@@ -61,7 +61,7 @@ def test_networks_follow_the_law_without_matrices() -> None:
 def test_largest_eigenvalue_of_the_hidden_weights_is_that_of_the_dense_hessian() -> None:
     x, y = sample(0)
     stack = Stack(8, 4, 3, 1)
-    f = Replicas(lambda W: net_losses(stack, x, y, W))
+    f = Replicas(lambda W: losses(stack, x, y, W))
     w = stack.draw(1, [2])
     dense = f.hessian(w)[0][:-4, :-4]
     assert largest(f, w[0], 4) == pytest.approx(torch.linalg.eigvalsh(dense).abs().max().item(), rel=0.02)

@@ -7,8 +7,8 @@ import torch
 
 from sharpscope.replicas import jacobian
 from sharpscope.studies._data import flat_digits
-from sharpscope.studies._deep import Stack
-from sharpscope.studies.than2025 import Config, log_norms
+from sharpscope.studies._deep import Stack, log_norms
+from sharpscope.studies.than2025 import Config
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 STACK = Stack(6, 7, 4, norm="LN")

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..replicas import Replicas, descend
 from ..rules import GD
 from ._ode import flow
+from ._stats import spearman
 
 Array = NDArray[np.float64]
 X = np.linspace(0.4, 2, 6)
@@ -41,7 +42,7 @@ def slopes(w: Array) -> Array:
 
 def field(w: Array) -> Array:
     """``-∇L = -(⟨x, β⟩ - 1) (x⊙v, x⊙u)``."""
-    return np.asarray(-(product(w) @ X - 1) * slopes(w))
+    return np.asarray((1 - product(w) @ X)[..., None] * slopes(w))
 
 
 def sharpness(w: Array) -> Array:
@@ -92,11 +93,30 @@ def sweep(starts: Array, shares: Array, steps: int) -> Sweep:
     return Sweep(kept, ends, norm / np.square(ended).sum(2), sharp / sharpness(ended), sharp * rates / 2)
 
 
+def summary(runs: Sweep, k: int, shares: Array, teachers: Array) -> dict[str, float]:
+    """Of one start, below .9 and beyond 1.03 of the critical rate; teachers β* ``(T, d)`` are those for `interior`.
+
+    `least_norm` is the least error over that at the smallest rate, for the teacher that has the least norm.
+    """
+    ok, norm, sharp, edge = runs.kept[k], runs.norm[k], runs.sharp[k], runs.edge[k]
+    beta, low, high = product(runs.ends[k, ok]), ok & (shares < 0.9), ok & (shares > 1.03)
+    simple = errors(beta, np.eye(len(X))[-1] / X[-1])
+    return {
+        "norm_apart": float(np.abs(norm[low] - 1).max()),
+        "sharp_apart": float(np.abs(sharp[low] - 1).max()),
+        "norm_order": spearman(shares[high], norm[high]),
+        "sharp_order": spearman(shares[high], sharp[high]),
+        "at_edge": float(((edge[high] >= 0.9) & (edge[high] <= 1.01)).mean()),
+        "interior": float((gain(errors(beta, teachers[:, None])) <= 0.9).mean()),
+        "least_norm": float(simple.min() / simple[0]),
+    }
+
+
 def errors(beta: Array, teacher: Array) -> Array:
     """``‖β - β*‖²`` for each rate."""
     return np.asarray(np.square(beta - teacher).sum(-1))
 
 
-def gain(errors: Array) -> float:
+def gain(errors: Array) -> Array:
     """Least error over that of the better end of the range of rates: one where no rate in between is better."""
-    return float(errors.min() / min(errors[0], errors[-1]))
+    return np.asarray(errors.min(-1) / np.minimum(errors[..., 0], errors[..., -1]))

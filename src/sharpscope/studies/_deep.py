@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..eigen import ends
 from ..operators import restricted
-from ..replicas import Replicas
+from ..replicas import Replicas, jacobian
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,25 @@ def standardized(z: Tensor, dim: int) -> Tensor:
     """``(z - z̄)/σ`` along one axis."""
     z = z - z.mean(dim, keepdim=True)
     return z * torch.rsqrt(z.square().mean(dim, keepdim=True))
+
+
+def losses(stack: Stack, x: Tensor, y: Tensor, W: Tensor) -> Tensor:
+    """``½ mean ‖f(x_i) - y_i‖²`` ``(R,)`` for targets ``(n, outputs)``."""
+    return 0.5 * (stack(W, x) - y).square().sum(2).mean(1)
+
+
+def log_norms(stack: Stack, W: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``log ‖∂f/∂x‖`` at every input, and the log of its bound by norms and deviations, each ``(R, n)``."""
+    norms = torch.linalg.matrix_norm(stack.jacobian(W, x), 2).log()
+    gains = torch.stack([torch.linalg.matrix_norm(w, 2).log() for w in stack.matrices(W)]).sum(0)
+    bound = gains[:, None].expand_as(norms)
+    return norms, bound - stack.deviations(W, x).log().sum(0) if stack.normalized != frozenset() else bound
+
+
+def two_ways(stack: Stack, W: Tensor, x: Tensor) -> float:
+    """Jacobians carried forward against automatic ones, at one set of weights (relative to the largest entry)."""
+    automatic = jacobian(lambda X: stack(W, X)[0], x)
+    return ((automatic - stack.jacobian(W, x)[0]).abs().max() / automatic.abs().max()).item()
 
 
 def largest(f: Replicas, w: Tensor, fixed: int = 0) -> float:

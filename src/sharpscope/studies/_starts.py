@@ -11,6 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..replicas import Replicas
+from ._deep import Stack, hash_of
+
 Array = NDArray[np.float64]
 
 
@@ -31,6 +34,13 @@ def chain_derivatives(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return f, slope, slope[:, :, None] * slope[:, None] * factor
 
 
+def chain_two_ways(W: Tensor) -> float:
+    """Gradient and Hessian of a chain in closed form against automatic ones (relative to the largest entry)."""
+    (f, slope, H), automatic = chain_derivatives(W), Replicas(chain_losses)
+    pairs = ((automatic.grad(W), (f - 1)[:, None] * slope), (automatic.hessian(W), H))
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
 def law(d: int) -> tuple[float, float]:
     """``d·E log Y`` and ``d·Var log Y`` given k ≥ 1, for ``Y = (2/d) χ²_k``, k ~ Bin(d, ½)."""
     from scipy.special import digamma, polygamma
@@ -49,3 +59,19 @@ def forward(d: int, depths: tuple[int, ...], runs: int, rng: np.random.Generator
     with np.errstate(divide="ignore"):  # a dead layer: minus infinity
         sums = np.log(2 / d * np.where(k > 0, rng.chisquare(np.maximum(k, 1)), 0)).cumsum(1)
     return {L: sums[:, L - 1] for L in depths}
+
+
+def forward_two_ways(runs: int, seed: int, rng: np.random.Generator) -> float:
+    """The law without matrices against networks with them, 16 layers of 16 (standard errors between the means)."""
+    stack = Stack(16, 16, 16)
+    x = torch.ones(1, 16, dtype=torch.float64) / 4
+    logs = stack(stack.draw(runs, [903, seed]), x)[:, 0].square().sum(1).log().numpy()
+    alive, other = (v[np.isfinite(v)] for v in (logs, forward(16, (16,), runs, rng)[16]))
+    return float(abs(alive.mean() - other.mean()) / np.sqrt(alive.var() / len(alive) + other.var() / len(other)))
+
+
+def sample(seed: int) -> tuple[Tensor, Tensor]:
+    """32 Gaussian inputs ``(32, 8)`` and ``sin x₁ + .3 x₂`` ``(32, 1)``."""
+    draw = torch.Generator().manual_seed(hash_of([904, seed]))
+    x = torch.randn(32, 8, generator=draw, dtype=torch.float64)
+    return x, (x[:, 0].sin() + 0.3 * x[:, 1])[:, None]

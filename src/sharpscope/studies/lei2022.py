@@ -59,18 +59,13 @@ QUICK = Config(draws=3, sizes=(16, 32, 64, 128), sgd=False)
 
 
 def jobs(config: Config) -> list[Job]:
-    out = []
+    out = list[Job]()
     for seed in range(config.seed, config.seed + config.repeats):
         own = {"seed": seed, "config": config}
-        for n in config.sizes:
-            out.append(Job(f"stability, n = {n}, seed {seed}", _stability, {"n": n, **own}, 1 + n / 32))
-            out.append(Job(f"stopping, n = {n}, seed {seed}", _stopping, {"n": n, **own}, n / 64))
+        for name, work, cost in (("stability", _stability, 3.0), ("stopping", _stopping, 0.6)):
+            out += [Job(f"{name}, n = {n}, seed {seed}", work, {"n": n, **own}, cost) for n in config.sizes]
         out += [Job(f"eigenvalue, m = {m}, seed {seed}", _eigenvalue, {"m": m, **own}, m / 60) for m in config.widths]
     return out
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    return torch.Generator().manual_seed(hash_of(numbers))
 
 
 def _stability(track: Track, report: Report, n: int, seed: int, config: Config) -> None:
@@ -79,7 +74,7 @@ def _stability(track: Track, report: Report, n: int, seed: int, config: Config) 
     draws = []
     many = config.draws * max(2, 96 // n)  # few examples are cheap
     for number in range(many):
-        draws.append(replaced(n, _generator(931, seed, n, number)))
+        draws.append(replaced(n, torch.Generator().manual_seed(hash_of([931, seed, n, number]))))
         report((number + 1) / many)
     mean = {t: {name: float(np.mean([d[t][name] for d in draws])) for name in draws[0][t]} for t in TIMES}
     for t, row in mean.items():
@@ -94,8 +89,8 @@ def _stability(track: Track, report: Report, n: int, seed: int, config: Config) 
 def _stopping(track: Track, report: Report, n: int, seed: int, config: Config) -> None:
     """Excess risk of runs side by side, each on data of its own, at each one's best time and at the last."""
     track.resume()
-    generator, runs = _generator(933, seed, n), 16 * config.draws
-    (x, y), (fresh, _) = draw(n, generator, runs), draw(FRESH // 4, generator)
+    generator, runs = torch.Generator().manual_seed(hash_of([933, seed, n])), max(256 // n, 1) * config.draws
+    (x, y), (fresh, _) = draw(n, generator, runs), draw(FRESH, generator)
     first = torch.stack([start(WIDTH, INPUTS, generator) for _ in range(runs)])
     found = risks(lambda W, t: slope(W, x, y), first, fresh)
     best, mean = found.min(0).values.mean().item(), found.mean(1)
@@ -104,8 +99,8 @@ def _stopping(track: Track, report: Report, n: int, seed: int, config: Config) -
         row["sgd"] = risks(singly(x, y, hash_of([934, seed])), first, fresh).min(0).values.mean().item() / best
         track.append(run="SGD", seed=seed, **row)
     track.append(run="best time", seed=seed, n=n, **row)
-    for t, risk in zip(TIMES, mean.tolist(), strict=True):
-        if seed == config.seed:
+    if seed == config.seed:
+        for t, risk in zip(TIMES, mean.tolist(), strict=True):
             track.append(run=f"n = {n}", shown_time=RATE * t, shown_risk=risk)
     report(1.0)
 
@@ -115,7 +110,7 @@ def _eigenvalue(track: Track, report: Report, m: int, seed: int, config: Config)
     track.resume()
     at_start: list[float] = []
     for number in range(3 * max(1, 128 // m)):
-        generator = _generator(932, seed, m, number)
+        generator = torch.Generator().manual_seed(hash_of([932, seed, m, number]))
         x, y = draw(32, generator)
         W = start(m, INPUTS, generator)[None]
         for t, H, bound in along(W, x, y):

@@ -18,19 +18,19 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from ..adaptive import Adam
 from ..claims import WIDER, Claim, at_least, at_most, within
-from ..history import History, Track
+from ..history import Track
 from ..replicas import Replicas, descend
 from ..rules import GD, UpdateRule
-from ._deep import Stack, hash_of, largest
+from ._deep import Stack, hash_of, largest, losses
 from ._fields import demand_positive
 from ._page import charting, claiming
 from ._rules import NormalizedGD
-from ._starts import chain_derivatives, chain_losses, forward, law
-from ._stats import Observer, by_seed, last, line, over
+from ._starts import chain_derivatives, chain_losses, chain_two_ways, forward, forward_two_ways, law, sample
+from ._stats import Observer, by_seed, last, line, over, together
 from ._study import Job, Report
 
 PAPER = (
@@ -52,7 +52,9 @@ RATES: dict[str, tuple[type[UpdateRule], tuple[float, ...]]] = {
     "normalized GD": (NormalizedGD, (1e-2, 3e-2, 1e-1)),
 }
 CHAIN = ("|f|", "‖∇L‖", "largest |λ|")
-FORWARD = (8, 16, 32, 64)
+FORWARD = {f"forward, d = {d}": d for d in (8, 16, 32, 64)}
+WIDE = tuple(run for run, d in FORWARD.items() if d >= 16)
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -106,46 +108,23 @@ def _chains(track: Track, report: Report, seed: int, config: Config) -> None:
         for name, v in zip(CHAIN, sizes, strict=True):
             _row(track, f"chain, {name}", seed, config, depth=L, size=v.log().median().item())
         if L == 4:
-            automatic = Replicas(chain_losses)
-            apart = max(_apart(g, automatic.grad(W)), _apart(H[:few], automatic.hessian(W[:few])))
-            track.append(run="chain, derivatives", seed=seed, apart=apart)
+            track.append(run="chain, derivatives", seed=seed, apart=chain_two_ways(W[:few]))
         report(L / 48)
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    """Largest difference over the largest entry."""
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def _forward(track: Track, report: Report, seed: int, config: Config) -> None:
     """Median and variance of log ‖h_L‖² over sets of weights; for one width and depth also with matrices."""
     track.resume()
     rng = np.random.default_rng([902, seed])
-    for d in FORWARD:
+    for run, d in FORWARD.items():
         mean, variance = law(d)
         for L, logs in forward(d, (8, 16, 32, 64, 128), config.forward, rng).items():
             alive = logs[np.isfinite(logs)]
             size = float(np.median(logs))
             row = {"median": size, "variance": float(alive.var()), "law": mean, "law2": variance}
-            _row(track, f"forward, d = {d}", seed, config, share=L / d, **row)
-    few, stack = config.forward // 10, Stack(16, 16, 16)
-    x = torch.ones(1, 16, dtype=torch.float64) / 4
-    logs = stack(stack.draw(few, [903, seed]), x)[:, 0].square().sum(1).log().numpy()
-    alive, other = (v[np.isfinite(v)] for v in (logs, forward(16, (16,), few, rng)[16]))
-    error = np.sqrt(alive.var() / len(alive) + other.var() / len(other))
-    track.append(run="forward, two ways", seed=seed, apart=float(abs(alive.mean() - other.mean()) / error))
-
-
-def sample(seed: int) -> tuple[Tensor, Tensor]:
-    """32 Gaussian inputs ``(32, 8)`` and ``sin x₁ + .3 x₂`` ``(32, 1)``."""
-    draw = torch.Generator().manual_seed(hash_of([904, seed]))
-    x = torch.randn(32, 8, generator=draw, dtype=torch.float64)
-    return x, (x[:, 0].sin() + 0.3 * x[:, 1])[:, None]
-
-
-def net_losses(stack: Stack, x: Tensor, y: Tensor, W: Tensor) -> Tensor:
-    """``½ mean (f - y)²`` ``(R,)``."""
-    return 0.5 * (stack(W, x) - y).square().mean((1, 2))
+            _row(track, run, seed, config, share=L / d, **row)
+    apart = forward_two_ways(config.forward // 10, seed, rng)
+    track.append(run="forward, two ways", seed=seed, apart=apart)
 
 
 def _net(track: Track, report: Report, name: str, seed: int, config: Config) -> None:
@@ -155,16 +134,11 @@ def _net(track: Track, report: Report, name: str, seed: int, config: Config) -> 
     for L in (8, 16, 32, 64):
         stack = Stack(**vars(NETS[name]) | {"depth": L})
         W = stack.draw(config.nets, [905, seed, L, stack.width])
-        f = Replicas(partial(net_losses, stack, x, y))
+        f = Replicas(partial(losses, stack, x, y))
         middle = f.grad(W)[:, stack.place(L // 2 - 1)].norm(dim=1).median().item()
         curved = [largest(f, w, stack.width) for w in W[: config.nets // 2]]
-        row = {
-            "share": L / stack.width,
-            "middle": middle,
-            "log_middle": float(np.log(middle)),
-            "curvature": float(np.median(np.log(curved))),
-        }
-        _row(track, name, seed, config, depth=L, **row)
+        row = {"share": L / stack.width, "middle": middle, "log_middle": float(np.log(middle))}
+        _row(track, name, seed, config, depth=L, curvature=float(np.median(np.log(curved))), **row)
         report(L / 64)
 
 
@@ -196,7 +170,7 @@ def _train(track: Track, report: Report, depth: int, seed: int, config: Config) 
     for name, kind, rates in (("SGD", GD, (0.01, 0.03, 0.1, 0.3)), ("Adam", Adam, (1e-3, 3e-3, 1e-2))):
         W = stack.draw(1, [907, seed, depth]).repeat(len(rates), 1)
         rules = [kind(rate) for rate in rates]
-        found = descend(Replicas(partial(net_losses, stack, x, y)).slope, W, rules, 200)
+        found = descend(Replicas(partial(losses, stack, x, y)).slope, W, rules, 200)
         least = found.losses[~found.diverged].min().item() / (0.5 * y.var(correction=0).item())
         _row(track, f"{name}, width 12", seed, config, depth=depth, loss=least)
 
@@ -206,16 +180,12 @@ def _slope(run: str, x: str, y: str) -> Observer:
 
 
 def _over_law(column: str, exact: str) -> Observer:
-    """Slope of a column in L/d over the exact law, widths from 16 on: the farthest from one."""
+    """Slope of a column in L/d over the exact law, for each width from 16 on."""
 
-    def read(h: History, config: Config) -> tuple[float, ...]:
-        slopes = (
-            by_seed(f"forward, d = {d}", lambda a, b, c: line(a, b).slope / c[0], "share", column, exact)
-            for d in FORWARD[1:]
-        )
-        return tuple(max(v, key=lambda r: abs(r - 1)) for v in zip(*(s(h, config) for s in slopes), strict=True))
+    def ratio(share: Array, v: Array, law: Array) -> float:
+        return line(share, v).slope / law[0]
 
-    return read
+    return together(*(by_seed(run, ratio, "share", column, exact) for run in WIDE))
 
 
 def _at(run: str, column: str, depth: int) -> Observer:
@@ -231,18 +201,15 @@ claim, CONTROL = claiming(PART), "negative control"
 
 def _claims() -> Iterator[Claim]:
     for what, low, high in zip(CHAIN, (-0.685, -0.75, -0.75), (-0.585, -0.4, -0.4), strict=True):
-        sentence, run = (
-            f"Chains: median of {what} (slope of its log, a layer; the law of |f| is -.635)",
-            f"chain, {what}",
-        )
-        yield claim(sentence, _slope(run, "depth", "size"), within(low, high), "scaling", run)
+        sentence = f"Chains: median of {what} (slope of its log, a layer; the law of |f| is -.635)"
+        slope = _slope(f"chain, {what}", "depth", "size")
+        yield claim(sentence, slope, within(low, high), "scaling", f"chain, {what}")
     sentence, run = "Chains: derivatives in closed form and automatic ones (relative difference)", "chain, derivatives"
     yield claim(sentence, by_seed(run, max, "apart"), at_most(1e-10), "identity", run)
-    runs = tuple(f"forward, d = {d}" for d in FORWARD[1:])
     sentence = "ReLU: median of log ‖h‖² falls by the exact law (slope in L/d over it, widths 16 to 64)"
-    yield claim(sentence, _over_law("median", "law"), within(0.9, 1.1), "scaling", *runs)
+    yield claim(sentence, _over_law("median", "law"), within(0.9, 1.1), "scaling", *WIDE)
     sentence = "ReLU: its variance grows by the exact law (slope in L/d over it, widths 16 to 64)"
-    yield claim(sentence, _over_law("variance", "law2"), within(0.85, 1.15), "scaling", *runs)
+    yield claim(sentence, _over_law("variance", "law2"), within(0.85, 1.15), "scaling", *WIDE)
     sentence, run = "ReLU: the law without matrices and networks with them (standard errors apart)", "forward, two ways"
     yield claim(sentence, by_seed(run, max, "apart"), at_most(4), "identity", run)
     sentence = "Width 8: the largest |eigenvalue| vanishes (slope of its median log in L/d)"
@@ -261,10 +228,8 @@ def _claims() -> Iterator[Claim]:
         sentence = f"{name}: they do not (factor)"
         yield claim(sentence, _growth(name), at_most(3), "comparison", name)
     for name, criterion in (("GD", at_most(0.5)), ("Adam", at_least(0.95))):
-        run = f"{name}, L = 24"
-        yield claim(
-            f"{name}: share of chains of 24 layers that escape", last(run, "escaped"), criterion, "comparison", run
-        )
+        sentence, run = f"{name}: share of chains of 24 layers that escape", f"{name}, L = 24"
+        yield claim(sentence, last(run, "escaped"), criterion, "comparison", run)
     sentence = "Width 12, 32 layers: Adam trains what SGD does not (its loss over SGD's after 200 steps)"
     runs = ("Adam, width 12", "SGD, width 12")
     both = over(_at(runs[0], "loss", 32), _at(runs[1], "loss", 32))
@@ -291,22 +256,11 @@ CAPTIONS = {
     "forward": "One line for all widths from 16 on: -2.5 L/d and a little less, as the exact law has it.",
     "curvature": "Networks of width 8.  Batch normalization does not cure it: there the curvature explodes.",
 }
+NARROW = tuple(name for name, net in NETS.items() if net.width == 8)
 chart = charting(PART, LABELS, CAPTIONS)
 CHARTS = (
     chart("escape", "Steps to leave the plateau", "shown_depth", "shown_steps", tuple(RATES), log="y"),
     chart("chains", "Chains of random weights", "shown_depth", "shown_size", tuple(f"chain, {c}" for c in CHAIN)),
-    chart(
-        "forward",
-        "Forward through ReLU layers",
-        "shown_share",
-        "shown_median",
-        tuple(f"forward, d = {d}" for d in FORWARD),
-    ),
-    chart(
-        "curvature",
-        "Curvature of deep networks",
-        "shown_share",
-        "shown_curvature",
-        ("d = 8", "layer norm", "residual", "batch norm"),
-    ),
+    chart("forward", "Forward through ReLU layers", "shown_share", "shown_median", tuple(FORWARD)),
+    chart("curvature", "Curvature of deep networks", "shown_share", "shown_curvature", NARROW),
 )

@@ -24,9 +24,9 @@ from torch import Tensor
 from ..adaptive import Adam
 from ..claims import WIDER, Claim, at_least, at_most, within
 from ..history import Track
-from ..replicas import Replicas, descend, jacobian
+from ..replicas import Replicas, descend
 from ._data import flat_digits
-from ._deep import Stack, hash_of, largest
+from ._deep import Stack, hash_of, largest, log_norms, losses, two_ways
 from ._fields import demand_positive
 from ._page import charting, claiming
 from ._stats import Observer, by_seed, line, worst
@@ -79,14 +79,6 @@ def jobs(config: Config) -> list[Job]:
     return out
 
 
-def log_norms(stack: Stack, W: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``log ‖∂f/∂x‖`` and the log of its bound, each ``(R, n)``."""
-    norms = torch.linalg.matrix_norm(stack.jacobian(W, x), 2).log()
-    gains = torch.stack([torch.linalg.matrix_norm(w, 2).log() for w in stack.matrices(W)]).sum(0)
-    bound = gains[:, None].expand_as(norms)
-    return norms, bound - stack.deviations(W, x).log().sum(0) if stack.normalized != frozenset() else bound
-
-
 def _row(track: Track, run: str, seed: int, config: Config, place: float, norms: Tensor, bound: Tensor) -> None:
     """Median over inputs, mean over weights; those of the first repeat are drawn."""
     size, upper = (v.median(dim=1).values.mean().item() for v in (norms, bound))
@@ -109,14 +101,8 @@ def _prefix(track: Track, report: Report, activation: str, seed: int, config: Co
                 other = _stack(config, places.tolist(), activation)
                 _row(track, "random places, c = 2", seed, config, k, *log_norms(other, W, x))
                 if k == config.depth // 2:
-                    track.append(run="two ways", seed=seed, apart=_apart(other, W[:1], x[:4]))
+                    track.append(run="two ways", seed=seed, apart=two_ways(other, W[:1], x[:4]))
         report(GAINS.index(gain) / 4)
-
-
-def _apart(stack: Stack, W: Tensor, x: Tensor) -> float:
-    """Jacobians carried forward against automatic ones, relative to the largest entry."""
-    automatic = jacobian(lambda X: stack(W, X)[0], x)
-    return ((automatic - stack.jacobian(W, x)[0]).abs().max() / automatic.abs().max()).item()
 
 
 def _stack(config: Config, normalized: object, activation: str = "relu") -> Stack:
@@ -141,18 +127,13 @@ def _depth(track: Track, report: Report, seed: int, config: Config) -> None:
                 _row(track, f"{kind}, c = {gain:g}", seed, config, depth, *log_norms(stack, W, x))
 
 
-def _losses(stack: Stack, x: Tensor, y: Tensor, W: Tensor) -> Tensor:
-    """``½ mean ‖f - y‖²`` ``(R,)``."""
-    return 0.5 * (stack(W, x) - y).square().sum(2).mean(1)
-
-
 def _curvature(track: Track, report: Report, gain: float, kind: str, seed: int, config: Config) -> None:
     """Largest |eigenvalue| of the Hessian at the start on 300 digits, to a few percent, and the gradient."""
     track.resume()
     data = flat_digits(300, 1000, 8.0, seed)
     for depth in config.curved:
         stack = Stack(64, 48, depth, 10, norm=KINDS[kind])
-        f = Replicas(partial(_losses, stack, data.x, data.y))
+        f = Replicas(partial(losses, stack, data.x, data.y))
         W = stack.draw(2, [914, seed, depth], gain)
         logs = []
         for w in W:
@@ -172,7 +153,7 @@ def _train(track: Track, report: Report, depth: int, gain: float, seed: int, con
     for kind, norm in KINDS.items():
         stack = Stack(64, 48, depth, 10, norm=norm)
         W = stack.draw(1, [915, seed, depth], gain).repeat(len(RATES), 1)
-        found = descend(Replicas(partial(_losses, stack, data.x, data.y)).slope, W, [Adam(r) for r in RATES], 300)
+        found = descend(Replicas(partial(losses, stack, data.x, data.y)).slope, W, [Adam(r) for r in RATES], 300)
         best = found.weights[found.losses.nan_to_num(torch.inf).argmin()][None]
         norms = torch.linalg.matrix_norm(stack.jacobian(best, data.test_x[:100]), 2)
         hits = (stack(best, data.test_x)[0].argmax(1) == data.test_labels).double().mean().item()
