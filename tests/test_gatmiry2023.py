@@ -8,11 +8,8 @@ import pytest
 import torch
 
 from sharpscope.replicas import Replicas
-from sharpscope.studies._minimize import minimize
-from sharpscope.studies._oracles import least_nuclear_norm
-from sharpscope.studies.gatmiry2023 import (
-    QUICK,
-    Config,
+from sharpscope.studies._factors import (
+    MATRICES,
     Measured,
     balanced,
     distance,
@@ -23,10 +20,13 @@ from sharpscope.studies.gatmiry2023 import (
     nuclear,
     plain,
     relabelled,
+    solved,
     start,
 )
+from sharpscope.studies._minimize import minimize
+from sharpscope.studies._oracles import least_nuclear_norm
+from sharpscope.studies.gatmiry2023 import Config
 
-SMALL = replace(QUICK, dimension=4, entries=9)
 DEPTHS = (2, 3, 4)
 
 
@@ -37,18 +37,17 @@ def weights(p: Measured, rows: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_the_trace_is_that_of_the_dense_hessian_at_any_weights(depth: int) -> None:
-    p = gaussian(7, 0, SMALL, depth)
+    p = gaussian(7, 4, depth, seed=0)
     W = weights(p, 2)
     f = Replicas(p.losses)
     f.check(W)
     assert f.value(W).min() > 0.1  # nowhere near a fit
-    dense = f.hessian(W).diagonal(dim1=1, dim2=2).sum(1)
-    torch.testing.assert_close(p.trace(W), dense, rtol=1e-12, atol=0)
+    torch.testing.assert_close(p.trace(W), p.dense_trace(W), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_losses_and_trace_are_their_sums(depth: int) -> None:
-    p = gaussian(5, 1, SMALL, depth)
+    p = gaussian(5, 4, depth, seed=1)
     W = weights(p, 1)
     layers = [w[0].numpy() for w in p.layers(W)]
     product = [np.eye(4)]
@@ -65,7 +64,7 @@ def test_losses_and_trace_are_their_sums(depth: int) -> None:
 
 
 def test_its_mean_over_measurements_is_the_mean_trace() -> None:
-    p = gaussian(40000, 2, SMALL, 3)
+    p = gaussian(40000, 4, 3, seed=2)
     W = weights(p, 3)
     torch.testing.assert_close(p.trace(W), p.mean_trace(W), rtol=0.04, atol=0)  # four deviations: √(2/40000)·..
     isotropic = replace(p, a=4 * torch.eye(16, dtype=torch.float64))
@@ -74,7 +73,7 @@ def test_its_mean_over_measurements_is_the_mean_trace() -> None:
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_no_factorization_is_flatter_than_the_balanced_one(depth: int) -> None:
-    p = gaussian(5, 3, SMALL, depth)
+    p = gaussian(5, 4, depth, seed=3)
     W = weights(p, 200)
     ratios = p.mean_trace(W) / torch.tensor([least_trace(m.numpy(), depth) for m in p.matrix(W)])
     assert ratios.min() > 1.05
@@ -87,7 +86,7 @@ def test_no_factorization_is_flatter_than_the_balanced_one(depth: int) -> None:
 def test_the_flat_solution_is_the_convex_one_and_with_few_measurements_is_not() -> None:
     found = {}
     for n in (4, 15):
-        p = gaussian(n, 5, SMALL, 2)
+        p = gaussian(n, 4, 2, seed=5)
         w = start(p, 5)
         fitted, end = plain(p, w), flat(p, w, (1e-2, 1e-3))[-1]
         assert fitted.loss < 1e-24 and end.gradient < 1e-6
@@ -98,16 +97,27 @@ def test_the_flat_solution_is_the_convex_one_and_with_few_measurements_is_not() 
     assert found[15] < 0.02 and found[4] > 0.05  # the penalty leaves an error in proportion to 1e-3
 
 
+def test_what_is_solved_comes_in_rows_by_the_names_of_matrices() -> None:
+    p, told = gaussian(15, 4, 3, seed=7), list[float]()
+    found = solved(p, start(p, 7), (1e-2, 1e-3), told.append)
+    rows = found.rows()
+    assert [*rows] == ["start", *MATRICES] == ["start", *found.matrices] and told == sorted(told)
+    assert max(rows[name]["trace_off"] for name in ("start", "plain", "flat")) < 1e-12
+    assert rows["flat"]["nuclear"] == nuclear(found.matrices["flat"]) < rows["plain"]["nuclear"]
+    assert rows["flat"]["trace"] == pytest.approx(p.trace(found.path[-1].weights[None]).item(), rel=1e-12)
+    assert rows["least nuclear norm"]["nuclear_ratio"] == 1 < rows["least Frobenius norm"]["nuclear_ratio"]
+
+
 def test_measured_entries_are_different_ones() -> None:
-    p = entrywise(0, 0, SMALL, 2)
+    p = entrywise(9, 4, 2, seed=0, draw=0)
     assert p.a.shape == (9, 16) and p.a.sum(0).max() == 1 and p.a.sum() == 9
     assert set(p.labels.tolist()) <= set(p.truth.flatten().tolist())
-    assert not torch.equal(p.a, entrywise(0, 1, SMALL, 2).a)
+    assert not torch.equal(p.a, entrywise(9, 4, 2, seed=0, draw=1).a)
     assert nuclear(p.truth.numpy()) == pytest.approx(2)  # √d
 
 
 def test_noise_on_the_labels_ends_when_told_and_exact_labels_leave_a_solution_alone() -> None:
-    p = gaussian(8, 6, SMALL, 2)
+    p = gaussian(8, 4, 2, seed=6)
     w = plain(p, start(p, 6)).weights
     noise = torch.tensor([1.0, 0.0], dtype=torch.float64)
     slope = relabelled(p, noise, 4, lambda step: 0.5, 10, seed=0)

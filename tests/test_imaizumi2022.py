@@ -9,18 +9,9 @@ from torch import nn
 
 from sharpscope.replicas import Replicas, descend, jacobian, noisy
 from sharpscope.rules import GD
-from sharpscope.studies._minimize import minimize
-from sharpscope.studies.imaizumi2022 import (
-    Config,
-    Fit,
-    excess,
-    margins,
-    matrices,
-    scores,
-    shapes,
-    share,
-    variances,
-)
+from sharpscope.studies._margins import Relabelled, margins, matrices, scores, shapes
+from sharpscope.studies._stagnation import Fit, Minimum, excess, share, variances
+from sharpscope.studies.imaizumi2022 import Config
 
 CURVATURES = torch.tensor([0.0, 1e-3, 0.1, 1.0, 3.9], dtype=torch.float64)
 RATE, NOISE = 0.5, 0.1
@@ -64,25 +55,32 @@ def test_the_network_is_its_formula() -> None:
 
 def test_at_a_minimum_the_hessian_has_no_more_directions_than_examples_and_label_noise_stays_in_them() -> None:
     p = Fit.drawn(width=5, examples=10, seed=1)
-    w = p.start(1)
-    best = minimize(Replicas(p.losses).recorded(w[None]), w, below=1e-20)
-    at = best.weights[None]
-    assert best.loss <= 1e-20
-    values, vectors = torch.linalg.eigh(Replicas(p.losses).hessian(at)[0])
+    found = Minimum.near(p, p.start(1), below=1e-20)
+    assert found.loss <= 1e-20
+    at, values, vectors = found.weights[None], found.curvatures, found.directions
     J = jacobian(p.outputs, at)[0]
     torch.testing.assert_close((vectors * values) @ vectors.T, J.T @ J / 10, rtol=0, atol=1e-8)
-    assert (values > 1e-6 * values[-1]).sum() <= 10
+    assert found.off() < 1e-7 and found.rank <= 10 and found.curved.shape == (p.size, 10)
     W, top = at.expand(3000, -1), vectors[:, -10:]
     g = p.relabelled(0.05, seed=0)(W, 0)[1]
     assert share(g, top) > 1 - 1e-12
     assert g.square().sum(1).mean().item() == pytest.approx(0.05**2 * values.sum().item() / 10, rel=0.05)
 
-    deviation = 0.05 * (values.sum().item() / (10 * p.size)) ** 0.5
-    rate, noises = 1 / values[-1].item(), (p.relabelled(0.05, 0), noisy(Replicas(p.losses).slope, deviation, 0))
-    labels, isotropic = (
-        share(descend(slope, W[:32].clone(), GD(rate), 200).weights - best.weights, top) for slope in noises
-    )
-    assert labels > 0.8 and isotropic < 10 / p.size
+    alike = noisy(Replicas(p.losses).slope, found.alike(0.05), 0)
+    size = alike(W, 0)[1].square().sum(1).mean().item()
+    assert size == pytest.approx(g.square().sum(1).mean().item(), rel=0.1)
+    labels, isotropic = (found.shares(slope, steps=200)[-1] for slope in (p.relabelled(0.05, 0), alike))
+    assert labels[0] == isotropic[0] == 200
+    assert labels[1]["share"] > 0.8 and isotropic[1]["share"] < 10 / p.size
+
+
+def test_little_noise_raises_the_loss_as_predicted_and_much_noise_drives_runs_out() -> None:
+    p = Fit.drawn(width=5, examples=10, seed=1)
+    progress: list[float] = []
+    little, much = Minimum.near(p, p.start(1)).shaken((1e-3, 0.3), 64, 200, 0.02, 0, progress.append)
+    assert little["ratio"] == little["excess"] / little["predicted"] == pytest.approx(1, abs=0.2)
+    assert (little["stay"], much["stay"]) == (1, 0)
+    assert progress == sorted(progress) and progress[-1] == 1
 
 
 def test_share_is_that_of_a_projection() -> None:
@@ -115,6 +113,21 @@ def test_scores_are_those_of_the_modules_and_margins_those_of_sorting() -> None:
             y = int(labels[r, i])
             others = sorted(v for c, v in enumerate(s[r, i].tolist()) if c != y)
             assert margins(s, labels)[r, i].item() == pytest.approx(s[r, i, y].item() - others[-1], abs=1e-6)
+
+
+def test_labels_are_random_in_the_fractions_asked_for_and_complexity_does_not_depend_on_scale() -> None:
+    draw = torch.Generator().manual_seed(0)
+    digits = Relabelled.drawn((0.0, 0.5, 1.0), 0, draw)
+    kept = (digits.test_y == digits.test_y[0]).double().mean(1)
+    torch.testing.assert_close(kept, torch.tensor([1, 0.55, 0.1], dtype=torch.float64), rtol=0, atol=0.05)
+    W = digits.trained(8, 20, draw, lambda done: None)
+    first, scaled = list(digits.measured(W, 8)), list(digits.measured(2 * W, 8))
+    for a, b in zip(first, scaled, strict=True):
+        assert b["norms"] == pytest.approx(8 * a["norms"], rel=1e-5)
+        assert b["complexity"] == pytest.approx(a["complexity"], rel=1e-4)
+        assert a["gap"] == b["gap"] == a["train_accuracy"] - a["test_accuracy"]
+    right = (scores(W, digits.x, 8)[0].argmax(1) == digits.y[0]).double().mean()
+    assert first[0]["train_accuracy"] == right
 
 
 def test_nonsense_is_refused() -> None:

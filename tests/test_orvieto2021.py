@@ -1,10 +1,14 @@
 """Random deep networks: their laws by other ways, and what the study counts."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import binom, chi2
 
+from sharpscope.history import History, Track
 from sharpscope.replicas import Replicas
 from sharpscope.studies._deep import Stack, hash_of, largest, losses
 from sharpscope.studies._rules import NormalizedGD
@@ -65,6 +69,19 @@ def test_largest_eigenvalue_of_the_hidden_weights_is_that_of_the_dense_hessian()
     w = stack.draw(1, [2])
     dense = f.hessian(w)[0][:-4, :-4]
     assert largest(f, w[0], 4) == pytest.approx(torch.linalg.eigvalsh(dense).abs().max().item(), rel=0.02)
+
+
+def test_dead_networks_and_single_draws_are_data(tmp_path: Path) -> None:
+    """One network in five of width 8 and 64 layers is dead, that of seed 2 is: the log of its curvature is empty."""
+    config = replace(QUICK, chains=1, nets=1, seed=2)
+    for job in jobs(config):
+        if job.name in ("chains, seed 2", "d = 8, seed 2"):
+            job.work(Track(tmp_path, job.name), lambda share: None, **job.arguments)
+    rows = Track(tmp_path, "d = 8, seed 2").rows
+    assert [row["depth"] for row in rows if row["curvature"] is not None] == [8, 16, 32]
+    assert rows[-1]["depth"] == 64 and rows[-1]["middle"] == 0
+    size = History(Track(tmp_path, "chains, seed 2").rows).series("chain, largest |λ|", "size")
+    assert len(size) == 6 and np.isfinite(size).all()
 
 
 def test_normalized_steps_have_one_length_in_every_row() -> None:

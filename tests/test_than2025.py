@@ -1,14 +1,16 @@
 """Normalizers in deep networks: Jacobians by other ways, the bound, and homogeneity."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from sharpscope.history import History, Track
 from sharpscope.replicas import jacobian
 from sharpscope.studies._data import flat_digits
 from sharpscope.studies._deep import Stack, log_norms
-from sharpscope.studies.than2025 import Config
+from sharpscope.studies.than2025 import Config, jobs
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 STACK = Stack(6, 7, 4, norm="LN")
@@ -51,6 +53,28 @@ def test_the_bound_holds_and_the_last_normalizer_erases_all_gains_before_it(
     power = 4 - max(places, default=0)
     expected = alone + power * torch.tensor(gain, dtype=torch.float64).log()
     assert torch.allclose(norms, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["none", "LN"])
+def test_without_normalizers_the_bound_is_the_product_of_norms_at_every_input(norm: str) -> None:
+    stack = replace(STACK, norm=norm, normalized=frozenset())
+    W = stack.draw(3, [4])
+    product = sum(torch.linalg.matrix_norm(w, 2).log() for w in stack.matrices(W))
+    _, bound = log_norms(stack, W, X)
+    assert torch.allclose(bound.median(dim=1).values, torch.as_tensor(product))
+    assert torch.allclose(bound.mean(1), torch.as_tensor(product))
+
+
+def test_what_is_recorded_stays_below_its_bound_with_any_number_of_normalizers(tmp_path: Path) -> None:
+    """Medians of both, as they are drawn: the bound holds at every input, so it holds for them."""
+    config = Config(weights=3, width=16, depth=4, trained=False)
+    for job in jobs(config)[:3]:
+        track = Track(tmp_path, job.name)
+        job.work(track, lambda share: None, **job.arguments)
+        h = History(track.rows)
+        for run in set(h.runs) - {"two ways"}:
+            size, bound = h.table(run, "size", "bound")
+            assert len(size) >= 5 and (size <= bound).all(), run
 
 
 def test_batch_normalized_stacks_standardize_units_over_examples() -> None:

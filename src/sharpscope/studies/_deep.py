@@ -78,8 +78,9 @@ class Stack:
         return self.norm != "none" and (self.normalized is None or layer + 1 in self.normalized)
 
     def deviations(self, W: Tensor, x: Tensor) -> Tensor:
-        """``σ_l = ‖z_l - z̄_l‖/√d`` before each normalized layer, ``(layers, R, n)``."""
-        return torch.stack([z.std(2, correction=0) for l, (z, _, _) in enumerate(self.layers(W, x)) if self.has(l)])
+        """``σ_l = ‖z_l - z̄_l‖/√d`` before each normalized layer, ``(layers, R, n)``; there may be none."""
+        found = [z.std(2, correction=0) for l, (z, _, _) in enumerate(self.layers(W, x)) if self.has(l)]
+        return torch.stack(found) if found else W.new_empty(0, len(W), len(x))
 
     def jacobian(self, W: Tensor, x: Tensor) -> Tensor:
         """``∂f/∂x`` ``(R, n, out, inputs)`` of every example, carried forward layer by layer; not for BN."""
@@ -110,8 +111,8 @@ def log_norms(stack: Stack, W: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """``log ‖∂f/∂x‖`` at every input, and the log of its bound by norms and deviations, each ``(R, n)``."""
     norms = torch.linalg.matrix_norm(stack.jacobian(W, x), 2).log()
     gains = torch.stack([torch.linalg.matrix_norm(w, 2).log() for w in stack.matrices(W)]).sum(0)
-    bound = gains[:, None].expand_as(norms)
-    return norms, bound - stack.deviations(W, x).log().sum(0) if stack.normalized != frozenset() else bound
+    # a full matrix also without normalizers: torch 2.13 takes wrong medians along an expanded axis
+    return norms, gains[:, None] - stack.deviations(W, x).log().sum(0)
 
 
 def two_ways(stack: Stack, W: Tensor, x: Tensor) -> float:

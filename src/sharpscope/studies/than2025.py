@@ -87,7 +87,7 @@ def _row(track: Track, run: str, seed: int, config: Config, place: float, norms:
 
 
 def _prefix(track: Track, report: Report, activation: str, seed: int, config: Config) -> None:
-    """Normalizers in the first k layers, k = 0.. depth; for ReLU at gain 2 also k at random places."""
+    """Normalizers in the first k layers, k = 0.. depth; for ReLU at gain 2 also k at places random for all weights."""
     track.resume()
     x = _inputs(seed, config)
     rng = np.random.default_rng([911, seed])
@@ -97,11 +97,12 @@ def _prefix(track: Track, report: Report, activation: str, seed: int, config: Co
             W = stack.draw(config.weights, [912, seed, round(10 * gain)], gain)
             _row(track, f"{activation}, c = {gain:g}", seed, config, k, *log_norms(stack, W, x))
             if activation == "relu" and gain == 2:
-                places = rng.permutation(config.depth)[:k] + 1
-                other = _stack(config, places.tolist(), activation)
-                _row(track, "random places, c = 2", seed, config, k, *log_norms(other, W, x))
+                others = [_stack(config, (rng.permutation(config.depth)[:k] + 1).tolist()) for _ in W]
+                each = [log_norms(other, w[None], x) for other, w in zip(others, W, strict=True)]
+                norms, bound = (torch.cat(v) for v in zip(*each, strict=True))
+                _row(track, "random places, c = 2", seed, config, k, norms, bound)
                 if k == config.depth // 2:
-                    track.append(run="two ways", seed=seed, apart=two_ways(other, W[:1], x[:4]))
+                    track.append(run="two ways", seed=seed, apart=two_ways(others[0], W[:1], x[:4]))
         report(GAINS.index(gain) / 4)
 
 
