@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -230,3 +231,12 @@ def test_missing_extras_are_named_before_anything_runs(
         assert "pip install 'sharpscope[studies]'" in said
     assert list(tmp_path.iterdir()) == []
     assert cli.main(["list"]) == 0
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    code = "import sys; from sharpscope.cli import main; sys.exit(main(['list', '--claims']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+    process.stderr.close()

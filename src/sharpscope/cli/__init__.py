@@ -2,6 +2,7 @@
 one does not, 2 when nothing could be run.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest and args.command != "run":
             parser.error(f"unknown argument {rest[0]}")
         args.rest = rest
-        return int(args.act(args))
+        status = int(args.act(args))
+        sys.stdout.flush()
+        return status
     except Refused as refusal:
         print(f"sharpscope: {refusal}", file=sys.stderr)
         return 2
@@ -30,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"sharpscope: {error.name} is not installed; {HINT}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who reads what is printed (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("\nsharpscope: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
