@@ -12,7 +12,7 @@ R runs, P weights, n outputs.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -274,14 +274,12 @@ def stacked(rules: Sequence[UpdateRule], W: Tensor) -> UpdateRule:
             f"runs side by side need one kind of rule; got {', '.join(sorted({type(r).__name__ for r in rules}))}"
         )
     rule = copy.copy(first)
-    for field in fields(first):  # type: ignore[arg-type]  # rules are dataclasses
-        values = [getattr(r, field.name) for r in rules]
+    for name in vars(first):
+        values = [getattr(r, name) for r in rules]
         if any(v != values[0] for v in values):
-            if field.name not in MAY_DIFFER:
-                raise ValueError(
-                    f"{field.name} is {values}; runs side by side may differ in {' and '.join(MAY_DIFFER)} only"
-                )
-            object.__setattr__(rule, field.name, torch.tensor(values, dtype=W.dtype, device=W.device)[:, None])
+            if name not in MAY_DIFFER:
+                raise ValueError(f"{name} is {values}; runs side by side may differ in {' and '.join(MAY_DIFFER)} only")
+            object.__setattr__(rule, name, torch.tensor(values, dtype=W.dtype, device=W.device)[:, None])
     return rule
 
 

@@ -7,6 +7,7 @@ P weights.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,8 +45,8 @@ def minimize(slope: Slope, w: Tensor, *, below: float = 0.0, evaluations: int = 
         losses, g = slope(torch.from_numpy(x)[None].to(w.dtype), counted)
         return losses.item(), g[0].double().numpy()
 
-    def arrived(intermediate_result: "object") -> None:
-        if intermediate_result.fun <= below:  # type: ignore[attr-defined]
+    def arrived(intermediate_result: Any) -> None:
+        if intermediate_result.fun <= below:
             raise StopIteration
 
     x, loss = w.double().numpy(), np.inf

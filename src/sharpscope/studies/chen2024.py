@@ -21,6 +21,7 @@ import torch
 
 from ..claims import Claim, at_least, at_most, within
 from ..history import Track
+from ._fields import demand_positive
 from ._meanfield import ResidualNet
 from ._page import charting, claiming
 from ._particles import Flow, examples, starts, stretching
@@ -49,9 +50,7 @@ class Config:
     sizes: tuple[int, ...] = (20, 40, 80, 160, 320)  # n of the generalization gap
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name != "seed" and not all(v > 0 for v in (value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"{name} is {value}; it must be positive")
+        demand_positive(self)
 
 
 QUICK = Config(repeats=1, sizes=(20, 40, 80, 160))

@@ -23,6 +23,7 @@ import numpy as np
 from ..claims import WIDER, Claim, at_least, at_most, median
 from ..history import Track
 from ._diagonal import Array, Sensing, normalized, plain, shrinkage
+from ._fields import demand_positive
 from ._oracles import basis_pursuit
 from ._page import charting, claiming
 from ._stats import Observer, by_seed
@@ -48,10 +49,7 @@ class Config:
     cubic: bool = True  # also L = 3
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            fine = isinstance(value, bool) or all(v > 0 for v in (value if isinstance(value, tuple) else (value,)))
-            if name != "seed" and not fine:
-                raise ValueError(f"{name} is {value}; it must be positive")
+        demand_positive(self)
         if not self.sparsity <= self.equations < self.unknowns:
             raise ValueError(f"equations is {self.equations}; it must be at least sparsity and below unknowns")
 

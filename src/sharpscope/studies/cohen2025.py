@@ -22,6 +22,7 @@ from ..operators import hessian
 from ..plots import Chart
 from ..rules import GD
 from ..tracking import track as track_pairs
+from ._fields import demand_positive
 from ._forecast import Forecast, Observer, beside, claims, ends, runs
 from ._networks import SECONDS_PER_STEP, Variant, task_of
 from ._recorded import recorded
@@ -51,12 +52,7 @@ class Config:
     seed: int = 0  # of data and weights
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must not be negative")
-        for name, value in vars(self).items():
-            least = min(value) if isinstance(value, tuple) else value
-            if name != "seed" and not isinstance(value, bool) and not least > 0:
-                raise ValueError(f"{name} is {value}; it must be positive")
+        demand_positive(self)
 
 
 QUICK = Config(steps=400, points=20, rates=(1e-3, 1e-4, 1e-5), dear=False)

@@ -21,6 +21,7 @@ import numpy as np
 from ..claims import WIDER, Claim, at_least, at_most, within
 from ..history import Track
 from ..replicas import gram
+from ._fields import demand_positive
 from ._page import charting, claiming
 from ._stats import Observer, by_seed, over, power
 from ._study import Job, Report
@@ -47,9 +48,7 @@ class Config:
     factors: tuple[float, ...] = (0.5, 0.9, 1.2, 2.0, 4.0, 8.0, 16.0, 32.0)  # k: steps of k·2/λ_max
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name != "seed" and not all(v > 0 for v in (value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"{name} is {value}; it must be positive")
+        demand_positive(self)
 
 
 QUICK = Config(repeats=1, widths=(125, 250, 500, 1000))

@@ -23,6 +23,7 @@ import numpy as np
 from ..claims import Claim, at_least, at_most, within
 from ..history import Track
 from ._diagonal import Array, balanced, drift, flow_of_layers, flow_of_product, growth_by_descent, quasi, spread
+from ._fields import demand_positive
 from ._fisher import Classes
 from ._page import charting, claiming
 from ._stats import by_seed, power
@@ -47,9 +48,7 @@ class Config:
     end: float = 400.0  # time at which the flow is taken to have ended
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name != "seed" and not np.all(np.greater(value, 0)):
-                raise ValueError(f"{name} is {value}; it must be positive")
+        demand_positive(self)
         if self.dimension < 4:
             raise ValueError(f"dimension is {self.dimension}; four coordinates tell the classes apart")
 

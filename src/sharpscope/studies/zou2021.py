@@ -24,6 +24,7 @@ import numpy as np
 from ..claims import Claim, at_least, at_most, within
 from ..history import Track
 from ..plots import Chart
+from ._fields import demand_positive
 from ._linear_sgd import SPECTRA, Problem, averaged, bound, effective_dimension, expected, expected_tail, peers
 from ._page import charting, claiming
 from ._stats import Observer, by_seed, over, power
@@ -57,9 +58,7 @@ class Config:
     def __post_init__(self) -> None:
         for odd in set(self.spectra) - set(SPECTRA):
             raise ValueError(f"spectra has '{odd}'; known: {', '.join(SPECTRA)}")
-        for name, value in vars(self).items():
-            if name not in ("seed", "spectra") and not np.all(np.greater(value, 0)):
-                raise ValueError(f"{name} is {value}; it must be positive")
+        demand_positive(self, "spectra")
         if not self.step < 1 / 3:
             raise ValueError(f"step is {self.step}; the bound needs 3·step·tr H below one, and tr H is 1")
 
