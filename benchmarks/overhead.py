@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import sharpscope as ss
-from sharpscope import measures
-from sharpscope.iterate import midpoint
+from sharpscope.measures import measures
+from sharpscope.measures.iterate import midpoint
 
 Batch = tuple[Tensor, Tensor]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
-from sharpscope.studies import _nets
-from sharpscope.studies._data import digits
+from sharpscope.studies._shared import nets
+from sharpscope.studies._shared.data import digits
 
 
 class HalfSquares(nn.Module):
@@ -131,7 +131,7 @@ def _twin(model: nn.Module) -> nn.Module:
         return PlainAttention(model)
     layers = []
     for layer in model:
-        if isinstance(layer, _nets.BatchNorm):
+        if isinstance(layer, nets.BatchNorm):
             layer = PlainBatchNorm()
         elif isinstance(layer, nn.GroupNorm):
             layer = PlainGroupNorm(layer)
@@ -153,7 +153,7 @@ def bn_mlp() -> Problem:
     data = digits(500, 0)
     stages = {"start": 0, "half-way": 10, "edge": 200}
     about = "MLP, batch normalization, 500 digits, half squares"
-    return Problem("BN MLP", about, _nets.digits_mlp("BN", 0), HalfSquares(), data.x, data.y, 0.2, 5e-4, stages)
+    return Problem("BN MLP", about, nets.digits_mlp("BN", 0), HalfSquares(), data.x, data.y, 0.2, 5e-4, stages)
 
 
 def gn_conv() -> Problem:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sharpscope.objective import Objective
-from sharpscope.studies._nets import BatchNorm, GroupNorm, Readout, Weights, squares
+from sharpscope.autodiff.objective import Objective
+from sharpscope.studies._shared.nets import BatchNorm, GroupNorm, Readout, Weights, squares
 
 WIDTH = 6
 TINY = 1e-30  # torch wants a positive eps for batch normalization; this one is lost in rounding

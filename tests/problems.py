@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from sharpscope import Objective, SymmetricOperator
-from sharpscope.studies import _nets
+from sharpscope.studies._shared import nets
 
 DTYPE = torch.float64
 CHUNKS = (4, 7, 5)
@@ -78,8 +78,8 @@ def _dense_net(norm: nn.Module) -> nn.Module:
 
 
 def _own_net(norm: str) -> nn.Module:
-    first = _nets.Weights((6, 5), generator(0), unit_rows=norm == "WN")
-    return nn.Sequential(first, _nets.NORMS[norm](6), nn.Tanh(), nn.Linear(6, CLASSES))
+    first = nets.Weights((6, 5), generator(0), unit_rows=norm == "WN")
+    return nn.Sequential(first, nets.NORMS[norm](6), nn.Tanh(), nn.Linear(6, CLASSES))
 
 
 def _image_net(norm: nn.Module) -> nn.Module:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sharpscope.objective import Objective
-from sharpscope.studies import _toys
+from sharpscope.autodiff.objective import Objective
+from sharpscope.studies._shared import toys
 
 
 class Weights(nn.Module):
@@ -25,7 +25,7 @@ def objective(w: Tensor, loss: Callable[[Tensor], Tensor]) -> Objective:
     return Objective(Weights(w, loss), lambda output, target: output, [(torch.zeros(1), torch.zeros(1))])
 
 
-def on_curve(toy: _toys.Toy, phi: float = 1.0) -> Objective:
+def on_curve(toy: toys.Toy, phi: float = 1.0) -> Objective:
     """The toys A1 to A4, at φ."""
 
     def loss(w: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def on_curve(toy: _toys.Toy, phi: float = 1.0) -> Objective:
         size = torch.exp(toy.c1 * angle + toy.c2 * torch.sin(angle))
         return size * s**2 * (1 / 2 + toy.kappa * s / 3 + toy.mu * s**2 / 4)
 
-    return objective(torch.as_tensor(_toys.minimizer(toy, phi)), loss)
+    return objective(torch.as_tensor(toys.minimizer(toy, phi)), loss)
 
 
 def vector(*values: float) -> Tensor:

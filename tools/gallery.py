@@ -16,11 +16,11 @@ from typing import Any
 
 from PIL import Image
 
-from sharpscope.claims import WIDER, Verdict
-from sharpscope.history import History
-from sharpscope.plots import figure
-from sharpscope.report import CONTROL, observed
-from sharpscope.studies._study import find, headings
+from sharpscope.records.history import History
+from sharpscope.report.figures import figure
+from sharpscope.studies._framework.claims import CONTROL, WIDER, Verdict
+from sharpscope.studies._framework.pages import observed
+from sharpscope.studies._framework.study import find, headings
 
 MOST = 60_000
 """Bytes of a figure."""

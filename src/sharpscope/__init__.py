@@ -11,13 +11,36 @@
 ['0.weight']
 """
 
-from .adaptive import Adam, RMSprop
-from .bounds import Comparison
-from .budget import ErrorBudget, error_budget
-from .diagnose import Finding
-from .doctor import Checkup, doctor
-from .eigen import Eigenpairs, NotConverged, NotFinite, ends, lanczos
-from .equivalences import (
+from .autodiff.batched import Replicas
+from .autodiff.curvature import gauss_newton, hessian
+from .autodiff.objective import Objective
+from .autodiff.smooth import smooth
+from .autodiff.tuning import Checkup, doctor
+from .errors import FlowStuck, NoMinimizer, NotConverged, NotFinite, WrongThirdDerivative
+from .flows.central import Flow, central_flow, gradient_flow, sphere_flow, stable_flow
+from .flows.compare import Prediction, compare
+from .flows.explicit import multirate
+from .flows.implicit import implicit
+from .flows.integrate import integrate
+from .flows.path import Path
+from .flows.sharpness_reduction import ReductionFlow, sharpness_reduction
+from .linalg.bounds import Comparison
+from .linalg.density import Density, density
+from .linalg.eigenpairs import Eigenpairs
+from .linalg.lanczos import block_tops, ends, lanczos, most_negative, shares
+from .linalg.operators import SymmetricOperator, preconditioned, projected, restricted
+from .linalg.trace import Estimate, diagonal, trace
+from .linalg.warm_start import track
+from .measures.error_budget import ErrorBudget, error_budget
+from .measures.iterate import Iterate, midpoint
+from .measures.measures import product_sphere_sharpness, sharpness, spherical_sharpness, top_eigenpairs
+from .monitoring.diagnosis import Finding
+from .monitoring.monitor import Monitor
+from .monitoring.schedules import log_spaced
+from .optimizers.adaptive import Adam, RMSprop
+from .optimizers.base import Stability, UpdateRule
+from .optimizers.descend import descend
+from .optimizers.equivalences import (
     ExponentialRate,
     ProjectedGD,
     as_decayed,
@@ -26,36 +49,12 @@ from .equivalences import (
     as_rmsprop,
     rescaled,
 )
-from .flows import Flow, central_flow, gradient_flow, sphere_flow, stable_flow
-from .history import History
-from .integrate import FlowStuck, Path, implicit, integrate, multirate
-from .invariance import ScaleGroups, find_groups
-from .iterate import Iterate, midpoint
-from .measures import product_sphere_sharpness, sharpness, spherical_sharpness, top_eigenpairs
-from .monitor import Monitor
-from .objective import Objective
-from .operators import SymmetricOperator, gauss_newton, hessian, preconditioned, projected, restricted
-from .pace import log_spaced
-from .predict import Prediction, compare
-from .quadrature import Density, density
-from .reduction import NoMinimizer, ReductionFlow, sharpness_reduction
-from .replicas import Replicas, descend
-from .rules import (
-    GD,
-    ScalarRMSprop,
-    SphericalRMSprop,
-    Stability,
-    UpdateRule,
-    rule_of,
-    rules_of,
-    stability_of,
-    state_of,
-)
-from .smooth import smooth
-from .spectrum import Estimate, block_tops, diagonal, most_negative, shares, trace
-from .surgery import make_scale_invariant
-from .third import WrongThirdDerivative
-from .tracking import track
+from .optimizers.from_torch import rule_of, rules_of, stability_of, state_of
+from .optimizers.gd import GD
+from .optimizers.scalar import ScalarRMSprop, SphericalRMSprop
+from .records.history import History
+from .symmetry.scale_groups import ScaleGroups, find_groups
+from .symmetry.transform import make_scale_invariant
 
 __all__ = [
     "GD",

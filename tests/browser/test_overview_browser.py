@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from chromium import CHROMIUM, Tab
-from test_report import HOSTILE, verdict
+from test_html import HOSTILE, verdict
 
-from sharpscope.claims import WIDER
-from sharpscope.report import write_page
-from sharpscope.studies import _study
-from sharpscope.studies._overview import Row, overview, seeds_page
-from sharpscope.studies._seeds import over_seeds
+from sharpscope.report.html import write_page
+from sharpscope.studies._framework import study as study_module
+from sharpscope.studies._framework.claims import WIDER
+from sharpscope.studies._framework.pages import Row, overview, seeds_page
+from sharpscope.studies._framework.seeds import over_seeds
 
 __test__ = CHROMIUM is not None
 FITS = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
@@ -68,7 +68,7 @@ def test_keys_open_the_claims(tab: Tab, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_over_seeds_fits(tab: Tab, tmp_path: Path, width: int) -> None:
-    study = _study.find(_study.known()[0])
+    study = study_module.find(study_module.known()[0])
     runs = [[verdict(c.sentence, part=c.part, observed=(0.1 * i, 12345.6)) for c in study.CLAIMS] for i in range(7)]
     page = seeds_page(study, {i: f"seed-{i}/report.html" for i in range(7)}, over_seeds(study.CLAIMS, runs), [HOSTILE])
     tab.open(write_page(tmp_path / "index.html", page), width)

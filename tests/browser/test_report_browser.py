@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from chromium import CHROMIUM, Tab
-from test_report import HOSTILE, page
+from test_html import HOSTILE, page
 
-from sharpscope.report import write_report
+from sharpscope.report.html import write_report
 
 __test__ = CHROMIUM is not None
 

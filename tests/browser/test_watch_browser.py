@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 from chromium import CHROMIUM, Tab
-from test_watch import serving
+from test_server import serving
 
-from sharpscope.history import History, Track
-from sharpscope.plots import Chart
-from sharpscope.report import render
+from sharpscope.records.history import History
+from sharpscope.records.run_log import Track
+from sharpscope.report.charts import Chart
+from sharpscope.report.html import render
 
 __test__ = CHROMIUM is not None
 PATIENCE = 20.0  # seconds; the page asks every two
@@ -34,7 +35,7 @@ def charts_of(directory: Path) -> str | None:
     look: dict[str, Any] = {"x": "step", "runs": ("training", "other"), "x_label": "step"}
     charts = [Chart(name, name, y=name, y_label=name, **look) for name in ("loss", "sharpness", "radius")]
     facts: dict[str, object] = {"rows": len(history)}
-    given: dict[str, Any] = {"verdicts": (), "charts": charts, "columns": history.columns, "environment": facts}
+    given: dict[str, Any] = {"charts": charts, "columns": history.columns, "environment": facts}
     return render(title="A run", subtitle="", lead="", config=facts, **given) if len(history) else None
 
 

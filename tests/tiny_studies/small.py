@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sharpscope.claims import WIDER, Claim, at_least, at_most, median, within
-from sharpscope.history import History, Track
-from sharpscope.plots import Chart
-from sharpscope.studies._study import Job, Report
+from sharpscope.records.history import History
+from sharpscope.records.run_log import Track
+from sharpscope.report.charts import Chart
+from sharpscope.studies._framework.claims import WIDER, Claim, at_least, at_most, median, within
+from sharpscope.studies._framework.study import Job, Report
 
 PAPER = 'Nobody & Someone, On "Smaller" Things'
 

@@ -13,15 +13,16 @@ from functools import partial
 import torch
 from torch import nn
 
-from sharpscope.claims import Claim, at_most, within
-from sharpscope.history import History, Track
-from sharpscope.plots import Chart
-from sharpscope.rules import GD
-from sharpscope.studies import _toys as toys
-from sharpscope.studies._nets import NORMS, Readout, Weights, squares
-from sharpscope.studies._study import Job, Report
-from sharpscope.studies._train import Schedule, Task, train
-from sharpscope.studies._walk import walk
+from sharpscope.optimizers.gd import GD
+from sharpscope.records.history import History
+from sharpscope.records.run_log import Track
+from sharpscope.report.charts import Chart
+from sharpscope.studies._framework.claims import Claim, at_most, within
+from sharpscope.studies._framework.study import Job, Report
+from sharpscope.studies._shared import toys
+from sharpscope.studies._shared.nets import NORMS, Readout, Weights, squares
+from sharpscope.studies._shared.train import Schedule, Task, train
+from sharpscope.studies._shared.walk import walk
 
 PAPER = "Nobody, On Small Things (nowhere, never)"
 

@@ -37,7 +37,7 @@ def refusing(*kinds: type[Exception]) -> Iterator[None]:
 
 def find_study(name: str) -> Any:
     """The study of that name."""
-    from ..studies._study import find
+    from ..studies._framework.study import find
 
     try:
         return find(name)

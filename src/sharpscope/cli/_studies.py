@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..claims import WIDER
+from ..studies._framework.claims import WIDER
 from ._common import Refused, find_study, need_extras, refusing
 
 OPTIONS = ("quick", "full", "out", "workers", "seeds")
@@ -57,7 +57,7 @@ class _Help(argparse.Action):
 
 
 def _list(args: argparse.Namespace) -> int:
-    from ..studies._study import find, headings, known
+    from ..studies._framework.study import find, headings, known
 
     names = known() if args.study is None else [args.study]
     width = max(map(len, names))
@@ -79,8 +79,9 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..studies._run import Unusable, run_study
-    from ..studies._several import entry, run_all, run_entries
+    from ..errors import Unusable
+    from ..studies._framework.run import run_study
+    from ..studies._framework.several import entry, run_all, run_entries
 
     need_extras()
     if args.quick and args.full:
@@ -106,8 +107,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from ..studies._run import SEEDS, Unusable, reread
-    from ..studies._several import ALL, reread_all, reread_seeds
+    from ..errors import Unusable
+    from ..studies._framework.run import SEEDS, reread
+    from ..studies._framework.several import ALL, reread_all, reread_seeds
 
     need_extras()
     with refusing(Unusable, LookupError):
@@ -148,7 +150,7 @@ def _configure(name: str, study: Any, default: Any, rest: Sequence[str]) -> Any:
 
 def _print(verdicts: Sequence[Any], out: Path) -> int:
     """The verdicts as lines, and the exit status they mean."""
-    from ..studies._run import stopped
+    from ..studies._framework.run import stopped
 
     _print_claims(verdicts)
     for job, note in stopped(out).items():
@@ -167,7 +169,7 @@ def _print_claims(verdicts: Sequence[Any]) -> None:
 
 
 def _line(v: Any) -> str:
-    from ..report import observed
+    from ..studies._framework.pages import observed
 
     mark = ("ok  " if v.passed else "FAIL") if v.deciding else ("yes " if v.passed else "no  ")
     claim = v.claim if v.passed or v.kind != WIDER else f"not supported here: {v.claim}"
@@ -185,7 +187,7 @@ def _tally(verdicts: Sequence[Any]) -> str:
 
 def _print_all(entries: Sequence[Any], out: Path) -> int:
     """One line per study, and the claims that fail."""
-    from ..studies._overview import duration
+    from ..studies._framework.pages import duration
 
     width = max((len(e.study) for e in entries), default=0)
     for e in entries:

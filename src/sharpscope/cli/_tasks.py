@@ -49,9 +49,9 @@ def _add_rule(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from ..rules import GD
-    from ..studies import _predict
-    from ..studies._run import Unusable
+    from ..errors import Unusable
+    from ..optimizers.gd import GD
+    from . import _predict
 
     need_extras()
     common = (args.steps, args.points, args.out)
@@ -72,11 +72,12 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _analyze(args: argparse.Namespace) -> int:
-    from ..analysis import analyze
-    from ..checkpoints import Unusable, load_task
-    from ..rules import GD
-    from ..studies._predict import progress
-    from ..studies._run import environment
+    from ..errors import Unusable
+    from ..monitoring.checkpoint_series import analyze
+    from ..optimizers.gd import GD
+    from ..records.checkpoints import load_task
+    from ..studies._framework.run import environment
+    from ._predict import progress
 
     need_extras()
     with refusing(Unusable, ValueError):

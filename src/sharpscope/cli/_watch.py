@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    from ..watch import Live, server
+    from ..report.server import Live, server
 
     need_extras()
     _check(args.directory)
@@ -43,7 +43,7 @@ def _watch(args: argparse.Namespace) -> int:
 
 def _check(directory: Path) -> None:
     """Refuse what is not the directory of a run, and never will be."""
-    from ..studies._run import Unusable
+    from ..errors import Unusable
 
     if not directory.is_dir():
         raise Refused(f"there is no directory {directory}; give that of a `sharpscope run`, or of a Monitor")
@@ -62,8 +62,8 @@ def _check(directory: Path) -> None:
 
 
 def _is_run(directory: Path) -> bool:
-    from ..studies._run import asked_of
-    from ..studies._study import find
+    from ..studies._framework.run import asked_of
+    from ..studies._framework.study import find
 
     if (directory / "monitor.json").exists():
         return True
@@ -72,17 +72,17 @@ def _is_run(directory: Path) -> bool:
 
 def _page(directory: Path) -> str | None:
     """The page of what is there so far; None where there is nothing yet."""
-    from .. import monitor
-    from ..studies import _run
+    from ..monitoring import monitor
+    from ..studies._framework import run
 
     if (directory / "monitor.json").exists():
         return monitor.page(directory)
-    return _run.page(directory) if (directory / "config.json").exists() else None
+    return run.page(directory) if (directory / "config.json").exists() else None
 
 
 def _finished(directory: Path) -> bool:
-    from ..history import Track
-    from ..page import RUN
+    from ..monitoring.page import RUN
+    from ..records.run_log import Track
 
     if (directory / "monitor.json").exists():
         return Track(directory, RUN).finished

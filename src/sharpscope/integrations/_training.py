@@ -7,9 +7,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from ..batches import head
-from ..monitor import Monitor, Sink
-from ..objective import Objective
+from ..autodiff.data import head
+from ..autodiff.objective import Objective
+from ..monitoring.monitor import Monitor, Sink
 
 
 def probe(loader: Any, batches: int, convert: Callable[[Any], Any]) -> list[Any]:

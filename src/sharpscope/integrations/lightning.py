@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ..monitor import Monitor, Sink
-from ..objective import Loss, Objective
+from ..autodiff.objective import Loss, Objective
+from ..monitoring.monitor import Monitor, Sink
 from . import named
 from ._training import check_replicated, monitor_of, probe, with_forward
 
@@ -22,6 +22,7 @@ try:
     from lightning.pytorch import Callback
 except ModuleNotFoundError:
     from pytorch_lightning import Callback
+
 
 WHOLE = {"SingleDeviceStrategy", "DDPStrategy"}
 """Strategies with which every process holds all parameters."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ..monitor import Monitor, Sink
-from ..objective import Loss, Objective
+from ..autodiff.objective import Loss, Objective
+from ..monitoring.monitor import Monitor, Sink
 from . import named
 from ._training import check_replicated, monitor_of, probe, with_forward
 

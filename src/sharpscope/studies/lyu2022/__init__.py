@@ -7,7 +7,7 @@ Measured here on toys whose minima are known in closed form, on linear regressio
 normalization, on a small regression network, and on handwritten digits.
 """
 
-from .._study import Job
+from .._framework.study import Job
 from . import completion, digits, network, regression, sphere
 from .config import QUICK, Config
 

@@ -5,14 +5,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from ...claims import Claim, at_least, at_most, within
-from ...history import Track
-from ...plots import Chart
-from ...rules import GD
-from .._nets import Product, squares
-from .._observe import balance, over_seeds, ratio, span, value
-from .._study import Job, Report
-from .._train import Schedule, Task, train
+from ...optimizers.gd import GD
+from ...records.run_log import Track
+from ...report.charts import Chart
+from .._framework.claims import Claim, at_least, at_most, within
+from .._framework.observe_runs import balance, over_seeds, ratio, span, value
+from .._framework.study import Job, Report
+from .._shared.nets import Product, squares
+from .._shared.train import Schedule, Task, train
 from .config import Config
 
 PART = "Matrix completion with batch normalization"

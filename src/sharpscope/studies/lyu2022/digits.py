@@ -7,12 +7,12 @@ wd 5e-4.  Flatness changes a lot here, accuracy hardly at all, and both are repo
 from dataclasses import replace
 from typing import Any
 
-from ...claims import Claim, at_least, at_most, within
-from ...plots import Chart
-from .._forecast import Forecast, claims, runs
-from .._networks import Variant
-from .._observe import apart, fall, late_fall, over_seeds, peak, ratio, span, value
-from .._study import Job
+from ...report.charts import Chart
+from .._framework.claims import Claim, at_least, at_most, within
+from .._framework.observe_runs import apart, fall, late_fall, over_seeds, peak, ratio, span, value
+from .._framework.study import Job
+from .._shared.forecast import Forecast, claims, runs
+from .._shared.networks import Variant
 from .config import Config
 
 PART = "Handwritten digits"

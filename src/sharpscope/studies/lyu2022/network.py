@@ -7,15 +7,16 @@ and τ are read at midpoints of consecutive iterates.
 from dataclasses import replace
 from typing import Any
 
-from ...claims import Claim, at_least, at_most, median, within
-from ...plots import Chart
-from .._networks import Variant
-from .._observe import apart, drift, extreme, fall, farthest, over_seeds, peak, ratio, value
-from .._study import Job
+from ...report.charts import Chart
+from .._framework.claims import Claim, at_least, at_most, median, within
+from .._framework.observe_runs import apart, drift, extreme, fall, farthest, over_seeds, peak, ratio, value
+from .._framework.study import Job
+from .._shared.networks import Variant
 from .config import Config
 
 PART = "A regression network and its ablations"
 NORMS = ("LN", "RMSNorm", "GN", "WN")
+
 BURSTING_SEEDS = 3
 """Group normalization bursts away from the edge now and then: it runs under at least so many seeds."""
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from ...claims import Claim, at_least, at_most, within
-from ...history import History, Track
-from ...plots import Chart
-from .. import _regression as reg
-from .._observe import last
-from .._study import Job, Report
-from .._toys import Columns, State, reading_steps, unit
-from .._walk import walk
+from ...records.history import History
+from ...records.run_log import Track
+from ...report.charts import Chart
+from .._framework.claims import Claim, at_least, at_most, within
+from .._framework.observe_runs import last
+from .._framework.study import Job, Report
+from .._shared.toys import Columns, State, reading_steps, unit
+from .._shared.walk import walk
+from . import linear_regression as reg
 from .config import LR_CLOSED, Config
 
 PART = "Linear regression with batch normalization"

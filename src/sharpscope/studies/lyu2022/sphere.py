@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ...claims import Claim, at_least, at_most
-from ...history import History, Track
-from ...plots import Chart, SphereChart
-from .. import _toys as toys
-from .._study import Job, Report
-from .._walk import walk, write
+from ...records.history import History
+from ...records.run_log import Track
+from ...report.charts import Chart, SphereChart
+from .._framework.claims import Claim, at_least, at_most
+from .._framework.study import Job, Report
+from .._shared import toys
+from .._shared.walk import walk, write
 from .config import LR_CLOSED, Config
 
 PART = "Toys on the sphere"

@@ -1,0 +1,171 @@
+"""Independent runs side by side: one computation for a sweep over seeds, step sizes or data.
+
+R runs with P weights each are one tensor ``W`` ``(R, P)``, and their losses ``L_r(w_r)`` one tensor ``(R,)``.  Where
+rows do not mix, the gradient of ``Σ_r L_r`` in W holds the gradient of every run in its row, so that one backward pass,
+one Hessian product and one step of the optimizer serve all; on small problems, where most of the time goes into
+starting operations, R runs then cost little more than one.
+
+Rows may be inputs as well as weights: `jacobian` is that of outputs in the weights of each run, or in each input.
+
+R runs, P weights, n outputs.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..linalg.operators import SymmetricOperator
+from .objective import Objective
+from .second_order import differentiating
+from .smooth import smooth
+from .tracing import record
+
+Rows = Callable[[Tensor], Tensor]
+"""A function of each row: ``(R, P)`` to ``(R,)`` or ``(R, n)``."""
+
+Slope = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""Losses ``(R,)`` and gradients ``(R, P)`` at weights ``(R, P)`` before step t."""
+
+
+class Replicas:
+    """``L_r(w_r)`` for R runs, from a function of all rows `losses` ``(R, P) -> (R,)`` [N32].
+
+    >>> bowls = Replicas(lambda W: 0.5 * (torch.tensor([1.0, 4.0]) * W.square().sum(1)))
+    >>> bowls.grad(torch.ones(2, 3)).tolist()
+    [[1.0, 1.0, 1.0], [4.0, 4.0, 4.0]]
+    """
+
+    def __init__(self, losses: Callable[..., Tensor], constants: Sequence[Tensor] = ()) -> None:
+        self.losses, self.constants = losses, tuple(constants)  # losses(W, *constants)
+
+    @classmethod
+    def of(cls, f: Objective) -> "Replicas":
+        """The model, loss and data of an objective at R weights at once; normalization keeps R sets of statistics.
+
+        A module that draws random numbers is refused by torch: runs would share them or not, and neither is meant.
+        """
+
+        buffers = dict(f.model.named_buffers())
+
+        def losses(W: Tensor, *kept: Tensor) -> Tensor:
+            fresh = {name: b.expand(len(W), *b.shape).clone() for name, b in zip(buffers, kept, strict=True)}
+
+            def one(w: Tensor, own: dict[str, Tensor]) -> Tensor:
+                parts = [(b.examples, f._chunk({**f.unflatten(w), **own}, b).loss) for b in f._batches(w.device)]
+                count = sum(n for n, _ in parts)
+                return torch.stack([n / count * loss for n, loss in parts]).sum()
+
+            return torch.vmap(one)(W, fresh)
+
+        return cls(losses, tuple(buffers.values()))
+
+    @differentiating()
+    def value(self, W: Tensor) -> Tensor:
+        """``L_r(w_r)`` ``(R,)``."""
+        with smooth(), torch.no_grad():
+            return self.losses(W, *self.constants)
+
+    def value_and_grad(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """``L_r(w_r)`` ``(R,)`` and ``∇L_r(w_r)`` ``(R, P)`` in one pass."""
+        return self._value_and_grad(W, *self.constants)
+
+    @differentiating()
+    def _value_and_grad(self, W: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
+        W = W.detach().requires_grad_()
+        with smooth():
+            losses = self.losses(W, *constants)
+        (g,) = torch.autograd.grad(losses, W, torch.ones(losses.shape, dtype=W.dtype, device=W.device))
+        return losses.detach(), g
+
+    def grad(self, W: Tensor) -> Tensor:
+        """``∇L_r(w_r)`` ``(R, P)``."""
+        return self.value_and_grad(W)[1]
+
+    def slope(self, W: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
+        """The same at every step: full-batch descent."""
+        return self.value_and_grad(W)
+
+    def recorded(self, W: Tensor) -> Slope:
+        """`slope` as a fixed program for weights of this shape: nothing but the arithmetic is left of a step.
+
+        On small problems it is several times faster.  Whatever else the losses read, data above all, is fixed with it.
+
+        Raises:
+            CannotTrace: the losses branch on values, or change from call to call.
+        """
+        program = record(lambda *inputs: self._value_and_grad(*inputs), (W, *self.constants))
+
+        def slope(now: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                losses, g = program(now, *self.constants)
+            return losses, g
+
+        return slope
+
+    @differentiating()
+    def hvp(self, W: Tensor, V: Tensor) -> Tensor:
+        """``∇²L_r(w_r) v_r`` ``(R, P)``."""
+        return self.products(W)(V)
+
+    @differentiating()
+    def products(self, W: Tensor) -> Callable[[Tensor], Tensor]:
+        """The map ``V -> ∇²L_r(w_r) v_r`` on a graph that is kept, for more than one product at a point."""
+        W = W.detach().requires_grad_()
+        with smooth():
+            total = self.losses(W, *self.constants).sum()
+        (g,) = torch.autograd.grad(total, W, create_graph=True)
+
+        def product(V: Tensor) -> Tensor:
+            with differentiating():
+                return torch.autograd.grad(g, W, V, retain_graph=True, materialize_grads=True)[0]
+
+        return product
+
+    def operator(self, w: Tensor) -> SymmetricOperator:
+        """The Hessian of one run at w ``(P,)``, for the solvers of eigenvalues."""
+        product = self.products(w[None])
+        return SymmetricOperator(lambda v: product(v[None])[0], w)
+
+    def hessian(self, W: Tensor) -> Tensor:
+        """``∇²L_r(w_r)`` ``(R, P, P)``, dense: column by column for all runs at once."""
+        product = self.products(W)
+        units = torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
+        return torch.stack([product(unit.expand_as(W)) for unit in units], dim=2)
+
+    def check(self, W: Tensor) -> None:
+        """Raise ValueError where the losses are not one number for each row, or a loss depends on another row."""
+        R = len(W)
+        losses = self.value(W)
+        if losses.shape != (R,):
+            raise ValueError(
+                f"losses of shape {tuple(losses.shape)} from weights {tuple(W.shape)}; one a row is needed"
+            )
+        if R > 1:
+            other = W.clone()
+            other[1:] = W[1:] + 0.01 * (1 + W[1:].abs())
+            first, again = losses[0].item(), self.value(other)[0].item()
+            if not abs(first - again) <= 1e-3 * torch.finfo(W.dtype).eps ** 0.5 * max(abs(first), 1e-30):
+                raise ValueError(f"the loss of one run went from {first:.8g} to {again:.8g} when the others were moved")
+
+
+@differentiating()
+def jacobian(outputs: Rows, X: Tensor) -> Tensor:
+    """``∂ outputs_r / ∂ x_r`` ``(R, n, P)`` of a function of each row, ``(R, P)`` to ``(R, n)``: n backward passes.
+
+    >>> jacobian(lambda X: X.cumsum(1)[:, 1:], torch.zeros(1, 3)).tolist()
+    [[[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]]
+    """
+    X = X.detach().requires_grad_()
+    with smooth():
+        out = outputs(X)
+    ways = [
+        torch.autograd.grad(column.sum(), X, retain_graph=True, materialize_grads=True)[0] for column in out.unbind(1)
+    ]
+    return torch.stack(ways, dim=1)
+
+
+def gram(outputs: Rows, W: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``Σ_p s_p ∂_p f_i ∂_p f_j`` ``(R, n, n)``: the neural tangent kernel, with rates s ``(P,)`` [N33]."""
+    J = jacobian(outputs, W)
+    return (J if scale is None else J * scale) @ J.mT

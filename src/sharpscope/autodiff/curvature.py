@@ -1,0 +1,24 @@
+"""The Hessian and the Gauss-Newton matrix of an objective as symmetric operators."""
+
+from torch import Tensor
+
+from ..linalg.operators import SymmetricOperator
+from .objective import Expansion, Objective
+
+
+def _expand(f: Objective | Expansion, w: Tensor | None) -> Expansion:
+    if isinstance(f, Expansion):
+        return f
+    return f.at(f.weights() if w is None else w)
+
+
+def hessian(f: Objective | Expansion, w: Tensor | None = None) -> SymmetricOperator:
+    """``∇²L(w)`` [N2]; `w` defaults to the model's weights, and all products share one expansion."""
+    at = _expand(f, w)
+    return SymmetricOperator(at.hvp, at.grad, at.columns if at.together else None, at.cost)
+
+
+def gauss_newton(f: Objective | Expansion, w: Tensor | None = None) -> SymmetricOperator:
+    """``Jᵀ ∇²ℓ J``, the part of the Hessian that is positive semidefinite for convex losses [N3]."""
+    at = _expand(f, w)
+    return SymmetricOperator(at.gauss_newton, at.grad)

@@ -1,0 +1,133 @@
+"""``sharpscope predict``: what an optimizer does next, foretold and then run."""
+
+import difflib
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..autodiff.objective import Objective
+from ..errors import NotConverged, NotFinite, Unusable
+from ..flows.compare import Prediction, compare
+from ..optimizers.gd import GD
+from ..records.checkpoints import load_task
+from ..records.checkpoints import load_weights as load_weights
+from ..records.history import History
+from ..records.run_log import Track
+from ..report.charts import Chart
+from ..report.html import write_report
+from ..studies._framework.run import environment
+from ..studies._framework.study import find
+from ..studies._shared.forecast import RUNS, Forecast, run_forecast
+from ..studies._shared.networks import Variant
+
+COLUMNS = (
+    ("sharpness", "Sharpness", "λ1 of ∇²L"),
+    ("loss", "Training loss, averaged over the oscillation", "loss"),
+    ("radius", "Norm of the weights", "‖w‖"),
+    ("error", "Distance from the optimizer", "distance / distance moved"),
+    ("variance", "Size of the oscillation", "mean squared distance from the average"),
+    ("test_loss", "Test loss", "loss"),
+)
+
+CHARTS = tuple(
+    Chart(y.replace("_", "-"), title, "step", y, RUNS[1:] if y == "error" else RUNS, "step", label)
+    for y, title, label in COLUMNS
+)
+
+
+def predict_study(name: str, config: Any, job: str, start: int, steps: int, points: int, out: Path) -> str:
+    """Train the run `job` of a study for `start` steps, foretell `steps` more; the outcome as a sentence.
+
+    Raises:
+        Unusable: the study has no such run, or the flow got stuck.
+    """
+    known = {j.name: j.arguments["variant"] for j in find(name).jobs(config) if "variant" in j.arguments}
+    if job not in known:
+        near = difflib.get_close_matches(job, known, 3, 0.3) or list(known)[:3]
+        some = ", ".join(f"'{k}'" for k in near)
+        raise Unusable(f"{name} has no network run '{job}' to predict; some it has: {some or 'none'}")
+    variant: Variant = known[job]
+    if variant.batch is not None or variant.rmsprop:
+        raise Unusable(f"'{job}' is not full-batch gradient descent, which the flow describes; choose another run")
+    track = Track(_empty(out), "prediction")
+    run_forecast(track, progress(), "", Forecast(variant, start, steps, points))
+    if track.note:
+        raise Unusable(track.note)
+    history = History(row | {"run": row["run"].removeprefix(": ")} for row in track.rows)
+    track.log.unlink()
+    said = f"{job} of {name} from step {start}: {Prediction(history, {})}"
+    return _written(out, said, history, {"study": name, "run": job, "start": start, "steps": steps})
+
+
+def predict_checkpoint(task: str, checkpoint: Path | None, rule: GD, steps: int, points: int, out: Path) -> str:
+    """Foretell `steps` steps of `rule` for the model, loss and data that the function `task` returns.
+
+    Raises:
+        Unusable: the task or the checkpoint cannot be used, or the flow got stuck.
+    """
+    model, loss, data = load_task(task)
+    f = Objective(model, loss, data)
+    w = f.weights() if checkpoint is None else load_weights(f, checkpoint)
+    _empty(out)
+    try:
+        p = compare(f, rule, w, steps, points=points, report=progress())
+    except (ArithmeticError, NotConverged, NotFinite, ValueError) as error:
+        raise Unusable(str(error)) from error
+    chosen = {"task": task, "checkpoint": str(checkpoint or "as the task returns it"), **vars(rule), "steps": steps}
+    return _written(out, f"{task}: {p}", p.history, chosen)
+
+
+def table(history: History) -> str:
+    """A few readings of the optimizer and of the central flow side by side."""
+    heads = f"{'':8}  {'sharpness':^19}  {'mean loss':^21}  {'norm':^17}  {'distance/':>9}"
+    under = f"{'run':>9} {'flow':>9}  {'run':>10} {'flow':>10}  {'run':>8} {'flow':>8}"
+    lines = [heads, f"{'step':>8}  {under}  {'moved':>9}"]
+    names = ("sharpness", "loss", "radius")
+    real, flow = ([history.series(run, c) for c in names] for run in RUNS[:2])
+    step, error = history.table("central flow", "step", "error")
+    for i in sorted({round(j * (len(step) - 1) / 5) for j in range(6)}):
+        (s, loss, r), (s2, loss2, r2) = ([c[i] for c in columns] for columns in (real, flow))
+        pairs = f"{s:9.4g} {s2:9.4g}  {loss:10.4g} {loss2:10.4g}  {r:8.5g} {r2:8.5g}"
+        lines.append(f"{step[i]:8g}  {pairs}  {error[i]:9.1%}")
+    return "\n".join(lines)
+
+
+def _written(out: Path, said: str, history: History, config: dict[str, Any]) -> str:
+    history.save(out / "history.parquet")
+    write_report(
+        out / "report.html",
+        title="A prediction",
+        subtitle="The optimizer beside its central flow",
+        lead=said[0].upper() + said[1:] + ".",
+        charts=[chart for chart in CHARTS if chart.y in history.columns],
+        columns=history.columns,
+        config=config,
+        environment=environment(),
+    )
+    return f"{said}\n\n{table(history)}"
+
+
+def _empty(out: Path) -> Path:
+    if out.exists() and any(out.iterdir()) and not (out / "history.parquet").exists():
+        raise Unusable(f"{out} is not empty and holds no prediction; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def progress() -> Callable[[float], None]:
+    """A bar on the terminal, moved by the share that is done."""
+    from tqdm import tqdm
+
+    bar = tqdm(
+        total=100, disable=not sys.stderr.isatty(), bar_format="{percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
+    )
+
+    def show(share: float) -> None:
+        bar.n = math.floor(100 * share)
+        bar.refresh()
+        if share >= 1:
+            bar.close()
+
+    return show

@@ -1,0 +1,1 @@
+"""Continuous flows that predict training at the edge of stability."""

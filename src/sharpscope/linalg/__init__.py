@@ -1,0 +1,1 @@
+"""Linear algebra of a symmetric operator: eigenpairs, trace, density, each with bounds."""

@@ -1,0 +1,129 @@
+"""Symmetric linear operators, known by their products with vectors.
+
+An operator is composed from smaller ones, and says what it is:
+
+    restricted(preconditioned(hessian(f, w), p), indices)
+
+P parameters.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Linear = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SymmetricOperator:
+    """A symmetric ``A`` as ``v -> A v``.
+
+    Args:
+        matvec: product with one vector ``(P,)``.
+        like: any vector of the operator's size, dtype and device.
+        matmat: product with columns ``(P, k)`` at once, where that is faster than one by one.
+        cost: of one product, in gradients; not a number where nobody knows it.
+    """
+
+    matvec: Linear
+    like: Tensor = field(repr=False)
+    matmat: Linear | None = None
+    cost: float = math.nan
+
+    @property
+    def size(self) -> int:
+        """P, the number of rows."""
+        return self.like.numel()
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """``A v`` for a vector ``(P,)``, ``A V`` for columns ``(P, k)``."""
+        if v.shape[:1] != (self.size,) or v.dim() > 2:
+            raise ValueError(f"an operator of size {self.size} cannot act on a tensor of shape {tuple(v.shape)}")
+        if v.dim() == 1:
+            return self.matvec(v)
+        if self.matmat is not None and v.shape[1] > 1:
+            return self.matmat(v)
+        return torch.stack([self.matvec(column) for column in v.T], dim=1)
+
+    def sandwiched(self, like: Tensor, before: Linear, after: Linear) -> "SymmetricOperator":
+        """``after ∘ A ∘ before``, where both maps take vectors ``(n,)`` and columns ``(n, k)`` alike."""
+        matmat = self.matmat
+        return SymmetricOperator(
+            lambda v: after(self.matvec(before(v))),
+            like,
+            None if matmat is None else lambda v: after(matmat(before(v))),
+            self.cost,
+        )
+
+    def to_scipy(self) -> Any:
+        """As a ``scipy.sparse.linalg.LinearOperator``, which takes and returns NumPy arrays."""
+        try:
+            from scipy.sparse.linalg import LinearOperator
+        except ImportError as missing:
+            raise ImportError("to_scipy() needs SciPy, which is not installed: pip install scipy") from missing
+
+        def product(x: Any) -> Any:
+            y = self @ torch.as_tensor(x).to(self.like)
+            return y.detach().cpu().numpy()
+
+        def vector(x: Any) -> Any:
+            return product(x.reshape(-1))
+
+        dtype = self.like.new_empty(0).cpu().numpy().dtype
+        shape = (self.size, self.size)
+        return LinearOperator(shape, matvec=vector, rmatvec=vector, matmat=product, rmatmat=product, dtype=dtype)
+
+    def dense(self) -> Tensor:
+        """The matrix ``(P, P)``: for tests and small problems."""
+        return self @ torch.eye(self.size, dtype=self.like.dtype, device=self.like.device)
+
+
+def preconditioned(a: SymmetricOperator, p: Tensor) -> SymmetricOperator:
+    """``P^-1/2 A P^-1/2`` with ``P = diag(p)``, p positive ``(P,)``."""
+    if p.shape != a.like.shape or not bool((p > 0).all()):
+        raise ValueError(
+            f"a preconditioner for size {a.size} has {a.size} positive entries; got {int((p > 0).sum())} among"
+            f" {p.numel()}"
+        )
+    s = p.rsqrt()
+
+    def scale(v: Tensor) -> Tensor:
+        return s * v if v.dim() == 1 else s[:, None] * v
+
+    return a.sandwiched(a.like, scale, scale)
+
+
+def restricted(a: SymmetricOperator, indices: Tensor) -> SymmetricOperator:
+    """The block of `A` on the coordinates `indices` ``(n,)``: an operator of size n."""
+    indices = indices.to(a.like.device)
+
+    def padded(v: Tensor) -> Tensor:
+        return v.new_zeros((a.size, *v.shape[1:])).index_copy(0, indices, v)
+
+    return a.sandwiched(a.like[indices], padded, lambda v: v[indices])
+
+
+def projected(a: SymmetricOperator, project: Callable[[Tensor], Tensor]) -> SymmetricOperator:
+    """``Π A Π`` for an orthogonal projection Π given as a function; directions it removes get eigenvalue zero."""
+    return SymmetricOperator(lambda v: project(a.matvec(project(v))), a.like, cost=a.cost)
+
+
+def scaled(a: SymmetricOperator, c: float) -> SymmetricOperator:
+    """``c A``."""
+    return a.sandwiched(a.like, lambda v: c * v, lambda v: v)
+
+
+def shifted(a: SymmetricOperator, c: float | Tensor) -> SymmetricOperator:
+    """``A + c I`` for a number, ``A + diag(c)`` for ``(P,)``."""
+    if not isinstance(c, Tensor):
+        if c == 0:
+            return a
+        c = a.like.new_tensor(c)
+    matmat, columns = a.matmat, c[:, None] if c.dim() else c
+    return SymmetricOperator(
+        lambda v: a.matvec(v) + c * v, a.like, None if matmat is None else lambda V: matmat(V) + columns * V, a.cost
+    )

@@ -1,0 +1,1 @@
+"""The measured quantities, one equation each, and rows of them."""

@@ -1,0 +1,225 @@
+"""Where the error of a sharpness comes from: the solver, the sample of the data, or rounding.
+
+    solver    r²/gap of the top Ritz pair, r its residual; r where no gap is seen, and never beyond `Eigenpairs.upper`
+    sample    λ1 of these n examples, for λ1 of what they were drawn from: first order in the noise of H the standard
+              error of vᵀHv over disjoint groups; second order a bias upward, since λ1 is convex in H
+    rounding  the error of vᵀHv by the arithmetic
+
+The bias comes from the mean λ1 of halves and quarters of the data, which convexity orders: λ1(all) ≤ halves ≤ quarters.
+It falls like ``1/n`` where the noise is small and more slowly, at least like ``1/√n``, where it is not.  P parameters.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..autodiff.curvature import hessian
+from ..autodiff.data import Batch
+from ..autodiff.objective import Objective
+from ..linalg.lanczos import lanczos
+from ..linalg.operators import SymmetricOperator
+from ..linalg.trace import student
+
+QUARTERS, GROUPS = 4, 16
+"""Parts of the data in which λ1 is solved for; at most so many groups for the standard error."""
+
+
+@dataclass(frozen=True)
+class ErrorBudget:
+    """λ1(∇²L) of `examples` examples and its errors; those of the sample are against all data that might be drawn.
+
+    ``means`` holds the mean λ1 of disjoint subsets by their (mean) number of examples, all of them first, then halves
+    and quarters; ``bias = λ1 - limit`` follows from them with the exponent that they show, between 1/2 and 1.
+    """
+
+    sharpness: float
+    solver: float
+    standard_error: float
+    bias: float
+    rounding: float
+    examples: int
+    groups: int
+    means: Mapping[float, float]
+    advice: str
+    note: str
+    num_matvecs: float  # in products with the Hessian of all examples
+
+    @property
+    def corrected(self) -> float:
+        """λ1 less its bias: the estimate for unlimited data."""
+        return self.sharpness - self.bias
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval for unlimited data: Student's t around `corrected`, out by the bias and the other errors."""
+        reach = student(self.groups - 1) * self.standard_error + self.bias + self.solver + self.rounding
+        return self.corrected - reach, self.corrected + reach
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        rows = (
+            ("solver", f"± {self.solver:.2g}"),
+            ("sample", f"± {self.standard_error:.2g} (standard error over {self.groups} groups)"),
+            ("bias", f"+ {self.bias:.2g} (a finite sample reads high)"),
+            ("rounding", f"± {self.rounding:.2g}"),
+        )
+        lines = [f"sharpness {self.sharpness:.6g} of {self.examples} examples"]
+        lines += [f"  {name:9}{text}" for name, text in rows]
+        means = ", ".join(f"{value:.4g} on {n:.4g}" for n, value in self.means.items())
+        lines += [f"  mean over subsets of the examples: {means}"]
+        lines += [
+            f"  unlimited data of this kind: {self.corrected:.4g}, in [{low:.4g}, {high:.4g}] at 95 %",
+            self.advice,
+        ]
+        return "\n".join([*lines, self.note] if self.note else lines)
+
+
+def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, seed: int = 0) -> ErrorBudget:
+    """The errors of ``λ1(∇²L(w))`` by solver, sample and rounding, and which of them to reduce [N20].
+
+    Costs two further solves (afresh: the top vector of a subset may be another one) and one pass in float64, and holds
+    all data in memory.  Batches are taken for random draws, and stay whole (batch normalization sees them whole); fewer
+    than four are cut.  Where the data are all that one wants to know about, as in full-batch training, the sample's
+    error does not apply.
+
+    Raises:
+        NotConverged: a solve did not reach rtol.
+        ValueError: fewer than four examples.
+    """
+    w = f.weights() if w is None else w.detach()
+    batches = [_Batch(_raw(b), b.examples) for b in f._batches(w.device)]
+    pieces, note = _pieces(batches)
+    n = sum(piece.examples for piece in pieces)
+    whole = f.on([b.data for b in batches])
+    a = hessian(whole, w)
+    top = lanczos(a, min(2, a.size), rtol=rtol, seed=seed)
+    value, v, residual = top.values[0].item(), top.vectors[:, 0], top.residuals[0].item()
+    gap = value - (top.values[1] + top.residuals[1]).item() if a.size > 1 else math.inf
+    solver = min(residual, residual**2 / gap if gap > 0 else residual, max(top.upper - value, 0.0))
+
+    groups = _dealt(pieces, min(len(pieces), GROUPS))
+    sizes = torch.tensor([sum(b.examples for b in group) for group in groups], dtype=torch.float64)
+    slopes = torch.tensor([_curvature(_on(f, group, w), v) for group in groups], dtype=torch.float64)
+    share, k = sizes / n, len(groups)
+    centre = (share * slopes).sum()
+    standard_error = ((share * (slopes - centre)).square().sum() * k / (k - 1)).sqrt().item()
+
+    means, spent = {float(n): value}, float(top.num_matvecs) + 1
+    for parts in (2, QUARTERS):
+        total = 0.0
+        for group in _dealt(pieces, parts):
+            found = lanczos(_on(f, group, w), rtol=rtol, seed=seed)
+            weight = sum(b.examples for b in group) / n
+            total += weight * found.values[0].item()
+            spent += weight * found.num_matvecs
+        means[n / parts] = total
+    bias = _bias(*means.values())
+    rounding = _rounding(whole, a, w, v, value, seed)
+    advice = _advice(value, solver, math.hypot(standard_error, bias), rounding, n, rtol, w.dtype)
+    return ErrorBudget(value, solver, standard_error, bias, rounding, n, k, means, advice, note, spent + 2)
+
+
+def _bias(whole: float, halves: float, quarters: float) -> float:
+    """``c`` of ``whole = limit + c``, ``halves = limit + 2^p c``, ``quarters = limit + 4^p c``, p within [1/2, 1]."""
+    first, second = max(halves - whole, 0.0), max(quarters - halves, 0.0)
+    p = math.log2(second / first) if first > 0 and second > 0 else 1.0
+    return first / (2 ** min(max(p, 0.5), 1.0) - 1)
+
+
+def _curvature(a: SymmetricOperator, v: Tensor) -> float:
+    """``vᵀAv/vᵀv``, with the sums in float64."""
+    v64 = v.double()
+    return ((v64 @ (a @ v).double()) / (v64 @ v64)).item()
+
+
+def _rounding(f: Objective, a: SymmetricOperator, w: Tensor, v: Tensor, value: float, seed: int) -> float:
+    """``|vᵀHv - λ|`` with H in float64; where it is in float64 already, how far its products are from symmetric."""
+    if w.dtype != torch.float64:
+        return abs(_curvature(hessian(_doubled(f), w.double()), v.double()) - value)
+    z = torch.randn(v.shape, generator=torch.Generator().manual_seed(seed), dtype=v.dtype).to(v.device)
+    u = v + z / z.norm()  # partly along v: products with a vector at right angles to it are small, and so their errors
+    return abs(((u @ (a @ v)) - (v @ (a @ u))) / u.norm()).item()
+
+
+def _doubled(f: Objective) -> Objective:
+    """The objective in float64: copies of model, loss and data."""
+    model = copy.deepcopy(f.model).double()
+    loss = copy.deepcopy(f.loss).double() if isinstance(f.loss, nn.Module) else f.loss
+    return Objective(model, loss, [_mapped(batch, _double) for batch in f.data], memory_budget=f.memory_budget)
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+class _Batch(NamedTuple):
+    data: Any  # as an Objective takes it
+    examples: int
+
+
+def _raw(batch: Batch) -> Any:
+    if batch.kwargs is batch.target:
+        return batch.target
+    return batch.kwargs or batch.args, batch.target
+
+
+def _on(f: Objective, group: list[_Batch], w: Tensor) -> SymmetricOperator:
+    return hessian(f.on([batch.data for batch in group]), w)
+
+
+def _pieces(batches: list[_Batch]) -> tuple[list[_Batch], str]:
+    """The batches as they are, or (with a note) cut by examples where they are fewer than four."""
+    counts = [batch.examples for batch in batches]
+    if sum(counts) < QUARTERS:
+        raise ValueError(f"an error by sampling needs at least {QUARTERS} examples; the data hold {sum(counts)}")
+    if len(batches) >= QUARTERS:
+        return batches, ""
+    pieces = []
+    for data, count in batches:
+        parts = min(count, math.ceil(2 * QUARTERS / len(batches)))
+        pieces += [_Batch(_mapped(data, _rows(count, i, parts)), len(range(i, count, parts))) for i in range(parts)]
+    if len(pieces) < QUARTERS:
+        raise ValueError(f"{len(batches)} batches of {counts} examples cannot be cut into {QUARTERS} parts")
+    return pieces, (
+        f"There were fewer than {QUARTERS} batches: subsets are made of {len(pieces)} parts of them, which batch"
+        " normalization in training mode sees as batches of their own."
+    )
+
+
+def _rows(count: int, i: int, parts: int) -> Callable[[Tensor], Tensor]:
+    return lambda t: t[i::parts] if t.dim() > 0 and len(t) == count else t
+
+
+def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: _mapped(item, change) for key, item in tree.items()}
+    if isinstance(tree, list | tuple):
+        items = [_mapped(item, change) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    return tree
+
+
+def _dealt(batches: list[_Batch], parts: int) -> list[list[_Batch]]:
+    """Every batch to one of `parts` groups in turn, so that an order in the data reaches all of them."""
+    return [batches[i::parts] for i in range(parts)]
+
+
+def _advice(
+    value: float, solver: float, sample: float, rounding: float, n: int, rtol: float, dtype: torch.dtype
+) -> str:
+    worst = max(solver, sample, rounding)
+    size = f"{worst / abs(value):.1%}" if value else f"{worst:.2g}"
+    if worst == sample:
+        return f"The sample is the largest error ({size}): four times the {n} examples about halve it."
+    if worst == solver:
+        return f"The solver is the largest error ({size}): lower rtol from {rtol:g} to {rtol / 10:g}."
+    if dtype != torch.float64:
+        return f"Rounding is the largest error ({size}): bring model and data to float64."
+    return f"Rounding is the largest error ({size}), in float64 already: nothing is left to reduce."

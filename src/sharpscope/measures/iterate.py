@@ -1,0 +1,147 @@
+"""One point of training, at which each expensive quantity is computed at most once.
+
+P parameters, k eigenpairs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..autodiff.curvature import hessian
+from ..autodiff.objective import Expansion, Objective
+from ..linalg.eigenpairs import Eigenpairs, Memory
+from ..linalg.operators import SymmetricOperator, preconditioned, restricted, shifted
+from ..linalg.warm_start import track
+from ..optimizers.base import Stability, State, UpdateRule
+from ..symmetry.scale_groups import ScaleGroups, find_groups
+from ..symmetry.sphere import on_sphere
+
+
+def midpoint(before: Tensor, now: Tensor) -> Tensor:
+    """``(w_{t-1} + w_t)/2``: cancels the oscillation by which single iterates read high and low in turn."""
+    return (before + now) / 2
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """Weights `w` ``(P,)`` of `objective`, reached by `rule` in `state` after `step` steps.
+
+    `k` and `rtol` are handed to the eigenvalue solver; `start` is the `memories` of an earlier Iterate.  `stability`
+    takes the place of what the rule says of it, for an optimizer with several parameter groups (`stability_of`).
+    """
+
+    objective: Objective
+    w: Tensor
+    rule: UpdateRule | None = None
+    state: State = field(default_factory=dict)
+    step: int = 0
+    groups: ScaleGroups | None = None
+    k: int = 1
+    rtol: float = 1e-4
+    start: Mapping[str, Memory] = field(default_factory=dict)
+    stability: Stability | None = None
+
+    @classmethod
+    def of(cls, at: "Objective | Iterate") -> "Iterate":
+        """The Iterate itself, or the one at an objective's present weights."""
+        if not isinstance(at, Iterate | Objective):
+            raise TypeError(f"a {type(at).__name__} has no sharpness by itself; make an Objective(model, loss, data)")
+        return at if isinstance(at, Iterate) else cls(at, at.weights())
+
+    @cached_property
+    def expansion(self) -> Expansion:
+        return self.objective.at(self.w)
+
+    @cached_property
+    def hessian(self) -> SymmetricOperator:
+        return hessian(self.expansion)
+
+    @cached_property
+    def scale_groups(self) -> ScaleGroups:
+        return find_groups(self.objective, self.w) if self.groups is None else self.groups
+
+    @cached_property
+    def invariant(self) -> Tensor:
+        """The jointly scale-invariant weights ``(n,)``.
+
+        Raises:
+            ValueError: there are none.
+        """
+        joint = self.scale_groups.joint
+        if joint.numel() == 0:
+            least = min(self.scale_groups.defects.items(), key=lambda item: item[1], default=("", 1.0))
+            raise ValueError(
+                "no scale-invariant weights: the least Euler cosine is"
+                f" {least[1]:.2g} ({least[0]}); spherical measures need normalization, sharpness() does not"
+            )
+        return self.w[joint]
+
+    @cached_property
+    def top(self) -> Eigenpairs:
+        """Of ``∇²L(w)``."""
+        return self._solve("top", self.hessian)
+
+    @cached_property
+    def criterion(self) -> Stability:
+        """When the next step is stable.
+
+        Raises:
+            ValueError: there is no rule, or it has no step length yet.
+        """
+        if self.stability is not None:
+            return self.stability
+        if self.rule is None:
+            raise ValueError("this measure needs an update rule: Iterate(..., rule=GD(learning_rate=...))")
+        found = self.rule.stability(self.state)
+        if found is None:
+            raise ValueError(f"{type(self.rule).__name__} has averaged no gradient yet: its steps have no length")
+        return found
+
+    @cached_property
+    def effective_top(self) -> Eigenpairs:
+        """Of ``M^-½ (∇²L + D) M^-½``, whose largest eigenvalue is one at the edge of stability [N34]."""
+        metric, decay = self.criterion.metric.to(self.w), self.criterion.decay.to(self.w)
+        if not self.criterion.uniform:
+            a = shifted(preconditioned(self.hessian, metric), decay / metric)
+            return self._solve("effective_top", a)
+        top, m = self.top, (metric[0] if metric.dim() else metric).item()
+        # One step length for all weights: the vectors of ∇²L serve, and D counts as they see it.
+        seen = (decay.expand_as(self.w)[:, None] * top.vectors.square()).sum(dim=0)
+        shifted_up = replace(top, values=top.values + seen, upper=top.upper + decay.max().item(), memory=None)
+        return shifted_up.scaled(1 / m)
+
+    @cached_property
+    def spherical_top(self) -> Eigenpairs:
+        """Of the Hessian in the jointly scale-invariant weights, at unit norm [N7]."""
+        if self.scale_groups.covers(self.objective.size):
+            return self.top.scaled((self.w @ self.w).item())
+        block = restricted(self.hessian, self.scale_groups.joint)
+        return self._solve("spherical_top", on_sphere(block, self.invariant))
+
+    @cached_property
+    def product_sphere_top(self) -> Eigenpairs:
+        """Of the Hessian in the invariant groups, each group at unit norm: ``Δ H Δ``, Δ = diag(‖w_g‖) [N12]."""
+        groups = self.scale_groups.groups
+        if not groups:
+            raise ValueError("no group of weights is scale-invariant on its own; use spherical_sharpness()")
+        inverse_square = self.w.new_ones(self.objective.size)
+        for indices in groups.values():
+            inverse_square[indices] = 1 / self.w[indices].square().sum()
+        indices = torch.zeros(self.objective.size, dtype=torch.bool)
+        for i in groups.values():
+            indices[i] = True
+        block = restricted(preconditioned(self.hessian, inverse_square), indices.nonzero().flatten())
+        return self._solve("product_sphere_top", block)
+
+    @property
+    def memories(self) -> dict[str, Memory]:
+        """What the solvers found, as `start` of the next Iterate."""
+        names = ("top", "effective_top", "spherical_top", "product_sphere_top")
+        solved = {name: self.__dict__[name].memory for name in names if name in self.__dict__}
+        return {name: memory for name, memory in solved.items() if memory is not None}
+
+    def _solve(self, name: str, a: SymmetricOperator) -> Eigenpairs:
+        return track(a, self.start.get(name), min(self.k, a.size), rtol=self.rtol, seed=self.step)

@@ -1,0 +1,101 @@
+"""The numbers of one reading of a running training: columns of a row, from an iterate and the optimizer's setting.
+
+P parameters.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..optimizers.base import Stability, UpdateRule
+from ..optimizers.from_torch import stability_of, state_of
+from ..symmetry.scale_groups import ScaleGroups
+from ..symmetry.sphere import angle
+from . import measures
+from .iterate import Iterate
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the optimizer was set at a step: its leading parameter group, and the stability of all of them.
+
+    `on_sphere` is the effective learning rate at a radius, where steps have one length for all weights; `gradient` the
+    norm of the gradient that was applied.
+    """
+
+    rule: UpdateRule | None
+    stability: Stability | None
+    learning_rate: float
+    weight_decay: float
+    on_sphere: Callable[[float], float] | None
+    gradient: float | None
+
+
+def setting_of(
+    optimizer: Optimizer,
+    parameters: Sequence[Tensor],
+    rule: UpdateRule | None,
+    rules: Sequence[UpdateRule | None],
+    leading: int,
+) -> Setting:
+    """The setting of a live optimizer whose parameter groups have these `rules`, the `leading` one `rule`."""
+    grads = [g for p in parameters if (g := p.grad) is not None and not g.is_sparse]
+    norm = torch.stack(torch._foreach_norm(grads)).norm().item() if grads else None
+    group, stability = optimizer.param_groups[leading], stability_of(optimizer, parameters, rules)
+    rate, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
+    if rule is None or stability is None or not stability.uniform:
+        return Setting(rule, stability, rate, decay, None, norm)
+    state = state_of(optimizer, group["params"], rule)
+    return Setting(rule, stability, rate, decay, lambda r: rule.effective_learning_rate(r, state), norm)
+
+
+def curvature(it: Iterate, at: Setting, row: dict[str, Any], *, full: bool) -> None:
+    """Add to `row` the columns that need eigenvalues, as far as these are found; if not `full`, from one problem alone.
+
+    Raises:
+        NotConverged, NotFinite: as `track`; what was found before is in the row.
+    """
+    groups, whole = it.scale_groups, it.scale_groups.covers(it.objective.size)
+    one = it.stability is None or it.stability.uniform
+    if full or one:
+        row |= {"sharpness": measures.sharpness(it), "residual": it.top.residuals[0].item()}
+        row |= {f"sharpness{i}": v for i, v in enumerate(it.top.values[1:].tolist(), start=2)}
+    if it.stability is not None:
+        row["stability_ratio"] = measures.stability_ratio(it)
+    if groups.joint.numel() > 0:
+        row["radius"] = measures.radius(it)
+        if full or (one and whole):
+            row["spherical_sharpness"] = measures.spherical_sharpness(it)
+            if at.on_sphere is not None:
+                row["edge"] = at.on_sphere(row["radius"]) * row["spherical_sharpness"]
+    row |= _by_group(it, at)
+
+
+def _by_group(it: Iterate, at: Setting) -> dict[str, float]:
+    """Of each invariant group: radius, effective learning rate, share in the top eigenvector, radial gradient.
+
+    The last is ``-⟨w_g, ∇_g L⟩/(wd ‖w_g‖²)``, zero for exact invariance; at one it balances weight decay.
+    """
+    row: dict[str, float] = {}
+    top = (it.effective_top if it.stability is not None else it.top).vectors[:, 0]
+    for name, indices in it.scale_groups.groups.items():
+        w, g = it.w[indices].double(), it.expansion.grad[indices].double()
+        radius = w.norm().item()
+        row |= {f"radius/{name}": radius, f"share/{name}": top[indices].double().square().sum().item()}
+        if at.on_sphere is not None and radius > 0:
+            row[f"rate/{name}"] = at.on_sphere(radius)
+            if at.weight_decay > 0:
+                row[f"radial/{name}"] = -(w @ g).item() / (at.weight_decay * radius**2)
+    return row
+
+
+def angles(groups: ScaleGroups, turned: tuple[Tensor, Tensor] | None) -> dict[str, float]:
+    """By how much each group has turned between weights before and after a step, in radians."""
+    if turned is None:
+        return {}
+    before, after = turned
+    return {name: angle(before[i].double(), after[i].double()).item() for name, i in groups.groups.items()}

@@ -1,0 +1,1 @@
+"""Watching a training loop: what to measure when, and what it means."""

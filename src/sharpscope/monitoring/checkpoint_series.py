@@ -1,0 +1,385 @@
+"""A series of checkpoints, measured one by one into a directory.
+
+The directory holds ``analysis.json`` (what was asked), an append-only log (one line a checkpoint, under the digest of
+its content), ``history.parquet`` and ``report.html``.  What is in the log is not measured again: a kill loses at most
+the checkpoint in work, and a later call measures what is new or has changed.  The log holds what the weights say; what
+the optimizer adds (threshold, ratio) is computed from it, so that another learning rate costs nothing.
+
+P parameters.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..autodiff.objective import Loss, Objective
+from ..errors import NoSecondDerivative, NotConverged, Unusable
+from ..linalg.eigenpairs import Memory
+from ..measures import measures
+from ..measures.iterate import Iterate
+from ..optimizers.gd import GD
+from ..records import checkpoints
+from ..records.history import History, Value
+from ..records.run_log import Track
+from ..report.html import write_report
+from ..symmetry.scale_groups import ScaleGroups, find_groups
+from .diagnosis import AT_THE_EDGE
+from .page import CHARTS, RUN
+
+RTOL = 1e-3
+"""Bound on the residuals relative to λ1: eigenvalues are then right to about RTOL² λ1/gap (seen: 1e-6 to 2e-5)."""
+
+TABLE = (
+    ("loss", "loss"),
+    ("sharpness", "sharpness"),
+    ("residual", "residual"),
+    ("spherical_sharpness", "spherical"),
+    ("radius", "radius"),
+    ("stability_ratio", "s/threshold"),
+)
+"""Columns of the printed table, and their heads."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a series of checkpoints says: a row each, and why some have none."""
+
+    history: History
+    rule: GD | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+    measured: int = 0  # in this call; the others were in the log
+    numbered: bool = False  # by their order, as their names say no step
+
+    @property
+    def table(self) -> str:
+        """A line per checkpoint; a dash where there is no value."""
+        columns = self.history.columns
+        kept = [(name, head) for name, head in TABLE if any(v is not None for v in columns.get(name, []))]
+        width = min(40, max([len("checkpoint"), *map(len, columns["checkpoint"])]))
+        lines = [f"{'checkpoint':{width}}  {'step':>8}" + "".join(f"  {head:>11}" for _, head in kept)]
+        for i, name in enumerate(columns["checkpoint"]):
+            short = name if len(name) <= width else "…" + name[1 - width :]
+            cells = ("-" if columns[c][i] is None else f"{columns[c][i]:.5g}" for c, _ in kept)
+            lines.append(f"{short:{width}}  {columns['step'][i]:>8}" + "".join(f"  {cell:>11}" for cell in cells))
+        return "\n".join(lines)
+
+    @property
+    def summary(self) -> str:
+        """What was measured, how it moved, and where it stands."""
+        moves = (self._move("sharpness", "Sharpness"), self._move("spherical_sharpness", "Spherical sharpness"))
+        said = (self._counts(), *moves, self._move("radius", "The norm of the invariant weights"), self._place())
+        return " ".join(sentence for sentence in (*said, self._gaps(), self._kept()) if sentence)
+
+    def _counts(self) -> str:
+        n, old = len(self.history), len(self.history) - self.measured
+        said = f"{n} checkpoint{'s' * (n != 1)}: {self.measured} measured now, {old} known from before"
+        said += f"; {len(self.refused)} could not be measured." if self.refused else "."
+        return said + " Their names say no step each: they are numbered in their order." * self.numbered
+
+    def _move(self, column: str, words: str) -> str:
+        step, value = self._table("step", column)
+        if len(value) < 2:
+            return ""
+        top = int(value.argmax())
+        peak = f", with a peak of {value[top]:.4g} at step {step[top]:g}" if 0 < top < len(value) - 1 else ""
+        ends = f"from {value[0]:.4g} at step {step[0]:g} to {value[-1]:.4g} at step {step[-1]:g}"
+        return f"{words} goes {ends}{peak}."
+
+    def _place(self) -> str:
+        step, ratios, sharpness = self._table("step", "stability_ratio", "sharpness")
+        if self.rule is None or not len(ratios):
+            return ""
+        low, high = AT_THE_EDGE
+        ratio = float(ratios[-1])
+        where = "below" if ratio < low else "above" if ratio > high else "at"
+        said = f"At step {step[-1]:g} sharpness / threshold is {ratio:.3g}: {where} the edge of stability"
+        if ratio <= 0:
+            return f"{said}."
+        edge = self.rule.edge / (float(sharpness[-1]) + self.rule.weight_decay)
+        return f"{said}, which this curvature meets at a learning rate of {edge:.3g}."
+
+    def _gaps(self) -> str:
+        notes = [(s, n) for s, n in zip(self.history.columns["step"], self._column("note"), strict=True) if n]
+        if not notes:
+            return ""
+        more = f" ({len(notes) - 1} more have none either)" if len(notes) > 1 else ""
+        return f"There is no curvature at step {notes[0][0]}: {notes[0][1]}{more}."
+
+    def _kept(self) -> str:
+        kept = next((k for k in self._column("kept") if k), None)
+        return f"Not in the checkpoints, and left as the task returns them: {kept}." if kept else ""
+
+    def _column(self, name: str) -> Sequence[Any]:
+        return self.history.columns.get(name, [None] * len(self.history))
+
+    def _table(self, *names: str) -> tuple[np.ndarray, ...]:
+        known = set(names) <= self.history.columns.keys()
+        return self.history.table(RUN, *names) if known else tuple(np.empty(0) for _ in names)
+
+
+def analyze(
+    model: nn.Module,
+    loss: Loss,
+    data: Iterable[Any],
+    places: Sequence[Path],
+    out: Path,
+    *,
+    name: str = "",
+    rule: GD | None = None,
+    k: int = 1,
+    environment: Mapping[str, object] | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Analysis:
+    """Measure the checkpoints in `places` (files and directories) on `data`, and write the report into `out`.
+
+    Args:
+        model, loss, data: as of an `Objective`; the model is copied, and stays as it is.
+        name: of the task, which a directory holds to.
+        rule: what trained them, for the distance to the edge.
+        k: eigenvalues to find; those after the first are the columns sharpness2, sharpness3, ...
+        progress: told the share of the checkpoints that is done.
+
+    Raises:
+        Unusable: there is no checkpoint or none that fits, `out` holds something else, or the task has changed.
+    """
+    if k < 1:
+        raise Unusable(f"k={k}: the number of eigenvalues is at least 1")
+    files = checkpoints.series(places)
+    name = name or type(model).__name__
+    f = Objective(_copied(model), loss, data)
+    log = _Log(out, {"task": name, "k": k, "parameters": f.size})
+    probe = _Probe(f, k, log.groups)
+    refused: dict[Path, str] = {}
+    digests = {path: _digest(path) for path in files}
+    told = next((path for path in files if log.known.get(digests[path], {}).get("loss") is not None), None)
+    if told is not None:
+        probe.confirm(told, log.known[digests[told]]["loss"], out)
+    measured = 0
+    for i, path in enumerate(files):
+        if digests[path] not in log.known:
+            try:
+                digests[path], row = probe.measure(path)
+            except Unusable as error:
+                refused[path] = str(error)
+            else:
+                log.append(digests[path], row, probe.groups)
+                measured += 1
+        progress((i + 1) / len(files))
+    if len(refused) == len(files):
+        others = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+        raise Unusable(f"no checkpoint could be measured: {refused[files[0]]}{others}")
+    labels = _labels(files)
+    rows = {path: log.known[digests[path]] for path in files if path not in refused}
+    steps = [checkpoints.step_of(path) for path in rows]
+    numbered = None in steps or len(set(steps)) < len(steps)
+    history = History(
+        {"run": RUN, "step": i if numbered else step, "checkpoint": labels[path], **_with_rule(row, rule)}
+        for i, (step, (path, row)) in enumerate(zip(steps, rows.items(), strict=True))
+    )
+    found = Analysis(history, rule, {labels[path]: why for path, why in refused.items()}, measured, numbered)
+    _write(out, found, name, f, {"checkpoints": [str(p) for p in places], "k": k}, environment or {})
+    return found
+
+
+class _Log:
+    """What a directory was asked to hold, and the readings in it by digest."""
+
+    def __init__(self, out: Path, asked: Mapping[str, Any]) -> None:
+        self.path, self.asked = out / "analysis.json", asked
+        there = _held(out, self.path)
+        for key, value in asked.items():
+            if there and there.get(key) != value:
+                odd = f"{key} {there.get(key)}, not {value}"
+                raise Unusable(f"{out} holds a different analysis ({odd}); choose another --out")
+        self.groups = None if there.get("invariant") is None else _groups_of(there["invariant"])
+        try:
+            self.track = Track(out, RUN)
+            _cut_to_whole_lines(self.track.log)
+            self._save()
+        except OSError as error:
+            raise _unwritten(out, error) from error
+        self.known: dict[str, Mapping[str, Any]] = {row["digest"]: row for row in self.track.rows}
+
+    def append(self, digest: str, row: Mapping[str, Value], groups: ScaleGroups | None) -> None:
+        self.known[digest] = {"digest": digest, **row}
+        try:
+            if self.groups is None and groups is not None:
+                self.groups = groups
+                self._save()
+            self.track.append(**self.known[digest])
+        except OSError as error:
+            raise _unwritten(self.path.parent, error) from error
+
+    def _save(self) -> None:
+        draft = self.path.with_suffix(".tmp")
+        told = {**self.asked, "invariant": None if self.groups is None else _told(self.groups)}
+        draft.write_text(json.dumps(told) + "\n", encoding="utf-8")
+        os.replace(draft, self.path)
+
+
+def _unwritten(out: Path, error: OSError) -> Unusable:
+    kept = "what is there is kept, and the same command goes on from it"
+    return Unusable(f"cannot write the analysis in {out}: {error.strerror}; {kept}")
+
+
+def _held(out: Path, path: Path) -> dict[str, Any]:
+    """What analysis.json says; empty for a directory that is empty or not there yet."""
+    if not path.exists():
+        if out.exists() and (not out.is_dir() or any(file.name != "analysis.tmp" for file in out.iterdir())):
+            raise Unusable(f"{out} is not empty and holds no analysis; choose another --out")
+        return {}
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        there = None
+    if not isinstance(there, dict) or "task" not in there:
+        raise Unusable(f"{path} is not that of an analysis; choose another --out")
+    return there
+
+
+def _told(groups: ScaleGroups) -> dict[str, Any]:
+    """The invariant weights as ranges of their indices."""
+    joint = groups.joint.cpu()
+    breaks = ((joint.diff() != 1).nonzero().flatten() + 1).tolist()
+    parts = joint.tensor_split(breaks) if len(joint) else ()
+    return {"ranges": [[part[0].item(), part[-1].item() + 1] for part in parts], "cosine": groups.joint_defect}
+
+
+def _groups_of(told: Mapping[str, Any]) -> ScaleGroups:
+    parts = [torch.arange(start, stop) for start, stop in told["ranges"]]
+    return ScaleGroups({}, {}, {}, torch.cat([torch.empty(0, dtype=torch.long), *parts]), told["cosine"])
+
+
+def _cut_to_whole_lines(log: Path) -> None:
+    """Take away the line that a kill left unfinished."""
+    content = log.read_bytes() if log.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(log, whole)
+
+
+class _Probe:
+    """A model into which one checkpoint after another is put, and what makes the next measurement cheap."""
+
+    def __init__(self, f: Objective, k: int, groups: ScaleGroups | None) -> None:
+        self.f, self.k, self.groups, self.calls = f, k, groups, 0
+        self.memories: Mapping[str, Memory] = {}
+        parts = checkpoints.constituents(f.model)
+        self.first = {name: t.detach().clone() for name, t in parts.items() if not t.requires_grad}
+        self.kept = {name: id(parts[name]) for name in f.model.state_dict() if name in self.first}
+
+    def place(self, content: bytes, name: str) -> tuple[Tensor, list[str]]:
+        """The weights ``(P,)``, and which buffers are not in the file; those that are go into the model."""
+        w, others = checkpoints.fit(self.f, checkpoints.read(content, name), name)
+        checkpoints.write(self.f.model, self.first | others)
+        there = {self.kept[n] for n in others if n in self.kept}
+        return w, [n for n, part in self.kept.items() if part not in there]
+
+    def confirm(self, path: Path, loss: float, out: Path) -> None:
+        """Raise Unusable unless the checkpoint still has this loss: old and new readings must belong together."""
+        w, _ = self.place(checkpoints.read_bytes(path), str(path))
+        now = self.f.value(w).item()
+        if not abs(now - loss) <= torch.finfo(w.dtype).eps ** 0.5 * abs(loss):
+            raise Unusable(
+                f"the loss at {path} is {now:.8g}, and was {loss:.8g} when it was measured into {out}: the task has"
+                " changed, or draws its data anew each time; choose another --out"
+            )
+
+    def measure(self, path: Path) -> tuple[str, dict[str, Value]]:
+        """Digest and reading of a checkpoint."""
+        content = checkpoints.read_bytes(path)
+        w, kept = self.place(content, str(path))
+        loss = self.f.value(w).item()
+        row: dict[str, Value] = {"loss": loss if math.isfinite(loss) else None, "kept": _some(kept)}
+        try:
+            row |= self._curvature(w) if math.isfinite(loss) else {"note": "the loss is not finite"}
+        except (NotConverged, ValueError) as error:  # of products or gradients that are not finite
+            row["note"] = str(error)
+        except NoSecondDerivative as error:
+            raise Unusable(str(error)) from error
+        self.calls += 1
+        return hashlib.sha256(content).hexdigest(), row
+
+    def _curvature(self, w: Tensor) -> dict[str, Value]:
+        if self.groups is None:  # asked of the first checkpoint, and the same for all
+            self.groups = find_groups(self.f, w)
+        groups = self.groups
+        it = Iterate(self.f, w, step=self.calls, groups=groups, k=self.k, rtol=RTOL, start=self.memories)
+        row: dict[str, Value] = {"sharpness": measures.sharpness(it), "residual": it.top.residuals[0].item()}
+        row |= {f"sharpness{i}": v for i, v in enumerate(it.top.values[1:].tolist(), start=2)}
+        products = it.top.num_matvecs
+        if groups.joint.numel():
+            row |= {"spherical_sharpness": measures.spherical_sharpness(it), "radius": measures.radius(it)}
+            products += 0 if groups.covers(self.f.size) else it.spherical_top.num_matvecs
+        self.memories = it.memories
+        return row | {"products": products}
+
+
+def _with_rule(row: Mapping[str, Any], rule: GD | None) -> dict[str, Any]:
+    """A reading, and what the optimizer makes of it."""
+    own = {name: value for name, value in row.items() if name != "run"}
+    if rule is None or own.get("sharpness") is None:
+        return own
+    threshold = rule.threshold({})
+    own |= {"threshold": threshold, "stability_ratio": own["sharpness"] / threshold}
+    if own.get("spherical_sharpness") is not None:
+        own["edge"] = rule.effective_learning_rate(own["radius"], {}) * own["spherical_sharpness"]
+    return own
+
+
+def _some(names: Sequence[str]) -> str | None:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}" or None
+
+
+def _labels(files: Sequence[Path]) -> dict[Path, str]:
+    """The names of the files, with as many folders before them as tell them apart."""
+    deep = 1
+    while len({path.parts[-deep:] for path in files}) < len(files):
+        deep += 1
+    return {path: "/".join(path.parts[-deep:]) for path in files}
+
+
+def _digest(path: Path) -> str:
+    """Of the content; empty where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise Unusable(f"the task's {type(model).__name__} cannot be copied: {error}") from error
+
+
+def _write(
+    out: Path, found: Analysis, name: str, f: Objective, config: dict[str, Any], environment: Mapping[str, object]
+) -> None:
+    try:
+        found.history.save(out / "history.parquet")
+        write_report(
+            out / "report.html",
+            title="Sharpness along checkpoints",
+            subtitle=f"{name}: {type(f.model).__name__}, {f.size} parameters",
+            lead=found.summary,
+            charts=[chart for chart in CHARTS if any(v is not None for v in found.history.columns.get(chart.y, []))],
+            columns=found.history.columns,
+            config={**config, "rule": found.rule or "not given", "could not be measured": list(found.refused.values())},
+            environment=environment or {"torch": torch.__version__},
+        )
+    except OSError as error:
+        raise _unwritten(out, error) from error

@@ -1,0 +1,32 @@
+"""Schedules: at which steps of a run to measure."""
+
+from collections.abc import Callable
+
+Schedule = Callable[[int], bool]
+
+
+def log_spaced(per_decade: int = 10) -> Schedule:
+    """A schedule for `Monitor(every=...)`: steps 0, 1, 2, .. and later `per_decade` in every decade.
+
+    >>> due = log_spaced(3)
+    >>> [step for step in range(200) if due(step)]
+    [0, 1, 2, 5, 10, 22, 46, 100]
+    """
+    if per_decade < 1:
+        raise ValueError(f"per_decade={per_decade}: at least one reading in a decade")
+
+    def place(step: int) -> int:
+        """How many of the values round(10^(i/per_decade)) are at most `step`."""
+        i = 0
+        while round(10 ** (i / per_decade)) <= step:
+            i += 1
+        return i
+
+    return lambda step: step == 0 or place(step) > place(step - 1)
+
+
+def every_nth(n: int) -> Schedule:
+    """Steps 0, n, 2n, ..."""
+    if n < 1:
+        raise ValueError(f"every={n}: the number of steps between measurements is at least 1")
+    return lambda step: step % n == 0

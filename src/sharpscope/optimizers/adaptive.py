@@ -1,0 +1,214 @@
+"""Rules with a learning rate for every weight, set by the mean square of its gradient: RMSprop, Adam, AdamW.
+
+Their steps are those of torch's optimizers.  No single threshold on ∇²L tells when they are stable; the eigenvalues of
+P^-1/2 ∇²F P^-1/2 do, with P their preconditioner of the moment (Cohen et al. 2022, arXiv 2207.14484).
+
+P parameters.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .base import Stability, State, UpdateRule, demand, described, heavy_ball
+
+
+class PerWeight(UpdateRule):
+    """A rule with a learning rate for every weight: its stability shows in ``P^-1/2 ∇²F P^-1/2`` alone."""
+
+    def threshold(self, state: State) -> NoReturn:
+        raise TypeError(self._none("threshold on the eigenvalues of ∇²L"))
+
+    def effective_learning_rate(self, radius: float, state: State) -> NoReturn:
+        raise TypeError(self._none("effective learning rate on the sphere"))
+
+    @property
+    def edge(self) -> NoReturn:
+        raise TypeError(self._none("effective learning rate on the sphere"))
+
+    def stability(self, state: State) -> Stability | None:
+        """In the metric ``bound·P``; None before the first gradient."""
+        if not bool(state["v"].any()):
+            return None
+        decay = torch.tensor(self.coupled_decay, dtype=torch.float64)
+        return Stability(self.bound * self.preconditioner(state), decay)
+
+    def _none(self, what: str) -> str:
+        name = type(self).__name__
+        return (
+            f"{name} takes steps of another length for each weight and has no {what};"
+            f" compare the eigenvalues of P^-1/2 ∇²F P^-1/2, P = preconditioner(state), with its bound {self.bound:g}"
+        )
+
+
+@dataclass(frozen=True)
+class RMSprop(PerWeight):
+    """A learning rate for every weight, from the mean square of its gradient g = ∇L(w) + wd·w [N28]:
+
+        v ← β v + (1-β) g∘g,      b ← mom·b + g/(√v + eps),      w ← w - lr·b
+
+    v starts at zero, as in torch (Tieleman & Hinton 2012).  While v changes little it is heavy ball in the metric
+    P = diag(1-mom)(√v + eps)/lr, stable up to 2 (1 + mom)/(1 - mom).
+    """
+
+    learning_rate: float
+    decay: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+
+    reads = torch.optim.RMSprop
+    entries: ClassVar[Mapping[str, str]] = {"v": "square_avg", "momentum": "momentum_buffer"}
+
+    def __post_init__(self) -> None:
+        _check(self.learning_rate, self.eps, self.weight_decay)
+        demand(0 <= self.decay < 1, f"the decay β is {self.decay}; it lies in [0, 1)")
+        demand(0 <= self.momentum < 1, f"momentum is {self.momentum}; it lies in [0, 1)")
+
+    @property
+    def clock(self) -> float:
+        """0 without weight decay; with it not a number: g/√v decays weights by another rule than exp(-τ)."""
+        return math.nan if self.weight_decay else 0.0
+
+    @property
+    def bound(self) -> float:
+        """``2 (1 + mom)/(1 - mom)``."""
+        return heavy_ball(self.momentum)
+
+    @property
+    def coupled_decay(self) -> float:
+        return self.weight_decay
+
+    def init(self, w: Tensor) -> State:
+        return {name: torch.zeros_like(w) for name in (("v", "momentum") if self.momentum else ("v",))}
+
+    def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
+        g = g + self.weight_decay * w
+        v = self.decay * state["v"] + (1 - self.decay) * g.square()
+        b = g / (v.sqrt() + self.eps)
+        if not self.momentum:
+            return w - self.learning_rate * b, {"v": v}
+        b = self.momentum * state["momentum"] + b
+        return w - self.learning_rate * b, {"v": v, "momentum": b}
+
+    def preconditioner(self, state: State) -> Tensor:
+        """``(1 - mom)(√v + eps)/lr`` (P,)."""
+        return (1 - self.momentum) * (_seen(state["v"]).sqrt() + self.eps) / self.learning_rate
+
+    def averages(self, state: State) -> State:
+        return {"v": state["v"]}
+
+    def relax(self, averages: State, square: Tensor) -> State:
+        """``(1 - β)(⟨g∘g⟩ - v)``."""
+        return {"v": (1 - self.decay) * (square - averages["v"])}
+
+    @classmethod
+    def read(cls, optimizer: Optimizer) -> "RMSprop":
+        group = described(optimizer, "centered", "maximize")
+        return cls(*(float(group[name]) for name in ("lr", "alpha", "eps", "weight_decay", "momentum")))
+
+
+@dataclass(frozen=True)
+class Adam(PerWeight):
+    """Averages of the gradient and of its square, both corrected for their start at zero [N29]:
+
+        m ← β1 m + (1-β1) g,     v ← β2 v + (1-β2) g∘g,     w ← w - lr m̂/(√v̂ + eps),
+        m̂ = m/(1-β1^t),          v̂ = v/(1-β2^t)            at step t = 1, 2, ..
+
+    (Kingma & Ba 2015), with g = ∇L(w) + wd·w, or, if `decoupled` (AdamW; Loshchilov & Hutter 2019), g = ∇L(w) and
+    w ← (1 - lr·wd) w before the step.  In the metric P = diag(√v̂ + eps)/lr the first average is a heavy ball, stable up
+    to ``(2 - il)(1 + β1)/(1 - β1)``, il = lr·wd if decoupled, else 0 (Cohen et al. 2022, arXiv 2207.14484, for il = 0).
+    """
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = False
+
+    reads = (torch.optim.Adam, torch.optim.AdamW)
+    entries: ClassVar[Mapping[str, str]] = {"v": "exp_avg_sq", "momentum": "exp_avg", "step": "step"}
+
+    def __post_init__(self) -> None:
+        _check(self.learning_rate, self.eps, self.weight_decay)
+        for name, beta in (("β1", self.beta1), ("β2", self.beta2)):
+            demand(0 <= beta < 1, f"{name} is {beta}; it lies in [0, 1)")
+        il = self.decoupled_decay
+        demand(il < 1, f"decoupled weight decay takes lr·wd = {il:g} of the weights a step; it lies in [0, 1)")
+
+    @property
+    def clock(self) -> float:
+        """``lr·wd`` if decoupled or zero; otherwise not a number, as for `RMSprop`."""
+        return math.nan if self.coupled_decay else self.decoupled_decay
+
+    @property
+    def bound(self) -> float:
+        """``(2 - il)(1 + β1)/(1 - β1)``."""
+        return heavy_ball(self.beta1, self.decoupled_decay)
+
+    @property
+    def coupled_decay(self) -> float:
+        return 0.0 if self.decoupled else self.weight_decay
+
+    @property
+    def equilibrium(self) -> float:
+        """``√(2 il (1 - β1)/(1 + β1))`` if decoupled (Kosson et al. 2024, arXiv 2305.17212); else not known."""
+        if self.coupled_decay:
+            return math.nan
+        return math.sqrt(2 * self.decoupled_decay * (1 - self.beta1) / (1 + self.beta1))
+
+    @property
+    def decoupled_decay(self) -> float:
+        """``lr·wd``, if decoupled."""
+        return self.learning_rate * self.weight_decay if self.decoupled else 0.0
+
+    def init(self, w: Tensor) -> State:
+        return {"momentum": torch.zeros_like(w), "v": torch.zeros_like(w), "step": torch.zeros((), dtype=torch.float64)}
+
+    def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
+        g = g + self.coupled_decay * w
+        m = self.beta1 * state["momentum"] + (1 - self.beta1) * g
+        v = self.beta2 * state["v"] + (1 - self.beta2) * g.square()
+        t = state["step"] + 1
+        move = m / (1 - self.beta1**t) / self._root(v, t)
+        return (1 - self.decoupled_decay) * w - self.learning_rate * move, {"momentum": m, "v": v, "step": t}
+
+    def _root(self, v: Tensor, t: Tensor) -> Tensor:
+        """``√v̂ + eps``."""
+        return (v / (1 - self.beta2**t)).sqrt() + self.eps
+
+    def preconditioner(self, state: State) -> Tensor:
+        """``(√v̂ + eps)/lr`` (P,); m̂ counts as the gradient."""
+        return self._root(_seen(state["v"]), state["step"]) / self.learning_rate
+
+    def averages(self, state: State) -> State:
+        return {"v": state["v"], "step": state["step"]}
+
+    def relax(self, averages: State, square: Tensor) -> State:
+        """``(1 - β2)(⟨g∘g⟩ - v)``, and 1 for the step."""
+        v, t = averages["v"], averages["step"]
+        return {"v": (1 - self.beta2) * (square - v), "step": torch.ones_like(t)}
+
+    @classmethod
+    def read(cls, optimizer: Optimizer) -> "Adam":
+        group = described(optimizer, "amsgrad", "maximize")
+        decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+        lr, eps, wd = (float(group[name]) for name in ("lr", "eps", "weight_decay"))
+        return cls(lr, float(group["betas"][0]), float(group["betas"][1]), eps, wd, decoupled)
+
+
+def _check(learning_rate: float, eps: float, weight_decay: float) -> None:
+    demand(0 < learning_rate < math.inf, f"the learning rate is {learning_rate}; it must be positive")
+    demand(eps >= 0 and weight_decay >= 0, f"eps is {eps} and weight decay {weight_decay}; neither is negative")
+
+
+def _seen(v: Tensor) -> Tensor:
+    """v, if a gradient has gone into it."""
+    demand(bool(v.any()), "no gradient has been averaged yet, so the steps have no length; take a step before")
+    return v

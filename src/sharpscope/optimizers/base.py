@@ -1,0 +1,153 @@
+"""Update rules: what an optimizer does to the weights, and the curvature at which it becomes unstable.
+
+A rule is a value.  Its state (a momentum buffer, an average of squares, a step count) is a dict of tensors handed in
+and out.  F is the loss with the weight decay inside the gradient, ``L + (wd/2)‖w‖²``; P, the preconditioner, is what
+divides the gradient in a step.
+
+P parameters.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stability:
+    """When steps are stable on a quadratic: ``λ1(M^-½ (∇²L + D) M^-½) ≤ 1`` [N34].
+
+    M = P c, the preconditioner times the bound on the curvature in its metric; D, the weight decay inside the gradient.
+    Both are diagonals, one number or ``(P,)``.  Where M is infinite, nothing moves.
+    """
+
+    metric: Tensor
+    decay: Tensor
+
+    @property
+    def uniform(self) -> bool:
+        """Whether M is one number, so that steps have one length for all weights."""
+        return self.metric.dim() == 0 or bool((self.metric == self.metric[0]).all())
+
+    @property
+    def threshold(self) -> float | None:
+        """Largest stable eigenvalue of ``∇²L``, ``M - D``, where both are one number; otherwise None."""
+        return None if self.metric.dim() or self.decay.dim() else (self.metric - self.decay).item()
+
+
+class UpdateRule(ABC):
+    """One optimizer.  Subclass it, frozen, to teach sharpscope another one; set `reads` to its torch counterpart.
+
+    `preconditioner` and what follows it describe the mean motion, which is what a flow of the rule needs.
+    """
+
+    reads: ClassVar[type[Optimizer] | tuple[type[Optimizer], ...] | None] = None
+    entries: ClassVar[Mapping[str, str]] = {}
+    """Names in the rule's state of what the torch optimizer keeps for each parameter under another name."""
+
+    @abstractmethod
+    def init(self, w: Tensor) -> State:
+        """The state before the first step from w ``(P,)``."""
+
+    @abstractmethod
+    def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
+        """Next weights and state from weights w, gradient g of the loss (without weight decay) ``(P,)`` and state."""
+
+    @abstractmethod
+    def threshold(self, state: State) -> float:
+        """Largest eigenvalue of ``∇²L(w)`` at which the rule is stable on a quadratic."""
+
+    @abstractmethod
+    def effective_learning_rate(self, radius: float, state: State) -> float:
+        """Step size seen on the unit sphere by scale-invariant weights of norm `radius`."""
+
+    @property
+    @abstractmethod
+    def edge(self) -> float:
+        """Value of (effective learning rate × spherical sharpness) at the edge of stability."""
+
+    @property
+    @abstractmethod
+    def clock(self) -> float:
+        """τ per step: the time in which weight decay acts (τ = 1 decays a weight that nothing else holds by e)."""
+
+    def preconditioner(self, state: State) -> Tensor:
+        """The diagonal p of P, one number or ``(P,)``: on average the weights move by ``-∇F/p`` a step [N25].
+
+        A momentum buffer does not enter: it has settled on the gradient, which changes little between steps.
+        """
+        raise TypeError(
+            f"{type(self).__name__} says no preconditioner, which a flow needs; define preconditioner(state)"
+        )
+
+    @property
+    def bound(self) -> float:
+        """Largest eigenvalue of ``P^-1/2 ∇²F P^-1/2`` at which the rule is stable."""
+        return 2.0
+
+    @property
+    def coupled_decay(self) -> float:
+        """The a of ``F = L + (a/2) ‖w‖²``, which the rule descends."""
+        return 0.0
+
+    @property
+    def decoupled_decay(self) -> float:
+        """Share of the weights that decoupled weight decay takes away in a step."""
+        return 0.0
+
+    def stability(self, state: State) -> Stability | None:
+        """When its steps are stable; None as long as the rule has no step length."""
+        decay = torch.tensor(self.coupled_decay, dtype=torch.float64)
+        return Stability(decay + self.threshold(state), decay)
+
+    @property
+    def equilibrium(self) -> float:
+        """Angle in radians by which scale-invariant weights turn in a step once their norm has settled [N35].
+
+        Not a number where no law is known, zero without weight decay.
+        """
+        return math.nan
+
+    def averages(self, state: State) -> State:
+        """What `preconditioner` reads in the state: averages of squares, a step count; not the momentum."""
+        return {}
+
+    def relax(self, averages: State, square: Tensor) -> State:
+        """Change of the averages per step, where the squares of the entries of ∇F are `square` ``(P,)`` in the mean."""
+        return {}
+
+    @classmethod
+    def read(cls, optimizer: Optimizer) -> "UpdateRule":
+        """The rule with the hyper-parameters of a live `optimizer`."""
+        raise TypeError(f"{cls.__name__} does not say how to read a {type(optimizer).__name__}")
+
+
+def described(optimizer: Optimizer, *refused: str) -> Mapping[str, Any]:
+    """The hyper-parameters of an optimizer's one parameter group, in which none of `refused` is on."""
+    kind, groups = type(optimizer).__name__, optimizer.param_groups
+    if len(groups) != 1:
+        raise TypeError(f"the optimizer has {len(groups)} parameter groups; a rule describes one: see rules_of")
+    odd = [name for name in refused if groups[0][name]]
+    if odd:
+        raise TypeError(f"no update rule for {kind} with {', '.join(odd)}; subclass UpdateRule and pass rule=")
+    return groups[0]
+
+
+def heavy_ball(momentum: float, decoupled_decay: float = 0.0) -> float:
+    """``(2 - il)(1 + mom)/(1 - mom)``: the largest stable eigenvalue of P^-1/2 ∇²F P^-1/2 under momentum.
+
+    There -1 is an eigenvalue of the map ``b' = mom·b + (1 - mom) λw,  w' = (1 - il) w - b'``: iterates change sign.
+    """
+    return (2 - decoupled_decay) * (1 + momentum) / (1 - momentum)
+
+
+def demand(ok: bool, sentence: str) -> None:
+    if not ok:
+        raise ValueError(sentence)

@@ -1,0 +1,135 @@
+"""Descent of many independent runs as one computation."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..autodiff.batched import Replicas, Slope
+from ..autodiff.objective import Objective
+from .base import UpdateRule
+
+MAY_DIFFER = ("learning_rate", "weight_decay")
+
+
+def noisy(slope: Slope, deviation: float | Tensor, seed: int) -> Slope:
+    """Gradients plus independent normal noise; `deviation` is one number or one for each run, ``(R, 1)``."""
+    draws: dict[torch.device, torch.Generator] = {}
+
+    def noise(W: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        draw = draws.setdefault(W.device, torch.Generator(W.device).manual_seed(seed))
+        losses, g = slope(W, step)
+        return losses, g + deviation * torch.randn(g.shape, generator=draw, dtype=g.dtype, device=g.device)
+
+    return noise
+
+
+def on_batches(f: Objective, x: Tensor, y: Tensor, size: int, seed: int) -> Slope:
+    """The objective on `size` examples drawn anew, without replacement within an epoch; all runs see the same ones."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def epochs() -> Iterator[Tensor]:
+        while True:
+            yield from torch.randperm(len(x), generator=draw)[: len(x) // size * size].split(size)
+
+    picks = epochs()
+
+    def slope(W: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        pick = next(picks)
+        return Replicas.of(f.on([(x[pick], y[pick])])).value_and_grad(W)
+
+    return slope
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Where R runs ended: weights ``(R, P)``, and for each of them ``(R,)`` its loss, its steps, and how it ended."""
+
+    weights: Tensor
+    losses: Tensor
+    steps: Tensor
+    reached: Tensor  # it met the criterion `until`
+    diverged: Tensor
+
+
+def descend(
+    slope: Slope,
+    W: Tensor,
+    rules: UpdateRule | Sequence[UpdateRule],
+    steps: int,
+    *,
+    until: Callable[[Tensor], Tensor] | None = None,
+    watch: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+    limit: float = 1e6,
+) -> Descent:
+    """At most `steps` steps of R runs from `W` ``(R, P)``; a run that is done stays where it is while others go on.
+
+    Args:
+        slope: losses and gradients, `Replicas.slope` or what mini-batches and noise make of it.
+        rules: one for all, or one a run; these may differ in learning rate and weight decay.
+        until: losses ``(R,)`` to booleans: which runs have arrived.
+        watch: called with step t, W, losses and gradients at every iterate, before step t and after the last.
+        limit: a run has diverged when its loss is not finite or its weights have grown by this factor (if not from 0).
+
+    Raises:
+        TypeError, ValueError: rules of several kinds, or a rule whose step mixes runs.
+    """
+    rule = rules if isinstance(rules, UpdateRule) else stacked(rules, W)
+    state = rule.init(W)
+    first = W.norm(dim=1)
+    most = torch.where(first > 0, limit * first, torch.inf)
+    ended = torch.zeros((3, len(W)), dtype=torch.bool, device=W.device)
+    reached, diverged, done = ended.unbind()
+    taken = torch.zeros(len(W), dtype=torch.long, device=W.device)
+    for t in range(steps + 1):
+        losses, g = slope(W, t)
+        lost = ~(losses.isfinite() & (W.norm(dim=1) <= most))
+        diverged |= lost & ~done
+        if until is not None:
+            reached |= until(losses) & ~lost & ~done
+        done |= reached | diverged
+        if watch is not None:
+            watch(t, W, losses, g)
+        if t == steps or bool(done.all()):
+            break
+        if t == 0:
+            _check_rows(rule, rules, W, g)
+        new, state = rule.step(W, g, state)
+        W = torch.where(done[:, None], W, new)
+        taken += ~done
+    return Descent(W, losses, taken, reached, diverged)
+
+
+def stacked(rules: Sequence[UpdateRule], W: Tensor) -> UpdateRule:
+    """One rule for all runs, whose learning rates and weight decays are columns ``(R, 1)`` where they differ."""
+    first, *others = rules
+    if len(rules) != len(W):
+        raise ValueError(f"{len(rules)} rules for {len(W)} runs; give one rule, or one a run")
+    if {type(rule) for rule in others} - {type(first)}:
+        raise TypeError(
+            f"runs side by side need one kind of rule; got {', '.join(sorted({type(r).__name__ for r in rules}))}"
+        )
+    rule = copy.copy(first)
+    for name in vars(first):
+        values = [getattr(r, name) for r in rules]
+        if any(v != values[0] for v in values):
+            if name not in MAY_DIFFER:
+                raise ValueError(f"{name} is {values}; runs side by side may differ in {' and '.join(MAY_DIFFER)} only")
+            object.__setattr__(rule, name, torch.tensor(values, dtype=W.dtype, device=W.device)[:, None])
+    return rule
+
+
+def _check_rows(rule: UpdateRule, rules: UpdateRule | Sequence[UpdateRule], W: Tensor, g: Tensor) -> None:
+    """The first and the last run step as they would alone."""
+    for r in {0, len(W) - 1}:
+        own = rules if isinstance(rules, UpdateRule) else rules[r]
+        error = 1e3 * torch.finfo(W.dtype).eps * W[r].abs().max().item()
+        try:
+            alone, together = own.step(W[r], g[r], own.init(W[r]))[0], rule.step(W, g, rule.init(W))[0][r]
+            same = torch.allclose(alone, together, rtol=0, atol=error, equal_nan=True)
+        except RuntimeError:  # of shapes that do not fit
+            same = False
+        if not same:
+            raise ValueError(f"a step of {type(own).__name__} mixes the runs: it reads a norm of all weights together")

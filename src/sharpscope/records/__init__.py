@@ -1,0 +1,1 @@
+"""Rows of a run in memory and on disk, and checkpoints."""

@@ -1,0 +1,86 @@
+"""A run on disk: rows while it runs, columns when it is done.
+
+While a run lasts, its rows go to an append-only log (one JSON object a line) and its state, now and then, to a
+checkpoint that remembers how long the log was.  After a kill the log is cut back to the checkpoint and the run goes
+on: the rows that come out are those of an uninterrupted run, to the last bit.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Value = float | int | str | None
+
+
+class History:
+    """Columns of equal length, one row per measurement; the column "run" says which run a row belongs to.
+
+    >>> h = History()
+    >>> h.append(run="a", step=0, loss=1.0)
+    >>> h.append(run="a", step=1, loss=0.5, radius=3.0)
+    >>> h.series("a", "loss").tolist(), h.series("a", "radius").tolist()
+    ([1.0, 0.5], [3.0])
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Value]] = ()) -> None:
+        self.columns: dict[str, list[Any]] = {}
+        self._length = 0
+        for row in rows:
+            self.append(**row)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, **row: Value) -> None:
+        """Add one row; columns it does not name stay empty there."""
+        for name in row:
+            self.columns.setdefault(name, [None] * self._length)
+        for name, column in self.columns.items():
+            column.append(row.get(name))
+        self._length += 1
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per row, with None where a column is empty."""
+        return [dict(zip(self.columns, row, strict=True)) for row in zip(*self.columns.values(), strict=True)]
+
+    @property
+    def runs(self) -> list[str]:
+        """Names of the runs, in order of appearance."""
+        return list(dict.fromkeys(self.columns.get("run", [])))
+
+    def table(self, run: str, *names: str) -> tuple[np.ndarray, ...]:
+        """The named columns of one run as float arrays, over the rows that have all of them."""
+        missing = [name for name in names if name not in self.columns]
+        if missing or run not in self.runs:
+            raise KeyError(f"no run '{run}' with columns {', '.join(names)}; runs: {', '.join(self.runs)}")
+        picked = [i for i, r in enumerate(self.columns["run"]) if r == run]
+        arrays = [np.array([self.columns[n][i] for i in picked], dtype=float) for n in names]
+        whole = ~np.isnan(np.array(arrays)).any(axis=0)
+        return tuple(a[whole] for a in arrays)
+
+    def series(self, run: str, name: str) -> np.ndarray:
+        """One column of one run as floats, without its empty rows."""
+        return self.table(run, name)[0]
+
+    def save(self, path: Path) -> None:
+        """Write all columns as Parquet, atomically."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        temporary = path.with_suffix(".tmp")
+        pq.write_table(pa.table(self.columns), temporary)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "History":
+        """Read what `save` wrote."""
+        import pyarrow.parquet as pq
+
+        history = cls()
+        history.columns = pq.read_table(path).to_pydict()
+        history._length = len(next(iter(history.columns.values()), []))
+        return history

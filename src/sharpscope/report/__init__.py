@@ -1,0 +1,1 @@
+"""Charts as data, figures, pages: what a person looks at."""

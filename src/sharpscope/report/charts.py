@@ -1,0 +1,164 @@
+"""Charts as values: what to draw against what, and their figures in matplotlib.
+
+A chart names columns and runs of a history and holds no data, so one description serves two renderers: `figure` here,
+for files, and the interactive page of `report`.  Both take their points from `traces` and so draw the same ones.
+
+matplotlib is optional and imported only where a figure is made.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+Columns = Mapping[str, Sequence[Any]]
+Point = tuple[float, ...]
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")  # Okabe & Ito, without yellow
+PATH_COLORS = ("#0072b2", "#1d2126", "#009e73", "#cc79a7")  # on the sphere, clear of RAMP
+RAMP = ("#f3cf86", "#e08a2e", "#7a2a05")  # low to high
+INK, MUTED, GRID = "#1d2126", "#5d656f", "#e3e5e8"
+DASHES = ("-", "--", ":")  # the second and third time round the colours
+MOST_POINTS = 2000  # of one run in one chart: more than a screen has columns of pixels
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines of one column against another, one line per run, its points joined in the order of `x`."""
+
+    name: str  # slug: file name of the figure and anchor in the page
+    title: str
+    x: str  # column name
+    y: str  # column name
+    runs: tuple[str, ...]  # which runs, in this order (colours are assigned in this order)
+    x_label: str
+    y_label: str
+    log_x: bool = False
+    log_y: bool = False
+    lines: tuple[tuple[float, str], ...] = ()  # horizontal: (value, label), e.g. (2.0, "edge of stability")
+    caption: str = ""
+    part: str = ""
+    markers: bool = False  # dots instead of lines (e.g. error against il)
+    beside: tuple[tuple[str, str], ...] = ()  # further columns to draw for every run: (column, label)
+
+
+@dataclass(frozen=True)
+class SphereChart:
+    """Paths on the unit sphere: a curve of minimizers coloured by a value, and trajectories."""
+
+    name: str
+    title: str
+    curve: str  # run whose x, y, z (unit vectors) form the curve
+    color: str  # column of that run that colours it (e.g. "spherical_sharpness")
+    paths: tuple[str, ...]  # runs whose x, y, z are drawn as trajectories
+    caption: str = ""
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The points of one run that a chart shows, in drawing order, and what became of the others."""
+
+    run: str
+    points: list[Point]
+    total: int  # points before thinning
+    hidden: int = 0  # finite points that a logarithmic axis has no place for
+
+
+@singledispatch
+def traces(chart: Any, columns: Columns) -> list[Trace]:
+    """One trace per run of the chart, in its order.  Values that are absent or not finite are no points.
+
+    >>> chart = Chart("l", "Loss", "step", "loss", ("a",), "step", "loss")
+    >>> traces(chart, {"run": ["a", "a", "b"], "step": [1, 0, 0], "loss": [0.5, 2.0, None]})[0].points
+    [(0.0, 2.0), (1.0, 0.5)]
+    """
+    raise TypeError(f"no chart: {type(chart).__name__}; known: Chart, SphereChart")
+
+
+@traces.register(Chart)
+def _(chart: Chart, columns: Columns) -> list[Trace]:
+    result = []
+    for column, label in ((chart.y, ""), *chart.beside):
+        for run, points in _points(columns, dict.fromkeys(chart.runs, (chart.x, column))).items():
+            shown = [p for p in points if (p[0] > 0 or not chart.log_x) and (p[1] > 0 or not chart.log_y)]
+            shown.sort(key=lambda p: p[0])  # by x alone: equal x keep the order of the history
+            name = f"{run}: {label}" if label else run
+            result.append(Trace(name, thin(shown, chart.log_x), len(shown), len(points) - len(shown)))
+    return result
+
+
+@traces.register(SphereChart)
+def _(chart: SphereChart, columns: Columns) -> list[Trace]:
+    """The curve first, its points `(x, y, z, color)`; then the paths, theirs `(x, y, z)`."""
+    curve = _points(columns, {chart.curve: ("x", "y", "z", chart.color)})
+    paths = _points(columns, dict.fromkeys(chart.paths, ("x", "y", "z")))
+    return [Trace(run, thin_path(points), len(points)) for run, points in (*curve.items(), *paths.items())]
+
+
+def thin(points: list[Point], log_x: bool = False, most: int = MOST_POINTS) -> list[Point]:
+    """At most `most` points of a line: of every stretch of the axis its lowest and highest, so that bursts stay."""
+    if len(points) <= most:
+        return points
+    at = [math.log(p[0]) if log_x else p[0] for p in points]
+    stretches = most // 2 - 1
+    width = (at[-1] - at[0]) / stretches or 1.0
+    low: dict[int, int] = {}
+    high: dict[int, int] = {}
+    for i, (place, point) in enumerate(zip(at, points, strict=True)):
+        stretch = min(int((place - at[0]) / width), stretches - 1)
+        if stretch not in low or point[1] < points[low[stretch]][1]:
+            low[stretch] = i
+        if stretch not in high or point[1] > points[high[stretch]][1]:
+            high[stretch] = i
+    return [points[i] for i in sorted({0, len(points) - 1, *low.values(), *high.values()})]
+
+
+def thin_path(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
+    """At most `most` points of a path in space, in neighbouring pairs: one point in n would hide a period of two."""
+    if len(points) <= most:
+        return points
+    starts = [k * (len(points) - 2) // (most // 2 - 1) for k in range(most // 2)]
+    return [points[i] for start in starts for i in (start, start + 1)]
+
+
+def _points(columns: Columns, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, list[Point]]:
+    """run -> its rows of the wanted columns in which every value is a finite number."""
+    result: dict[str, list[Point]] = {run: [] for run in wanted}
+    known = {run: [columns[name] for name in names] for run, names in wanted.items() if set(names) <= columns.keys()}
+    for row, run in enumerate(columns.get("run", ())):
+        if run in known:
+            point = tuple(math.nan if column[row] is None else float(column[row]) for column in known[run])
+            if all(map(math.isfinite, point)):
+                result[run].append(point)
+    return result
+
+
+def missing(chart: Chart | SphereChart, columns: Columns) -> str:
+    """A sentence about the data the chart asks for and the columns do not hold; empty where nothing is missing."""
+    names = (chart.x, chart.y) if isinstance(chart, Chart) else ("x", "y", "z", chart.color)
+    absent = [name for name in names if name not in columns]
+    if absent:
+        return f"The data have no column {_listed(absent)}."
+    empty = [trace.run for trace in traces(chart, columns) if not trace.points]
+    if empty:
+        return f"No values of {_listed(names)} to show for run{'s' * (len(empty) > 1)} {_listed(empty)}."
+    return "" if isinstance(chart, SphereChart) or chart.runs else "The chart names no runs."
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"“{name}”" for name in names)
+
+
+def viewpoint(points: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Azimuth and elevation (radians) from which the middle of the points is seen, a little from the side and above."""
+    x, y, z = (sum(p[i] for p in points) for i in range(3))
+    return math.atan2(y, x) - 0.25, max(-1.2, min(1.2, math.atan2(z, math.hypot(x, y)) + 0.25))
+
+
+def graticule() -> list[list[tuple[float, float, float]]]:
+    """Circles of latitude and longitude, 30 degrees apart, as closed lists of points."""
+    circle = [(math.cos(math.tau * k / 72), math.sin(math.tau * k / 72)) for k in range(73)]
+    angles = [math.radians(a) for a in range(-60, 120, 30)]
+    latitudes = [[(math.cos(a) * c, math.cos(a) * s, math.sin(a)) for c, s in circle] for a in angles[:5]]
+    return latitudes + [[(math.cos(a) * c, math.sin(a) * c, s) for c, s in circle] for a in angles]

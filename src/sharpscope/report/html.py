@@ -1,0 +1,213 @@
+"""A study or a run as one HTML page that needs nothing else: no network, no server, no second file.
+
+Text comes first (what was claimed and what was seen), then the charts, then how it was made.  The page holds the points
+of its charts as JSON; `assets/report.js` draws them, with the plotting library uPlot that is kept beside it.
+"""
+
+import json
+import math
+import os
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from .charts import Chart, Columns, SphereChart, Trace, graticule, missing, traces, viewpoint
+
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+HELP = "Point at a chart to read values, drag to zoom, double-click to see all again; press a name to hide that run."
+UNSCRIPTED = "Interactive charts need scripts, which are switched off."
+MARK = {True: '<span class="mark" aria-hidden="true">✓</span>', False: '<span class="mark" aria-hidden="true">✗</span>'}
+
+
+def write_report(path: str | Path, **page: Any) -> Path:
+    """Write `render(**page)` to the path, whole or not at all."""
+    return write_page(path, render(**page))
+
+
+def write_page(path: str | Path, html: str) -> Path:
+    """Write a page to the path, whole or not at all; folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(html, encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def render(
+    *,
+    title: str,
+    subtitle: str,
+    lead: str,
+    charts: Sequence[Chart | SphereChart],
+    columns: Columns,
+    config: Mapping[str, object],
+    environment: Mapping[str, object],
+    figures: Mapping[str, bytes] | None = None,
+    sections: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The page: `sections` (heading, HTML) first, then the charts.
+
+    `figures` (PNG bytes by chart name) stand in for the charts where scripts are switched off.
+    """
+    drawn = [(chart, traces(chart, columns)) for chart in charts]
+    data = {chart.name: _data(chart, lines) for chart, lines in drawn if any(t.points for t in lines)}
+    chapters = (
+        *sections,
+        ("Charts", _charts(charts, columns, figures or {})),
+        ("Configuration", _facts("What was set", config, " open")),
+        ("Environment", _facts("Where it ran", environment)),
+    )
+    scripts = Template(_asset("scripts.html")).substitute(
+        data=_json(data),
+        licence=_asset("uPlot.LICENSE"),
+        library=_asset("uPlot.iife.min.js"),
+        script=_asset("report.js"),
+    )
+    return chapters_page(title, subtitle, lead, chapters, style=_asset("uPlot.min.css"), scripts=scripts)
+
+
+def chapters_page(
+    title: str, subtitle: str, lead: str, chapters: Sequence[tuple[str, str]], *, style: str = "", scripts: str = ""
+) -> str:
+    """A page in the look of the report: headings, and chapters whose content is HTML already."""
+    there = [(head, html) for head, html in chapters if html]
+    return Template(_asset("report.html")).substitute(
+        title=escape(title),
+        subtitle=escape(subtitle),
+        lead=escape(lead),
+        links="".join(f'<a href="#{head.lower()}">{head}</a>' for head, _ in there) if len(there) > 1 else "",
+        body="".join(f'<section id="{head.lower()}"><h2>{head}</h2>{html}</section>' for head, html in there),
+        style=style + _asset("report.css"),
+        footer=f"Made with sharpscope{'; charts drawn by uPlot' * bool(scripts)}.",
+        scripts=scripts,
+    )
+
+
+def _asset(name: str) -> str:
+    return (files("sharpscope.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _json(data: object) -> str:
+    """JSON that may stand inside a script element: no `<`, so neither `</script>` nor `<!--`."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def number(value: float) -> str:
+    """Whole numbers as they are, others to four digits, very large and very small ones with a power of ten.
+
+    >>> number(2.0499999), number(1797), number(0.00001)
+    ('2.05', '1797', '10⁻⁵')
+    """
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    whole = value == int(value) and abs(value) < 1e7
+    rounded = value if whole else float(f"{value:.3e}")
+    if whole or 1e-3 <= abs(rounded) < 1e5:
+        text = f"{rounded:,.12g}" if abs(rounded) >= 1e4 else f"{rounded:.12g}"
+    else:
+        mantissa, _, exponent = f"{value:.3e}".partition("e")
+        factor = {1.0: "", -1.0: "-"}.get(float(mantissa), f"{float(mantissa):g} × ")
+        text = f"{factor}10{str(int(exponent)).translate(SUPERSCRIPT)}"
+    return text.replace("-", "−").replace(",", "\u202f").replace(" ", "\u00a0")
+
+
+def note(*sentences: str) -> str:
+    """Sentences, small and below."""
+    return "".join(f'<span class="note">{escape(sentence)}</span>' for sentence in sentences if sentence)
+
+
+def heads(*names: str) -> str:
+    """The head of a table."""
+    return "<thead><tr>" + "".join(f'<th scope="col">{name}</th>' for name in names) + "</tr></thead>"
+
+
+def _charts(charts: Sequence[Chart | SphereChart], columns: Columns, figures: Mapping[str, bytes]) -> str:
+    html = ""
+    for part, group in grouped(charts, lambda chart: chart.part):
+        html += f"<h3>{escape(part)}</h3>" if part else ""
+        html += f'<div class="charts">{"".join(_figure(chart, columns, figures) for chart in group)}</div>'
+    return f'<p class="help">{HELP}</p>{html}' if "data-chart=" in html else html
+
+
+def _figure(chart: Chart | SphereChart, columns: Columns, figures: Mapping[str, bytes]) -> str:
+    lines, name = traces(chart, columns), escape(chart.name)
+    thinned = "; ".join(f"{t.run}: {len(t.points)} of {t.total} points" for t in lines if len(t.points) < t.total)
+    hidden = sum(t.hidden for t in lines)
+    below = note(
+        missing(chart, columns),
+        thinned and f"Thinned for this page{', extremes kept' * isinstance(chart, Chart)} ({thinned}).",
+        f"Not on a logarithmic axis: {number(hidden)} at or below zero." if hidden else "",
+    )
+    if not any(t.points for t in lines):
+        return f'<figure id="chart-{name}"><h4>{escape(chart.title)}</h4><p class="missing">{below}</p></figure>'
+    numbers = _numbers(chart, lines) if isinstance(chart, Chart) else ""
+    said = f"Chart: {chart.title}. Runs: {', '.join(t.run for t in lines if t.points)}."
+    png = b64encode(figures.get(chart.name, b"")).decode()
+    picture = f'<img alt="{escape(said)}" src="data:image/png;base64,{png}">' if png else UNSCRIPTED
+    return (
+        f'<figure id="chart-{name}"><h4>{escape(chart.title)}</h4>'
+        f'<div class="chart" data-chart="{name}" data-label="{escape(said)}"></div><noscript>{picture}</noscript>'
+        f"<figcaption>{escape(chart.caption)}{below}{numbers}</figcaption></figure>"
+    )
+
+
+def _numbers(chart: Chart, lines: Sequence[Trace]) -> str:
+    """The chart for those who cannot see it: ends and extremes of every line."""
+    rows = ""
+    for t in (t for t in lines if t.points):
+        y = [point[1] for point in t.points]
+        cells = map(number, (t.total, y[0], y[-1], min(y), max(y)))
+        rows += f'<tr><th scope="row">{escape(t.run)}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    head = heads("Run", "Points", "First", "Last", "Lowest", "Highest")
+    table = f'<table><caption class="unseen">{escape(chart.y_label)}</caption>{head}<tbody>{rows}</tbody></table>'
+    return f'<details><summary>Numbers</summary><div class="wide">{table}</div></details>'
+
+
+def _data(chart: Chart | SphereChart, lines: Sequence[Trace]) -> dict[str, object]:
+    """What the page's script needs to draw the chart."""
+    if isinstance(chart, Chart):
+        look = {name: getattr(chart, name) for name in ("x_label", "y_label", "log_x", "log_y", "markers")}
+        marked = [line for line in chart.lines if math.isfinite(line[0])]
+        runs = [{"name": t.run, "color": i, **_axes(t, "xy")} for i, t in enumerate(lines) if t.points]
+        return {"runs": runs, "lines": marked, **look}
+    curve, *paths = lines
+    return {
+        "runs": [{"name": t.run, "color": i, **_axes(t, "xyz")} for i, t in enumerate(paths) if t.points],
+        "curve": {"label": chart.color.replace("_", " "), **_axes(curve, "xyzv")},
+        "grid": [_axes(Trace("", list(circle), 0), "xyz") for circle in graticule()],
+        "view": viewpoint([point for t in paths for point in t.points] or curve.points),
+    }
+
+
+def _axes(trace: Trace, letters: str) -> dict[str, list[float]]:
+    return {letter: [float(f"{point[i]:.8g}") for point in trace.points] for i, letter in enumerate(letters)}
+
+
+def _facts(head: str, rows: Mapping[str, object], state: str = "") -> str:
+    cells = ((escape(str(name)), escape(_words(value))) for name, value in rows.items())
+    html = "".join(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in cells)
+    table = f'<table class="facts"><caption class="unseen">{head}</caption><tbody>{html}</tbody></table>'
+    return f"<details{state}><summary>{head}</summary>{table}</details>" if rows else ""
+
+
+def _words(value: object) -> str:
+    """A value of a configuration, exactly; containers without their brackets."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{k}: {_words(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ("; " if isinstance(value, list) else ", ").join(map(_words, value)) or "none"
+    return str(value)
+
+
+def grouped(items: Sequence[Any], part: Callable[[Any], str]) -> list[tuple[str, list[Any]]]:
+    """Items by part, parts in the order in which they first appear."""
+    parts = dict.fromkeys(map(part, items))
+    return [(name, [item for item in items if part(item) == name]) for name in parts]

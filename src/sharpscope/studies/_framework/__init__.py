@@ -1,0 +1,1 @@
+"""What every study stands on: claims, jobs, runs, pages."""

@@ -1,0 +1,117 @@
+"""What a study claims: sentences with numbers, and the criteria that decide them.
+
+>>> within(1.9, 2.5)((2.05, 2.27)), within(1.9, 2.5).text
+(True, 'within [1.9, 2.5]')
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...records.history import History
+
+Observed = float | tuple[float, ...]
+WIDER = "wider claim"  # of the paper, beyond what decides: where it fails, a report says "not supported here"
+KINDS = ("identity", "inequality", "scaling", "comparison", "negative control", WIDER)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A test of an observed number (where there are several: of every one, or of what `pick` makes of them)."""
+
+    text: str
+    test: Callable[[float], bool]
+    pick: Callable[[tuple[float, ...]], float] | None = None
+
+    def __call__(self, observed: Observed) -> bool:
+        values = observed if isinstance(observed, tuple) else (observed,)
+        if self.pick is not None and values:
+            values = (self.pick(values),)
+        return len(values) > 0 and all(math.isfinite(v) and self.test(v) for v in values)
+
+
+def at_most(bound: float) -> Criterion:
+    return Criterion(f"at most {bound:g}", lambda v: v <= bound)
+
+
+def at_least(bound: float) -> Criterion:
+    return Criterion(f"at least {bound:g}", lambda v: v >= bound)
+
+
+def within(low: float, high: float) -> Criterion:
+    return Criterion(f"within [{low:g}, {high:g}]", lambda v: low <= v <= high)
+
+
+def median(criterion: Criterion) -> Criterion:
+    """The criterion on the median of several numbers: for repeats of a chaotic run under other seeds."""
+    return Criterion(f"median {criterion.text}", criterion.test, statistics.median)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, the number that decides it, and the criterion the number has to meet.
+
+    `observe` takes the history and the configuration as it was run.  `runs` are the runs it reads: where a
+    configuration leaves one of them out, the claim is not decided, and the report says so.
+    """
+
+    sentence: str
+    observe: Callable[[History, Any], Observed]
+    criterion: Criterion
+    kind: str
+    part: str
+    runs: tuple[str, ...]
+    deciding: bool = True
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind '{self.kind}' of the claim '{self.sentence}' is none of {', '.join(KINDS)}")
+        if self.kind == WIDER and self.deciding:
+            raise ValueError(f"the wider claim '{self.sentence}' cannot decide; say deciding=False")
+
+    def decide(self, study: str, history: History, config: Any) -> "Verdict":
+        """The verdict on this claim; a quantity that cannot be formed (a run that broke off) does not pass."""
+        try:
+            observed = self.observe(history, config)
+        except (KeyError, IndexError, ValueError, ZeroDivisionError):
+            observed = math.nan
+        return Verdict(
+            study,
+            self.sentence,
+            observed,
+            self.criterion.text,
+            self.kind,
+            self.criterion(observed),
+            self.part,
+            self.deciding,
+            self.note,
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One claim, the number that was observed for it, and whether it holds."""
+
+    study: str
+    claim: str
+    observed: Observed
+    criterion: str
+    kind: str
+    passed: bool
+    part: str = ""  # heading under which the report groups it
+    deciding: bool = True  # False: reported, does not decide
+    note: str = ""  # one sentence on how to read it
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> "Verdict":
+        """From JSON, where tuples have become lists and what is not finite None."""
+        seen = fields["observed"]
+        many = isinstance(seen, list)
+        values = tuple(math.nan if v is None else float(v) for v in (seen if many else [seen]))
+        return cls(**{**fields, "observed": values if many else values[0]})
+
+
+CONTROL = "negative control"

@@ -1,0 +1,278 @@
+"""The pages over several runs, in the look of a report: all studies, and one study under several seeds."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from ...report.html import MARK, chapters_page, grouped, heads, note, number
+from .claims import CONTROL, WIDER, Verdict
+from .seeds import CONFIDENCE, LEAST_SHARE, Repeated, Spread
+from .study import Study, headings
+
+UNSUPPORTED = "Not supported here"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A study in the overview."""
+
+    name: str
+    title: str
+    paper: str
+    link: str  # of its page, relative; empty where there is none
+    verdicts: Sequence[Verdict]
+    failures: Sequence[str]
+    stopped: Mapping[str, str]
+    seconds: float
+    seeds: int  # zero for a single run
+    note: str
+    done: bool
+
+    @property
+    def failed(self) -> list[Verdict]:
+        """Deciding claims that do not hold, controls included."""
+        return [v for v in self.verdicts if v.deciding and not v.passed]
+
+    @property
+    def unsupported(self) -> list[Verdict]:
+        """Wider claims of the paper that were not borne out."""
+        return [v for v in self.verdicts if v.kind == WIDER and not v.passed]
+
+
+def overview(rows: Sequence[Row]) -> str:
+    """A table with a row for each study, below it what failed and, folded, every claim."""
+    verdicts = [v for row in rows for v in row.verdicts]
+    missing = [row for row in rows if row.failures]
+    waiting = sum(not row.done for row in rows)
+    good = not missing and not any(row.failed for row in rows)
+    links = "".join(
+        f'<li>Fails: <a href="#study-{escape(row.name)}">{escape(v.claim)}</a> ({escape(row.title)})</li>'
+        for row in rows
+        for v in row.failed
+    )
+    links += "".join(
+        f'<li>Could not run: <a href="#study-{escape(row.name)}">{escape(row.title)}</a></li>' for row in missing
+    )
+    said = summary(verdicts) if verdicts else "There are no verdicts yet."
+    said += f" {waiting} {'studies are' if waiting > 1 else 'study is'} still running." * bool(waiting)
+    kind = "waits" if waiting and good else "holds" if good else "fails"
+    box = f'<div class="summary {kind}"><p>{"" if kind == "waits" else MARK[good]} {said}</p>'
+    box += f"<ul>{links}</ul></div>" if links else "</div>"
+    head = heads("Study", "Deciding claims", "Negative controls", "Wider claims", "Processor time")
+    bodies = "".join(map(_study, rows))
+    table = f'<table class="studies"><caption class="unseen">All studies</caption>{head}{bodies}</table>'
+    lead = (
+        "Each study repeats what a paper argues, as sentences with numbers and criteria that can fail. Negative"
+        " controls break the hypothesis, and the effect has to be absent. Wider claims of a paper do not decide."
+    )
+    return chapters_page("Studies side by side", _count(rows), lead, [("Studies", box + table)])
+
+
+def _count(rows: Sequence[Row]) -> str:
+    total = sum(row.seconds for row in rows)
+    seeds = max((row.seeds for row in rows), default=0)
+    parts = [f"{len(rows)} {'studies' if len(rows) > 1 else 'study'}", f"under {seeds} seeds" if seeds else ""]
+    return " ".join(filter(None, parts)) + f", {duration(total)} of processor time"
+
+
+def _study(row: Row) -> str:
+    deciding = [v for v in row.verdicts if v.deciding]
+    claims = [v for v in deciding if v.kind != CONTROL]
+    controls = [v for v in deciding if v.kind == CONTROL]
+    wider = [v for v in row.verdicts if v.kind == WIDER]
+    title = f'<a href="{escape(row.link)}">{escape(row.title)}</a>' if row.link else escape(row.title)
+    seeds = f"On {row.seeds} seeds." if row.seeds else ""
+    first = "".join(
+        (
+            f'<th scope="row">{title}{note(row.paper, " ".join(filter(None, (seeds, row.note))))}</th>',
+            _tally("Deciding claims", claims, "hold", row.done),
+            _tally("Negative controls", controls, "behave", row.done),
+            f'<td data-head="Wider claims">{_of(wider, "supported") if wider else "none"}</td>',
+            f'<td data-head="Processor time">{duration(row.seconds) if row.seconds else "–"}</td>',
+        )
+    )
+    bad = "fails" if row.failed or row.failures else "holds" if row.done else "waits"
+    more = [f"<li><b>Could not run:</b> {escape(sentence)}</li>" for sentence in row.failures]
+    more += [_line("Fails", v) for v in row.failed] + [_line(UNSUPPORTED, v) for v in row.unsupported]
+    more += [f"<li><b>Stopped:</b> {escape(job)}: {escape(why)}</li>" for job, why in row.stopped.items()]
+    html = f"<ul>{''.join(more)}</ul>" if more else ""
+    if row.verdicts:
+        table = claims_table(
+            f'<span class="unseen">{escape(row.title)}</span>', [(_anchor(row, v), v) for v in row.verdicts]
+        )
+        html += f"<details><summary>All {len(row.verdicts)} claims of {escape(row.name)}</summary>{table}</details>"
+    below = f'<tr class="more"><td colspan="5">{html}</td></tr>' if html else ""
+    return f'<tbody data-state="{bad}"><tr id="study-{escape(row.name)}">{first}</tr>{below}</tbody>'
+
+
+def _anchor(row: Row, v: Verdict) -> str:
+    return f"{row.name}-{list(row.verdicts).index(v) + 1}"
+
+
+def _tally(head: str, verdicts: Sequence[Verdict], words: str, done: bool) -> str:
+    if not verdicts:
+        return f'<td data-head="{head}">{"–" if done else "running"}</td>'
+    good = all(v.passed for v in verdicts)
+    said = f"<span>{MARK[good]} {_of(verdicts, words)}</span>"
+    return f'<td data-head="{head}" class="{"good" if good else "bad"}">{said}</td>'
+
+
+def _of(verdicts: Sequence[Verdict], words: str) -> str:
+    return f"{sum(v.passed for v in verdicts)} of {len(verdicts)} {words}"
+
+
+def _line(word: str, v: Verdict) -> str:
+    return f"<li><b>{word}:</b> {escape(v.claim)}: {observed(v.observed)} ({escape(v.criterion)})</li>"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as one reads them.
+
+    >>> duration(3.2), duration(75), duration(3720)
+    ('3 s', '1 min 15 s', '1 h 2 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def seeds_page(study: Study, links: Mapping[int, str], repeated: Sequence[Repeated], failures: Sequence[str]) -> str:
+    """What each claim of a study comes to under several seeds."""
+    title, _ = headings(study)
+    verdicts = [r.verdict for r in repeated]
+    failed = [r for r in repeated if r.verdict.deciding and not r.verdict.passed]
+    good = bool(repeated) and not failed and not failures
+    said = summary(verdicts) if verdicts else "There are no verdicts yet."
+    lines = [f"<li>Fails: {escape(r.verdict.claim)}</li>" for r in failed]
+    lines += [f"<li>Could not run: {escape(sentence)}</li>" for sentence in failures]
+    html = f'<div class="summary {"holds" if good else "fails"}"><p>{MARK[good]} {said}</p>'
+    html += f"<ul>{''.join(lines)}</ul></div>" if lines else "</div>"
+    n = max((r.seeds for r in repeated), default=0)
+    html += f'<p class="how">{_how(n)}</p>' if n else ""
+    for part in dict.fromkeys(v.part for v in verdicts):
+        rows = "".join(_repeated(r) for r in repeated if r.verdict.part == part)
+        head = heads("Verdict", "Claim", "Median", "Range", "Holds on", "Criterion")
+        caption = f"<caption><h3>{escape(part or 'All claims')}</h3></caption>"
+        html += f'<table class="claims seeds">{caption}{head}<tbody>{rows}</tbody></table>'
+    reports = "".join(f'<li><a href="{escape(link)}">seed {seed}</a></li>' for seed, link in links.items())
+    chapters = [("Claims", html), ("Reports", f'<ul class="reports">{reports}</ul>')]
+    lead = f"One study under {len(links)} seeds: data, starts and mini-batches are drawn anew."
+    return chapters_page(title, study.PAPER, lead, chapters)
+
+
+def _how(n: int) -> str:
+    share = f"{100 * CONFIDENCE:g} %"
+    ends = (
+        f"Below a median, its {share} interval between order statistics, which assumes nothing about the spread"
+        if n >= 6
+        else f"With {n} seeds there is no {share} interval of a median that assumes nothing: at least 6 are needed, and"
+        " only the range is given"
+    )
+    return (
+        f"{ends}. Below a count, the {share} interval of Clopper and Pearson for the share of seeds. A claim holds if"
+        f" it holds on {100 * LEAST_SHARE:g} % of the seeds; a negative control has to behave on all."
+    )
+
+
+def _repeated(r: Repeated) -> str:
+    kind, words = state(r.verdict)
+    low, high = (f"{100 * end:.0f}" for end in r.share)
+    return (
+        f'<tr class="{kind}"><td class="verdict">{words}</td>{claimed(r.verdict)}'
+        f'<td data-head="Median" class="number"><div>{"".join(map(_median, r.spreads))}</div></td>'
+        f'<td data-head="Range"><div>{"".join(map(_range, r.spreads))}</div></td>'
+        f'<td data-head="Holds on"><div>{r.held} of {r.seeds}{note(f"{low} to {high} %")}</div></td>'
+        f'<td data-head="Criterion"><div>{escape(r.verdict.criterion)}{note(r.verdict.kind)}</div></td></tr>'
+    )
+
+
+def _median(s: Spread) -> str:
+    ends = f"{number(s.interval[0])} to {number(s.interval[1])}" if s.interval else ""
+    absent = f"no number on {s.missing}" if s.missing else ""
+    label = f"{s.label} " if s.label else ""
+    return f"<div>{label}{number(s.median)}{note(ends, absent)}</div>"
+
+
+def _range(s: Spread) -> str:
+    label = f"{s.label} " if s.label else ""
+    return f"<div>{label}{number(s.low)} to {number(s.high)}</div>"
+
+
+WORDS = {CONTROL: ("as it should", "not as it should"), WIDER: ("supported here", "not supported here")}
+
+
+def observed(value: float | tuple[float, ...]) -> str:
+    """One number, the range of two, or the median and range of more.
+
+    >>> observed((2.2701, 2.05)), observed((3.0, 1.0, 1.5))
+    ('2.05 to 2.27', '1.5 (1 to 3)')
+    """
+    values = value if isinstance(value, Sequence) else (value,)
+    if not values or any(math.isnan(v) for v in values):
+        return "not a number"
+    span = " to ".join(dict.fromkeys((number(min(values)), number(max(values)))))
+    return f"{number(statistics.median(values))} ({span})" if len(values) > 2 and " to " in span else span
+
+
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """The verdicts in one sentence."""
+    claims = [v.passed for v in verdicts if v.deciding and v.kind != CONTROL]
+    controls = [v.passed for v in verdicts if v.deciding and v.kind == CONTROL]
+    others = sum(not v.deciding for v in verdicts)
+    said = []
+    if claims:
+        said.append(f"{sum(claims)} of {len(claims)} deciding claim{'s hold' if len(claims) > 1 else ' holds'}")
+    if controls:
+        behave = "s behave as they" if len(controls) > 1 else " behaves as it"
+        said.append(f"{sum(controls)} of {len(controls)} negative control{behave} should")
+    if others:
+        said.append(f"{others} more {'are' if others > 1 else 'is'} reported without deciding")
+    return "; ".join(said) + "."
+
+
+def claims_section(verdicts: Sequence[Verdict]) -> str:
+    """All verdicts, those that fail first as links; part by part."""
+    if not verdicts:
+        return ""
+    many = len({v.study for v in verdicts}) > 1
+    numbered = [(f"claim-{i}", v) for i, v in enumerate(verdicts, 1)]
+    failed = [(i, v) for i, v in numbered if v.deciding and not v.passed]
+    links = "".join(f'<li>Fails: <a href="#{i}">{escape(v.claim)}</a></li>' for i, v in failed)
+    html = f'<div class="summary {"fails" if failed else "holds"}"><p>{MARK[not failed]} {summary(verdicts)}</p>'
+    html += f"<ul>{links}</ul></div>" if failed else "</div>"
+    for part, group in grouped(numbered, lambda item: f"{item[1].study}: {item[1].part}" if many else item[1].part):
+        html += claims_table(f"<h3>{escape(part or 'All claims')}</h3>", group)
+    return html
+
+
+def claims_table(caption: str, verdicts: Sequence[tuple[str, Verdict]]) -> str:
+    """The verdicts, each with the id of its row; the caption is HTML."""
+    rows = "".join(_claim(name, v) for name, v in verdicts)
+    head = heads("Verdict", "Claim", "Observed", "Criterion", "Kind")
+    return f'<table class="claims"><caption>{caption}</caption>{head}<tbody>{rows}</tbody></table>'
+
+
+def state(v: Verdict) -> tuple[str, str]:
+    """The class of a verdict, and its words with a mark (HTML)."""
+    words = WORDS.get(v.kind, ("holds", "fails"))
+    kind = ("holds" if v.passed else "fails") + ("" if v.deciding else " aside")
+    return kind, f"{MARK[v.passed]} {words[not v.passed]}"
+
+
+def claimed(v: Verdict) -> str:
+    """What is claimed, with what there is to say about it, as the head of a row."""
+    aside = "" if v.deciding else '<span class="tag">reported, does not decide</span>'
+    return f'<th scope="row">{escape(v.claim)} {aside}{note(v.note)}</th>'
+
+
+def _claim(name: str, v: Verdict) -> str:
+    kind, words = state(v)
+    return (
+        f'<tr id="{escape(name)}" class="{kind}"><td class="verdict">{words}</td>{claimed(v)}'
+        f'<td data-head="Observed" class="number">{observed(v.observed)}</td>'
+        f'<td data-head="Criterion">{escape(v.criterion)}</td>'
+        f'<td data-head="Kind" class="kind">{escape(v.kind)}</td></tr>'
+    )

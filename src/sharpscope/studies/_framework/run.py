@@ -1,0 +1,345 @@
+"""Runs studies: their jobs on a pool of processes, then verdicts, figures and the report of each.
+
+A run directory holds ``config.json`` (what was asked), ``log/`` (rows as they come, and the seconds each job took),
+``history.parquet`` (every row), ``verdicts.json``, ``figures/``, ``environment.json`` and ``report.html``.  Where a
+study raised, ``error.txt`` has the traceback.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ...errors import Unusable as Unusable
+from ...records.history import History
+from ...records.run_log import Track
+from ...report.figures import save_figures
+from ...report.html import render, write_report
+from .claims import Verdict
+from .pages import claims_section
+from .pool import KILLED, Failed, Group, Task, failed, work_off
+from .study import Job, Report, Study, find, headings
+
+PACKAGES = ("sharpscope", "torch", "numpy", "scikit-learn", "pyarrow", "matplotlib", "safetensors")
+ERROR = "error.txt"
+
+SEEDS = "seeds.json"
+"""Of repeats of a study under several seeds, in the directory above theirs."""
+
+SECONDS_PER_CHART = 0.25
+"""Rough cost of a figure, for the progress bar."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A study with one configuration, in a directory of its own."""
+
+    study: str
+    config: Any
+    out: Path
+
+
+Outcome = list[Verdict] | Unusable
+"""The verdicts on a run, or why there are none."""
+
+
+def run_study(name: str, config: Any, out: Path, *, workers: int) -> list[Verdict]:
+    """Run study `name` with `config` into `out`, going on where an earlier run of the same command stopped.
+
+    Raises:
+        Unusable: the directory cannot be written, holds another run or is being written by another process, the disk
+            is full, a worker was killed, or the study raised.
+    """
+    outcome = run_side_by_side({name: Run(name, config, out)}, workers=workers)[name]
+    if isinstance(outcome, Unusable):
+        raise outcome
+    return outcome
+
+
+def run_side_by_side(
+    runs: Mapping[str, Run], *, workers: int, settled: Callable[[str, Outcome], None] = lambda name, outcome: None
+) -> dict[str, Outcome]:
+    """Runs by name, all jobs on one pool; each is concluded as soon as its own are done, and then told to `settled`.
+
+    What is finished is not computed again; a run that cannot go on leaves the others alone.
+    """
+    outcomes: dict[str, Outcome] = {}
+
+    def settle(name: str, outcome: Any) -> None:
+        outcomes[name] = _unusable(outcome, runs[name].out) if isinstance(outcome, Failed) else outcome
+        settled(name, outcomes[name])
+
+    with ExitStack() as locks:
+        groups = {}
+        for name, run in runs.items():
+            try:
+                groups[name] = _group(run, locks)
+            except Unusable as error:
+                settle(name, Failed(str(error)))
+            except Exception as error:
+                settle(name, failed(f"the study {run.study}", error))
+        work_off(groups, workers, settle)
+    return outcomes
+
+
+def _group(run: Run, locks: ExitStack) -> Group:
+    """The unfinished jobs of a run, and its conclusion."""
+    study, log = find(run.study), run.out / "log"
+    with explained(run.out):
+        _claim_directory(run.out, {"study": run.study, "config": dataclasses.asdict(run.config)})
+        (run.out / ERROR).unlink(missing_ok=True)
+        tasks: list[Task] = []
+        if not (run.out / "history.parquet").exists():
+            locks.enter_context(_alone(run.out))
+            jobs = [job for job in study.jobs(run.config) if not Track(log, job.name).finished]
+            tasks = [Task(job.name, _work, (job, run.out), job.cost) for job in jobs]
+    return Group(tuple(tasks), Task("verdicts and figures", _close, (run,), 1 + SECONDS_PER_CHART * len(study.CHARTS)))
+
+
+def _work(report: Report, job: Job, out: Path) -> None:
+    with explained(out):
+        track = Track(out / "log", job.name)
+        began = time.process_time()
+        job.work(track, report, **job.arguments)
+        if not track.finished:
+            track.finish()
+        _spent(track).write_text(f"{time.process_time() - began:.2f}\n")
+        report(1.0)
+
+
+def _spent(track: Track) -> Path:
+    """Where the processor seconds of a job are noted."""
+    return track.log.with_suffix(".seconds")
+
+
+def _close(report: Report, run: Run) -> list[Verdict]:
+    """Gather the rows of all jobs, if need be, and conclude."""
+    study = find(run.study)
+    with explained(run.out):
+        if not (run.out / "history.parquet").exists():
+            tracks = [Track(run.out / "log", job.name) for job in study.jobs(run.config)]
+            spent = [float(_spent(t).read_text() or 0) for t in tracks if _spent(t).exists()]
+            stopped = {track.run: track.note for track in tracks if track.note}
+            facts = environment() | {"seconds": round(sum(spent), 1), "stopped": stopped}
+            write_json(run.out / "environment.json", facts)
+            History(row for track in tracks for row in track.rows).save(run.out / "history.parquet")
+        return conclude(study, run.study, run.config, run.out, report)
+
+
+def _unusable(failure: Failed, out: Path) -> Unusable:
+    """The sentence for a failure; its traceback is left in the run's directory."""
+    if not failure.trace and failure.sentence != KILLED:
+        return Unusable(failure.sentence)
+    where = ""
+    if failure.trace and (out / "config.json").exists():
+        (out / ERROR).write_text(failure.trace, encoding="utf-8")
+        where = f" (see {out / ERROR})"
+    return Unusable(f"{failure.sentence}{where}; what is in {out} is kept, and the same command goes on from it")
+
+
+def conclude(study: Study, name: str, config: Any, out: Path, report: Report = lambda share: None) -> list[Verdict]:
+    """Verdicts, figures and report from the history in `out`."""
+    history = History.load(out / "history.parquet")
+    ran = set(history.runs)
+    verdicts = [c.decide(name, history, config) for c in study.CLAIMS if set(c.runs) <= ran]
+    left_out = [c.sentence for c in study.CLAIMS if not set(c.runs) <= ran]
+    write_json(out / "verdicts.json", [dataclasses.asdict(v) for v in verdicts])
+    environment = json.loads((out / "environment.json").read_text())
+    charts = [chart for chart in study.CHARTS if _has_runs(chart, ran)]
+    for i, chart in enumerate(charts, 1):
+        save_figures([chart], history.columns, out / "figures")
+        report(i / (1 + len(charts)))
+    title, lead = headings(study)
+    write_report(
+        out / "report.html",
+        title=title,
+        subtitle=study.PAPER,
+        lead=lead,
+        sections=[("Claims", claims_section(verdicts))],
+        charts=charts,
+        columns=history.columns,
+        config={k: v for k, v in dataclasses.asdict(config).items()}
+        | ({"claims that need other sizes": left_out} if left_out else {}),
+        environment=environment,
+    )
+    return verdicts
+
+
+def page(out: Path) -> str | None:
+    """The report of a finished run as HTML; before that the charts of the rows so far, or None while there are none."""
+    if (out / "history.parquet").exists() and (out / "report.html").exists():
+        return (out / "report.html").read_text(encoding="utf-8")
+    asked = asked_of(out)
+    study = find(asked["study"])
+    jobs = study.jobs(config_from(study, asked["config"]))
+    tracks = [Track(out / "log", job.name) for job in jobs] if (out / "log").exists() else []
+    history = History(row for track in tracks for row in track.rows)
+    if not len(history):
+        return None
+    done = sum(track.finished for track in tracks)
+    return render(
+        title=headings(study)[0],
+        subtitle=study.PAPER,
+        lead=f"So far {done} of {len(jobs)} jobs are done. The verdicts come at the end.",
+        charts=[chart for chart in study.CHARTS if _has_runs(chart, set(history.runs))],
+        columns=history.columns,
+        config=asked["config"],
+        environment={},
+    )
+
+
+def reread(out: Path) -> list[Verdict]:
+    """Verdicts, figures and report of a finished run directory, made again.
+
+    Raises:
+        Unusable: `out` is not a finished run, or cannot be written.
+    """
+    if (out / "config.json").exists() and not (out / "history.parquet").exists():
+        raise Unusable(f"the run in {out} is not finished; repeat its `sharpscope run` command to go on with it")
+    run = run_in(out)
+    return run_study(run.study, run.config, out, workers=1)
+
+
+def run_in(out: Path) -> Run:
+    """The run that `out` holds.
+
+    Raises:
+        Unusable: none.
+    """
+    if not (out / "config.json").exists():
+        raise Unusable(f"{out} holds no run: there is no config.json; give the directory of a `sharpscope run`")
+    asked = asked_of(out)
+    study = find(asked["study"])
+    return Run(asked["study"], config_from(study, asked["config"]), out)
+
+
+def stopped(out: Path) -> dict[str, str]:
+    """The jobs of a finished run that ended early, and why."""
+    notes: dict[str, str] = json.loads((out / "environment.json").read_text())["stopped"]
+    return notes
+
+
+def config_from(study: Study, values: Mapping[str, Any]) -> Any:
+    """The study's Config with these values, lists turned back into tuples."""
+    return study.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _claim_directory(out: Path, asked: Mapping[str, Any]) -> None:
+    path = out / "config.json"
+    asked = json.loads(json.dumps(asked))
+    if path.exists():
+        there = asked_of(out)
+        if there != asked:
+            raise Unusable(f"{out} holds a different run ({_difference(there, asked)}); choose another --out")
+    elif out.exists() and any(not _ours(file, out) for file in out.iterdir()):
+        raise Unusable(f"{out} is not empty and holds no run of sharpscope; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, asked)
+
+
+def _ours(file: Path, out: Path) -> bool:
+    """Does a file belong to a run that was cut short at its very start, or to repeats under other seeds beside it?"""
+    beside = (out / SEEDS).exists() and (file.name in (SEEDS, "index.html") or file.name.startswith("seed-"))
+    return file.name == "config.tmp" or beside
+
+
+def asked_of(out: Path) -> dict[str, Any]:
+    """Study and configuration of the run in `out`.
+
+    Raises:
+        Unusable: what stands there is not that of a run.
+    """
+    try:
+        asked = json.loads((out / "config.json").read_text())
+    except ValueError:
+        asked = None
+    if not isinstance(asked, dict) or asked.keys() != {"study", "config"}:
+        raise Unusable(f"{out / 'config.json'} is not that of a run of sharpscope; give another directory")
+    return asked
+
+
+def _difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    if there["study"] != asked["study"]:
+        return f"study {there['study']}, not {asked['study']}"
+    old, new = there["config"], asked["config"]
+    odd = [f"{k} {old.get(k)!r}, not {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)]
+    return "; ".join(odd[:3])
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Refuse a directory that another process is running in; where the system has no file locks, trust the user."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
+    (out / "log").mkdir(parents=True, exist_ok=True)
+    with (out / "log" / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Unusable(f"another process is running in {out}; wait for it, or choose another --out") from error
+        yield
+
+
+def _has_runs(chart: Any, ran: set[str]) -> bool:
+    names = getattr(chart, "runs", None) or (chart.curve, *chart.paths)
+    return any(name in ran for name in names)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for a report."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        **versions,
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for NaN and infinity: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+@contextmanager
+def explained(out: Path) -> Iterator[None]:
+    """What the system refuses, as a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise Unusable(_explain(error, out)) from error
+
+
+def _explain(error: OSError, out: Path) -> str:
+    reason = re.sub(r"^\[Errno \d+\] ", "", str(error))
+    return f"cannot write the run in {out}: {reason}; what is there is kept, and the same command goes on from it"

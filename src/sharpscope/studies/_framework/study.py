@@ -1,0 +1,92 @@
+"""What a study is, and where studies are found.
+
+A study is a module of `sharpscope.studies` with these names:
+
+    PAPER     who claims what, in one line
+    Config    a frozen dataclass: everything that turns; its defaults are the full size
+    QUICK     the same with small sizes
+    jobs      Config -> the independent runs it consists of
+    CLAIMS    sentences as numbers, with criteria that can fail
+    CHARTS    what to look at
+
+Modules whose names begin with an underscore are shared by studies and are none themselves.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ...records.run_log import Track
+from ...report.charts import Chart, SphereChart
+from .claims import Claim
+
+STUDIES = "sharpscope.studies"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One independent run: ``work(track, report, **arguments)`` in a process of its own.
+
+    `work` is a module-level function.  It appends rows to the track, leaves checkpoints, and calls ``report(share)``
+    with the share of its work that is done.  `cost` is its rough duration in seconds, for the order of execution and
+    the progress bar.
+    """
+
+    name: str
+    work: Callable[..., None]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    cost: float = 1.0
+
+
+Report = Callable[[float], None]
+Work = Callable[[Track, Report], None]
+
+
+class Study(Protocol):
+    """The names a study module defines."""
+
+    __name__: str
+    __doc__: str | None
+    PAPER: str
+    Config: type
+    QUICK: Any
+    CLAIMS: Sequence[Claim]
+    CHARTS: Sequence[Chart | SphereChart]
+
+    @staticmethod
+    def jobs(config: Any) -> Sequence[Job]: ...
+
+
+def known() -> list[str]:
+    """The names of all studies in this package, none of which is imported."""
+    package = importlib.import_module(STUDIES)
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def discover() -> dict[str, Study]:
+    """Every study in this package, by name."""
+    return {name: find(name) for name in known()}
+
+
+def find(name: str) -> Study:
+    """The study called `name`.
+
+    Raises:
+        LookupError: there is none; the message names the nearest.
+    """
+    names = known()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1, 0.3)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
+        raise LookupError(f"there is no study '{name}'; {hint}")
+    module: Any = importlib.import_module(f"{STUDIES}.{name}")
+    return module
+
+
+def headings(study: Study) -> tuple[str, str]:
+    """Title and lead of a study's page: the first two paragraphs of its docstring."""
+    summary = (study.__doc__ or "").strip().split("\n\n")
+    return summary[0].rstrip("."), " ".join(summary[1].split()) if len(summary) > 1 else ""

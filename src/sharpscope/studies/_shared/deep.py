@@ -1,0 +1,139 @@
+"""Deep stacks of equal layers: what goes through them forward, and how input and weights are felt at the end.
+
+    z_l = W_l h_{l-1},   h_l = φ(N_l(z_l)),   h_0 = x,   f = A h_L     or, residual,   h_l = h_{l-1} + φ(N_l(z_l))/L
+
+N_l standardizes over the units of an example (LN) or, unit by unit, over the examples (BN), without parameters and with
+eps = 0, or does nothing.  LN(z) = (z - z̄)/σ has the Jacobian (I - 11ᵀ/d - LN(z) LN(z)ᵀ/d)/σ of norm 1/σ, so that for φ
+of slope at most one ``‖∂h_L/∂x‖ ≤ ∏_l ‖W_l‖ ∏_{l normalized} 1/σ_l``.
+
+R sets of weights side by side, n examples, width d, depth L; weights ``(R, P)`` are W_1, .., W_L, A one after another.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ...autodiff.batched import Replicas, jacobian
+from ...linalg.lanczos import ends
+from ...linalg.operators import restricted
+
+
+@dataclass(frozen=True)
+class Stack:
+    """L layers of width d on `inputs` numbers; without `outputs` there is no readout A, and f = h_L."""
+
+    inputs: int
+    width: int
+    depth: int
+    outputs: int = 0
+    norm: str = "none"  # or LN, BN
+    normalized: frozenset[int] | None = None  # the layers l = 1..L that have it; None: all
+    activation: str = "relu"  # or tanh
+    residual: bool = False
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of W_1, .., W_L and, if there is one, A."""
+        d = self.width
+        hidden = [(d, self.inputs if l == 0 else d) for l in range(self.depth)]
+        return [*hidden, (self.outputs, d)] if self.outputs else hidden
+
+    def draw(self, runs: int, seeds: Sequence[int], gain: float = 1.0, variance: float = 2.0) -> Tensor:
+        """``gain·N(0, variance/fan-in)``, He's start by default, and ``A ~ gain·N(0, 1/d)``: weights ``(R, P)``."""
+        generator = torch.Generator().manual_seed(hash_of(seeds))
+        parts = [torch.randn(runs, p * q, generator=generator, dtype=torch.float64) / q**0.5 for p, q in self.shapes]
+        scales = [gain * (variance**0.5 if l < self.depth else 1.0) for l in range(len(parts))]
+        return torch.cat([scale * part for scale, part in zip(scales, parts, strict=True)], dim=1)
+
+    def matrices(self, W: Tensor) -> list[Tensor]:
+        """W_1, .., W_L (, A), each ``(R, out, in)``."""
+        parts = W.split([prod(shape) for shape in self.shapes], dim=1)
+        return [part.view(len(W), *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def place(self, layer: int) -> slice:
+        """Where the entries of the matrix number `layer`, from 0, stand in the weights."""
+        sizes = [prod(shape) for shape in self.shapes]
+        return slice(sum(sizes[:layer]), sum(sizes[: layer + 1]))
+
+    def __call__(self, W: Tensor, x: Tensor) -> Tensor:
+        """f ``(R, n, outputs or d)`` of inputs ``(n, inputs)``."""
+        *_, (_, _, h) = self.layers(W, x)
+        return h @ self.matrices(W)[-1].mT if self.outputs else h
+
+    def layers(self, W: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """z_l, N_l(z_l) and h_l ``(R, n, d)``, layer by layer."""
+        h = x.expand(len(W), *x.shape)
+        for l, w in enumerate(self.matrices(W)[: self.depth]):
+            z = h @ w.mT
+            y = standardized(z, dim=2 if self.norm == "LN" else 1) if self.has(l) else z
+            new = torch.tanh(y) if self.activation == "tanh" else y.clamp_min(0)
+            h = h + new / self.depth if self.residual and l else new
+            yield z, y, h
+
+    def has(self, layer: int) -> bool:
+        """Is the layer, counted from 0, normalized?"""
+        return self.norm != "none" and (self.normalized is None or layer + 1 in self.normalized)
+
+    def deviations(self, W: Tensor, x: Tensor) -> Tensor:
+        """``σ_l = ‖z_l - z̄_l‖/√d`` before each normalized layer, ``(layers, R, n)``; there may be none."""
+        found = [z.std(2, correction=0) for l, (z, _, _) in enumerate(self.layers(W, x)) if self.has(l)]
+        return torch.stack(found) if found else W.new_empty(0, len(W), len(x))
+
+    def jacobian(self, W: Tensor, x: Tensor) -> Tensor:
+        """``∂f/∂x`` ``(R, n, out, inputs)`` of every example, carried forward layer by layer; not for BN."""
+        J = torch.eye(self.inputs, dtype=W.dtype).expand(len(W), len(x), -1, -1)
+        for l, ((z, y, _), w) in enumerate(zip(self.layers(W, x), self.matrices(W), strict=False)):
+            D = w[:, None] @ J
+            if self.has(l):
+                D = D - D.mean(2, keepdim=True)
+                D = (D - y[..., None] * (y[..., None, :] @ D) / self.width) / z.std(2, correction=0)[..., None, None]
+            slope = 1 - torch.tanh(y).square() if self.activation == "tanh" else (y > 0).to(y)
+            D = slope[..., None] * D
+            J = J + D / self.depth if self.residual and l else D
+        return self.matrices(W)[-1][:, None] @ J if self.outputs else J
+
+
+def standardized(z: Tensor, dim: int) -> Tensor:
+    """``(z - z̄)/σ`` along one axis."""
+    z = z - z.mean(dim, keepdim=True)
+    return z * torch.rsqrt(z.square().mean(dim, keepdim=True))
+
+
+def losses(stack: Stack, x: Tensor, y: Tensor, W: Tensor) -> Tensor:
+    """``½ mean ‖f(x_i) - y_i‖²`` ``(R,)`` for targets ``(n, outputs)``."""
+    return 0.5 * (stack(W, x) - y).square().sum(2).mean(1)
+
+
+def log_norms(stack: Stack, W: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``log ‖∂f/∂x‖`` at every input, and the log of its bound by norms and deviations, each ``(R, n)``."""
+    norms = torch.linalg.matrix_norm(stack.jacobian(W, x), 2).log()
+    gains = torch.stack([torch.linalg.matrix_norm(w, 2).log() for w in stack.matrices(W)]).sum(0)
+    # a full matrix also without normalizers: torch 2.13 takes wrong medians along an expanded axis
+    return norms, gains[:, None] - stack.deviations(W, x).log().sum(0)
+
+
+def two_ways(stack: Stack, W: Tensor, x: Tensor) -> float:
+    """Jacobians carried forward against automatic ones, at one set of weights (relative to the largest entry)."""
+    automatic = jacobian(lambda X: stack(W, X)[0], x)
+    return ((automatic - stack.jacobian(W, x)[0]).abs().max() / automatic.abs().max()).item()
+
+
+def largest(f: Replicas, w: Tensor, fixed: int = 0) -> float:
+    """Largest |eigenvalue| of the Hessian at w ``(P,)`` in all weights but the last `fixed`, to a few percent."""
+    free = restricted(f.operator(w), torch.arange(len(w) - fixed))
+    top, low = ends(free, rtol=3e-2)
+    return max(abs(top.values[0].item()), abs(low[0].item()))
+
+
+def hash_of(seeds: Sequence[int]) -> int:
+    """One seed of several numbers.
+
+    >>> hash_of([1, 2]) == hash_of([1, 2]), hash_of([1, 2]) == hash_of([2, 1])
+    (True, False)
+    """
+    import numpy as np
+
+    return int(np.random.SeedSequence(list(seeds)).generate_state(1)[0])

@@ -1,0 +1,93 @@
+"""A noisy function on the sphere, and training on it beside copies in which one example was replaced.
+
+    y = sin 2x₁ + ½ x₂ + .3 ξ,   ‖x‖ = 1 in 5 dimensions
+
+R data sets or runs side by side, n examples.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ...autodiff.batched import Slope
+from ...optimizers.descend import descend
+from ...optimizers.gd import GD
+from .shallow import BEND, hessian, output, slope, start
+
+RATE, INPUTS, WIDTH, NOISE = 0.5, 5, 64, 0.3
+TIMES = (10, 30, 100, 300, 1000)
+REPLACED, FRESH = 16, 4000
+
+
+def draw(n: int, generator: torch.Generator, *runs: int) -> tuple[Tensor, Tensor]:
+    """n inputs on the unit sphere ``(.., n, 5)`` and the teacher's values plus noise ``(.., n)``."""
+    x = torch.randn(*runs, n, INPUTS, generator=generator, dtype=torch.float64)
+    x = x / x.norm(dim=-1, keepdim=True)
+    return x, teacher(x) + NOISE * torch.randn(*runs, n, generator=generator, dtype=torch.float64)
+
+
+def teacher(x: Tensor) -> Tensor:
+    """``sin 2x₁ + ½ x₂``."""
+    return torch.sin(2 * x[..., 0]) + 0.5 * x[..., 1]
+
+
+def singly(x: Tensor, y: Tensor, seed: int) -> Slope:
+    """The slope of R runs on one example a step, drawn for each run by itself; x ``(R, n, d)``, y ``(R, n)``."""
+    order, own = torch.Generator().manual_seed(seed), torch.arange(len(x))
+
+    def step(W: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        i = torch.randint(x.shape[1], own.shape, generator=order)
+        return slope(W, x[own, i, None], y[own, i, None])
+
+    return step
+
+
+def risks(step: Slope, first: Tensor, fresh: Tensor) -> Tensor:
+    """``½ mean (f - teacher)²`` on fresh inputs at each of the times ``(T, R)``: the excess over the noise."""
+    seen: list[Tensor] = []
+
+    def watch(t: int, W: Tensor, losses: Tensor, g: Tensor) -> None:
+        if t in TIMES:
+            seen.append(0.5 * (output(W, fresh) - teacher(fresh)).square().mean(1))
+
+    descend(step, first, GD(RATE), max(TIMES), watch=watch)
+    return torch.stack(seen)
+
+
+def replaced(n: int, generator: torch.Generator) -> dict[int, dict[str, float]]:
+    """Training beside 16 copies with one example replaced each, on one draw: what is seen at each time.
+
+    What replaces an example is fresh to the first run as the example is to the copy, so that the gap is a mean of two.
+    """
+    x, y = draw(n, generator)
+    other_x, other_y = draw(REPLACED, generator)
+    X, Y, own = x.repeat(REPLACED + 1, 1, 1), y.repeat(REPLACED + 1, 1), torch.arange(REPLACED)
+    X[own + 1, own], Y[own + 1, own] = other_x, other_y
+    first = start(WIDTH, INPUTS, generator)
+    begin = slope(first[None], x, y)[0].item()
+    seen: dict[int, dict[str, float]] = {}
+
+    def watch(t: int, W: Tensor, losses: Tensor, g: Tensor) -> None:
+        if t in TIMES:
+            r, other = output(W, x) - y, output(W, other_x) - other_y
+            gaps = r[own + 1, own].square() - r[0, own].square() + other[0].square() - other[own + 1, own].square()
+            seen[t] = {
+                "stability": (W[1:] - W[0]).square().sum(1).mean().item(),
+                "gap": gaps.mean().item() / 4,
+                "loss": losses[0].item(),
+                "residual": max(r.abs().max().item(), other.abs().max().item()),
+                "walked": ((W[0] - first).square().sum() / (2 * RATE * t * begin)).item(),
+            }
+
+    descend(lambda W, t: slope(W, X, Y), first.repeat(REPLACED + 1, 1), GD(RATE), max(TIMES), watch=watch)
+    return seen
+
+
+def along(W: Tensor, x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor, float]]:
+    """Step, Hessian, and ``(B/√m) mean|r|`` on the way of gradient descent."""
+    done = 0
+    for t in (0, 10, 30, 100):
+        W = descend(lambda W, t: slope(W, x, y), W, GD(RATE), t - done).weights
+        done, bend = t, BEND / (W.shape[1] // INPUTS) ** 0.5
+        yield t, hessian(W, x, y)[0], bend * (output(W, x) - y).abs().mean().item()

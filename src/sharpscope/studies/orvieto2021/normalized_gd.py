@@ -1,0 +1,37 @@
+"""Update rules that only studies need."""
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ...optimizers.base import State, UpdateRule
+
+
+@dataclass(frozen=True)
+class NormalizedGD(UpdateRule):
+    """``w ← w - lr ∇L/‖∇L‖``: steps of one length, whatever the gradient's; runs side by side are rows."""
+
+    learning_rate: float
+
+    def init(self, w: Tensor) -> State:
+        return {}
+
+    def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
+        size = g.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
+        return w - self.learning_rate * g / size, state
+
+    def threshold(self, state: State) -> NoReturn:
+        raise TypeError("NormalizedGD has no threshold: near a minimum it oscillates whatever the curvature")
+
+    def effective_learning_rate(self, radius: float, state: State) -> float:
+        return self.learning_rate / radius
+
+    @property
+    def edge(self) -> NoReturn:
+        raise TypeError("NormalizedGD has no edge of stability")
+
+    @property
+    def clock(self) -> float:
+        return 0.0

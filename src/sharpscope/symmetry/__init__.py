@@ -1,0 +1,1 @@
+"""Scale-invariant groups of weights and the spheres they live on."""

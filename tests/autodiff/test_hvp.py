@@ -1,0 +1,297 @@
+"""Every way to form products against the kept graph: the same numbers, nothing left behind, and what each refuses."""
+
+from collections.abc import Callable
+from typing import Any
+
+import problems
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import CLASSES, DTYPE, NORMS, normal, relative
+from test_objective import DATA, EXACT, assert_same, state
+from torch import Tensor, nn
+
+from sharpscope import Objective, hessian, lanczos
+from sharpscope.autodiff.hvp import (
+    Calibrated,
+    batched,
+    compiled,
+    differences,
+    forward_over_reverse,
+    kept,
+    linearized,
+    rebuilt,
+)
+from sharpscope.autodiff.objective import Expand
+from sharpscope.autodiff.tracing import compiler
+from sharpscope.errors import CannotTrace, NoSecondDerivative
+
+WAYS: dict[str, Callable[[], Expand]] = {
+    "kept": lambda: kept,
+    "batched": lambda: batched,
+    "rebuilt": lambda: rebuilt,
+    "forward over reverse": lambda: forward_over_reverse,
+    "linearized": linearized,
+    "differences": lambda: differences,
+}
+ROUNDING = {"differences": 1e-6}  # h⁴ and eps/h at a step near eps^(1/5); the others are exact
+
+
+def together(expand: Expand) -> Expand:
+    return Calibrated(expand, 1.0, True)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_product_of_the_kept_graph(way: str, norm: str) -> None:
+    f = problems.objective(norm, "cross-entropy")
+    if way == "linearized":
+        f = f.on(problems.batches(norm, "cross-entropy", sizes=(7,)))  # a second of tracing for each size
+    w, v = f.weights(), normal(f.size, seed=1)
+    if way == "linearized" and norm == "BatchNorm2d":
+        with pytest.raises(CannotTrace, match="no fixed program"):  # momentum=None: its average counts in Python
+            f.using(linearized()).at(w)
+        return
+    expected, at = f.at(w), f.using(WAYS[way]()).at(w)
+    allowed = ROUNDING.get(way, EXACT)
+    assert relative(at.value, expected.value) < EXACT
+    assert relative(at.grad, expected.grad) < EXACT
+    assert relative(at.hvp(v), expected.hvp(v)) < allowed
+    assert not at.hvp(v).requires_grad
+
+
+@pytest.mark.parametrize("norm", ["BatchNorm1d", "LayerNorm of images", "MultiheadAttention", "weight_norm"])
+@pytest.mark.parametrize("way", WAYS)
+def test_columns_are_products_one_by_one(way: str, norm: str) -> None:
+    f = problems.objective(norm, "cross-entropy").on(problems.batches(norm, "cross-entropy", sizes=(7, 7)))
+    w, vectors = f.weights(), normal(f.size, 3, seed=1)
+    expected = torch.stack([f.hvp(w, v) for v in vectors.T], dim=1)
+    for expand in (WAYS[way](), together(WAYS[way]())):
+        at = f.using(expand).at(w)
+        found = at.columns(vectors)
+        assert relative(found, expected) < ROUNDING.get(way, EXACT)
+        assert (hessian(at) @ vectors).equal(found)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_third_derivatives_and_gauss_newton_work_beside_every_way(way: str) -> None:
+    f = problems.objective("BatchNorm1d", "cross-entropy")
+    w, u, v = f.weights(), normal(f.size, seed=1), normal(f.size, seed=2)
+    at = f.using(WAYS[way]()).at(w)
+    assert relative(at.third(u, v), f.third(w, u, v)) < EXACT
+    assert relative(at.gauss_newton(v), f.gauss_newton(w, v)) < EXACT
+
+
+@pytest.mark.parametrize("source", DATA)
+@pytest.mark.parametrize("way", WAYS)
+def test_no_way_changes_anything(way: str, source: str) -> None:
+    net, data = problems.model("BatchNorm1d"), DATA[source]()
+    net.get_submodule("3").requires_grad_(False)
+    net.get_parameter("0.weight").grad = normal(6, 5, seed=4)
+    before = state(net, data)
+    f = Objective(net, F.mse_loss, data)
+    w, v = f.weights(), normal(f.size, seed=1)
+    at = f.using(WAYS[way]()).at(w)
+    at.columns(torch.stack([v, -v], dim=1))
+    assert relative(at.hvp(v), f.hvp(w, v)) < ROUNDING.get(way, EXACT)
+    assert_same(before, state(net, data))
+
+
+@pytest.mark.parametrize("way", ["linearized", "forward over reverse", "rebuilt"])
+@pytest.mark.parametrize("budget", [0, 3000, 1 << 30])
+def test_what_does_not_fit_in_memory_runs_again(way: str, budget: int) -> None:
+    f = problems.objective("BatchNorm1d", memory_budget=budget)
+    w, v = f.weights(), normal(f.size, seed=1)
+    at = f.using(WAYS[way]()).at(w)
+    assert relative(at.hvp(v), problems.objective("BatchNorm1d").hvp(w, v)) < EXACT
+    assert at.hvp(v).equal(at.hvp(v))
+
+
+class Power(nn.Module):
+    """Reads a buffer that the batch before has written: the order of batches matters."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = problems.model("LayerNorm")
+        self.register_buffer("seen", torch.ones(5, dtype=DTYPE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x * self.seen)
+        self.seen.mul_(0.5).add_(x.detach().square().mean(0))
+        return out
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_buffers_pass_from_batch_to_batch(way: str) -> None:
+    net = Power()
+    f = Objective(net, F.mse_loss, problems.batches())
+    w, v = f.weights(), normal(f.size, seed=1)
+    assert relative(f.using(WAYS[way]()).hvp(w, v), f.hvp(w, v)) < ROUNDING.get(way, EXACT)
+    assert net.seen.equal(torch.ones(5, dtype=DTYPE))
+
+
+def test_programs_follow_shapes_modes_and_frozen_parameters() -> None:
+    f = problems.objective("BatchNorm1d")
+    tracer = linearized()
+    g, w, v = f.using(tracer), f.weights(), normal(f.size, seed=1)
+    assert relative(g.hvp(w, v), f.hvp(w, v)) < EXACT
+    assert len(tracer._programs) == len(problems.CHUNKS)
+    g.hvp(w + 0.1, v)
+    assert len(tracer._programs) == len(problems.CHUNKS)  # other weights, the same programs
+    other = [(normal(9, 5, seed=1), normal(9, CLASSES, seed=2))]
+    assert relative(g.on(other).hvp(w, v), f.on(other).hvp(w, v)) < EXACT
+    f.model.eval()
+    assert relative(g.hvp(w, v), f.hvp(w, v)) < EXACT
+    f.model.get_parameter("0.weight").requires_grad_(False)
+    part = Objective(f.model, F.mse_loss, problems.batches())
+    w, v = part.weights(), normal(part.size, seed=1)
+    assert relative(part.using(tracer).hvp(w, v), part.hvp(w, v)) < EXACT
+
+
+class Branching(nn.Module):
+    """Takes another branch when a number says so."""
+
+    def __init__(self, decide: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.inner, self.decide = problems.model("LayerNorm"), decide
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        return out if self.decide(out) else out.square()
+
+
+def test_a_branch_on_values_is_no_program() -> None:
+    f = Objective(Branching(lambda z: bool(z.sum() > 0)), F.mse_loss, problems.batches())
+    with pytest.raises(CannotTrace, match="no fixed program"):
+        f.using(linearized()).at(f.weights())
+
+
+def test_a_program_that_holds_at_one_point_only_is_found_out() -> None:
+    class Captured(nn.Module):
+        """Remembers a number of its first call as a constant of Python."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.calls = problems.model("LayerNorm"), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.inner(x) * (2.0 if self.calls == 3 else 1.0)  # 1: Objective, 2: kept, 3: the tracer
+
+    f = Objective(Captured(), F.mse_loss, problems.batches(sizes=(4,)))
+    f.value(f.weights())
+    with pytest.raises(CannotTrace, match=r"its value is off by .* at other weights"):
+        f.using(linearized()).at(f.weights())
+
+
+def test_a_batch_of_unknown_things_is_no_program() -> None:
+    f = Objective(
+        problems.model("none"), lambda z, y: F.mse_loss(z, y[1]), [(x, [object(), y]) for x, y in problems.batches()]
+    )
+    with pytest.raises(CannotTrace, match="a batch holds a object"):
+        f.using(linearized()).at(f.weights())
+
+
+class Cube(torch.autograd.Function):
+    """``x³``, differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x.square() * g
+
+
+class WrongCube(torch.autograd.Function):
+    """``x³`` whose backward forgets that it depends on x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x.detach().square() * g
+
+
+class Activation(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def with_activation(function: Callable[[Tensor], Tensor]) -> Objective:
+    net = problems.model("LayerNorm")
+    assert isinstance(net, nn.Sequential)
+    net[2] = Activation(function)
+    return Objective(net, F.mse_loss, problems.batches("LayerNorm"))
+
+
+def test_what_has_no_second_derivative_is_named_and_differences_work() -> None:
+    f, smooth = with_activation(Cube.apply), with_activation(lambda x: x**3)
+    w, v = f.weights(), normal(f.size, seed=1)
+    with pytest.raises(NoSecondDerivative, match=r"does not exist in '2' \(Activation\) .* f\.using\(.*differences\)"):
+        f.hvp(w, v)
+    for ask in (f.using(linearized()).at, f.using(forward_over_reverse).at(w).hvp, f.at(w).gauss_newton):
+        with pytest.raises(NoSecondDerivative, match="differentiable once"):
+            ask(v)
+    at = f.using(differences).at(w)
+    found = at.hvp(v)
+    off = relative(found, smooth.hvp(w, v))
+    assert off < 1e-6
+    assert isinstance(at, differences) and off < 10 * at.error < 1e-5
+
+
+def test_differences_in_single_precision_know_their_error() -> None:
+    data = [(x.float(), y.float()) for x, y in problems.batches("LayerNorm")]
+    f = Objective(problems.model("LayerNorm").float(), F.mse_loss, data)
+    v = normal(f.size, seed=1).float()
+    at = f.using(differences).at(f.weights())
+    off = relative(at.hvp(v), f.hvp(f.weights(), v))
+    assert isinstance(at, differences) and off < 10 * at.error < 0.1
+    assert at.hvp(torch.zeros_like(v)).equal(torch.zeros_like(v))
+
+
+def test_a_linear_loss_has_no_curvature_in_any_way() -> None:
+    net = nn.Linear(4, 1, dtype=DTYPE)
+    f = Objective(net, lambda out, y: (out * y).mean(), [(normal(3, 4, seed=0), normal(3, 1, seed=1))])
+    w, v = f.weights(), normal(5, seed=2)
+    for make in WAYS.values():
+        assert f.using(make()).hvp(w, v).norm() <= 1e-10
+        assert f.using(together(make())).at(w).columns(torch.stack([v, v], 1)).norm() <= 1e-10
+
+
+def test_machine_code_gives_the_same_products(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    f = Objective(problems.model("BatchNorm1d"), F.mse_loss, problems.batches(sizes=(4, 4)))
+    w, v = f.weights(), normal(f.size, seed=1)
+    before, tracer = state(f.model, f.data), compiled()
+    g = f.using(tracer)
+    if compiler() is None:
+        with pytest.raises(CannotTrace, match=r"no C\+\+ compiler"):
+            g.at(w)
+    else:
+        assert relative(g.hvp(w, v), f.hvp(w, v)) < EXACT
+        assert relative(g.hvp(w + 0.1, v), f.hvp(w + 0.1, v)) < EXACT
+        assert len(tracer._programs) == 1 and tracer.seconds > 0
+    assert_same(before, state(f.model, f.data))
+    assert not list(tmp_path.iterdir())
+
+
+def test_eigenvalues_do_not_depend_on_the_way() -> None:
+    f = problems.objective("LayerNorm", "cross-entropy")
+    expected = lanczos(hessian(f), 2, rtol=1e-8).values
+    for make in (linearized, lambda: forward_over_reverse, lambda: together(batched)):
+        assert relative(lanczos(hessian(f.using(make())), 2, rtol=1e-8).values, expected) < 1e-9

@@ -1,0 +1,121 @@
+"""Predictions from the command line, and as jobs of studies."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from cases import invariant
+from safetensors.torch import save_file
+
+from sharpscope.cli import main
+from sharpscope.errors import Unusable
+from sharpscope.records.checkpoints import load_weights
+from sharpscope.records.history import History
+from sharpscope.records.run_log import Track
+from sharpscope.studies import lyu2022
+from sharpscope.studies._shared.forecast import Forecast, beside, claims, ends, run_forecast, runs
+from sharpscope.studies._shared.networks import Variant
+
+TASK = """
+import torch
+from torch import nn
+
+def task():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 1)).double()
+    x = torch.randn(16, 4).double()
+    return net, nn.functional.mse_loss, [(x, x[:, :1].sin())]
+
+def wrong():
+    return 3
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a task in it, as the working directory."""
+    (tmp_path / "mytask.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "mytask", raising=False)
+    return tmp_path
+
+
+def test_prediction_of_a_study(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "lyu2022", "BN", "--step", "200", "--steps", "20", "--points", "5"]) == 0
+    said = capsys.readouterr().out
+    assert "after 20 steps the central flow is" in said and "runs/prediction/report.html" in said
+    assert len([line for line in said.splitlines() if line.strip().endswith("%")]) == 6
+    page = (here / "runs/prediction/report.html").read_text()
+    assert "central flow" in page and "Test loss" in page
+    history = History.load(here / "runs/prediction/history.parquet")
+    assert history.runs == ["optimizer", "central flow", "stable flow"]
+    assert main(["predict", "lyu2022", "BN", "--step", "3", "--steps", "5", "--points", "5"]) == 0  # over the old one
+
+
+def test_prediction_of_a_task_from_a_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    g = torch.Generator().manual_seed(1)
+    shapes = {"0.weight": (6, 4), "2.weight": (1, 6), "2.bias": (1,)}
+    save_file({name: torch.randn(shape, generator=g) for name, shape in shapes.items()}, here / "w.safetensors")
+    asked = ["predict", "--task", "mytask:task", "--lr", "0.1", "--steps", "20", "--points", "4", "--out", "p"]
+    assert main([*asked, "--checkpoint", "w.safetensors"]) == 0
+    assert "mytask:task: after 20 steps" in capsys.readouterr().out
+    assert (here / "p/report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give a study and one of its network runs"),
+        (["lyu2022", "digit BN"], "some it has: 'digits BN'"),
+        (["lyu2022", "batches of 40"], "is not full-batch gradient descent"),
+        (["lyu2022", "BN", "--task", "mytask:task"], "not both"),
+        (["--task", "mytask:task"], "needs --lr"),
+        (["--task", "mytask:none", "--lr", "1"], "no task 'mytask:none'"),
+        (["--task", "mytask:wrong", "--lr", "1"], "must return (model, loss, data)"),
+        (["--task", "mytask:task", "--lr", "-1"], "must be positive"),
+        (["--task", "mytask:task", "--lr", "1", "--checkpoint", "mytask.py"], "not a safetensors file"),
+        (["--task", "mytask:task", "--lr", "1", "--steps", "3"], "fewer points"),
+        (["--task", "mytask:task", "--lr", "1", "--out", "."], "holds no prediction"),
+    ],
+)
+def test_what_cannot_be_predicted(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert main(["predict", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_lacks_a_parameter(tmp_path: Path) -> None:
+    f = invariant("BN")
+    name = next(iter(f.slices))
+    save_file({name: torch.zeros(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(Unusable, match=r"has shape \(2,\)"):
+        load_weights(f, tmp_path / "w.safetensors")
+    save_file({"other": torch.zeros(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(Unusable, match="is missing"):
+        load_weights(f, tmp_path / "w.safetensors")
+
+
+def test_a_forecast_as_a_job(tmp_path: Path) -> None:
+    variant = Variant("regression", "BN", "squares", 0.5, 1e-3)
+    track = Track(tmp_path, "a forecast")
+    run_forecast(track, lambda share: None, "a forecast", Forecast(variant, 300, 30, points=5))
+    h = History(track.rows)
+    assert h.runs == list(runs("a forecast"))
+    assert ends("a forecast")(h, None) == h.series("a forecast: central flow", "error")[-1]
+    low, high = beside("a forecast", "radius")(h, None)
+    assert 0.99 < low <= high < 1.01
+    assert all(claim.runs == runs("a forecast") for claim in claims("a forecast", "part"))
+
+
+def test_a_flow_that_gets_stuck_leaves_a_note(tmp_path: Path) -> None:
+    variant = Variant("plain", "none", "half squares", 30.0, 0.0, train=50)
+    track = Track(tmp_path, "wild")
+    run_forecast(track, lambda share: None, "wild", Forecast(variant, 5, 30, points=5))
+    assert "stopped after step 5" in track.note and not track.rows
+
+
+def test_the_reference_run_is_foretold() -> None:
+    jobs = {job.name: job for job in lyu2022.jobs(lyu2022.Config())}
+    forecast = jobs["forecast of digits BN"].arguments["forecast"]
+    assert (forecast.start, forecast.steps) == (1000, 1000)

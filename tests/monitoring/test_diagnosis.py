@@ -1,0 +1,253 @@
+"""Diagnosis: each sentence appears where it holds, is absent where it does not, and carries its numbers."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from sharpscope.monitoring.diagnosis import AT_THE_EDGE, Facts, Finding, diagnose
+from sharpscope.records.history import History
+
+REGIMES = {"edge", "above", "undecided", "below", "approaching", "sharpening"}
+PLAIN = Facts(100)
+INVARIANT = Facts(100, 60, 3e-16, {"a": 40, "b": 20})
+
+
+def rows(count: int = 8, **columns: Any) -> list[dict[str, Any]]:
+    """One row every ten steps; a column is one value or one for each row."""
+    return [
+        {"run": "r", "step": 10 * i} | {n: v[i] if isinstance(v, list) else v for n, v in columns.items()}
+        for i in range(count)
+    ]
+
+
+def say(ratios: Sequence[float | None], facts: Facts = PLAIN, **columns: Any) -> dict[str, Finding]:
+    """What is found on a run with these readings of sharpness / threshold."""
+    count = len(ratios)
+    loss = [None if r is None else 1.0 + i % 2 for i, r in enumerate(ratios)]
+    base: dict[str, Any] = {"tau": 0.0, "loss": loss, "stability_ratio": list(ratios), "sharpness": list(ratios)}
+    base |= {"learning_rate": 0.1, "clock": 0.0, "equilibrium": 0.0}
+    found = diagnose(History(rows(count, **base | columns)), "r", facts)
+    assert len({f.name for f in found}) == len(found)
+    return {f.name: f for f in found}
+
+
+def regime(ratios: Sequence[float | None], **columns: Any) -> Finding:
+    found = [f for name, f in say(ratios, **columns).items() if name in REGIMES]
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "name", "numbers"),
+    [
+        ([0.2, 0.9, 1.02, 0.98, 1.0], "edge", "is 1.00 (median of the last 3 readings)"),
+        ([1.0] * 9 + [1.04, 1.1, 1.05], "edge", "is 1.05 (median of the last 3 readings)"),
+        ([0.5] * 9 + [1.2, 1.25, 1.31], "edge", "is 1.25 (median of the last 3 readings)"),
+        (
+            [1.0] * 4 + [1.06, 1.04, 1.05, 9.0],
+            "undecided",
+            "is 1.05 (median of the last 3 readings), with half of them",
+        ),
+        ([0.5] * 9 + [1.2, 1.31, 1.32], "undecided", "between 1.25 and 1.31"),
+        ([0.5] * 9 + [0.5, 0.94, 1.2], "undecided", "between 0.72 and 1.07"),
+        ([0.5] * 9 + [1.4, 1.35, 1.36], "above", "is 1.36 (median of the last 3 readings)"),
+        ([5.0], "above", "is 5.00 (median of the last 1 reading)"),
+        ([0.40, 0.5, 0.6, 0.7], "sharpening", "is 0.60 (median of the last 3 readings), up from 0.40"),
+        ([0.3, 0.6, *[0.7] * 10], "below", "it may grow 1.43-fold"),
+        ([0.5, 0.5, 0.5], "below", "is 0.50 (median of the last 3 readings); it may grow 2-fold"),
+        ([0.5, 0.8], "below", "grow 1.54-fold"),
+        ([0.9, 0.6, 0.25], "below", "grow 1.67-fold"),
+        ([0.5], "below", "grow 2-fold"),
+        ([0.5, 0.0, 0.0], "below", "is 0.00 (median of the last 3 readings); no direction curves upwards"),
+        ([-0.5, -0.2, -0.1], "below", "no direction curves upwards"),
+    ],
+)
+def test_regimes(ratios: list[float], name: str, numbers: str) -> None:
+    found = regime(ratios)
+    assert found.name == name
+    assert numbers in found.text
+    assert found.source
+
+
+def test_regimes_meet_at_their_bounds() -> None:
+    low, high = AT_THE_EDGE
+    assert regime([low]).name == regime([high]).name == "edge"
+    assert regime([math.nextafter(low, 0)]).name == "below"
+    assert regime([math.nextafter(high, 2)]).name == "above"
+
+
+def test_a_loss_that_grows_and_grows_is_no_edge() -> None:
+    assert regime([1.05] * 8, loss=[2.0**i for i in range(8)]).name == "above"
+    assert regime([1.05] * 8, loss=[2.0, 3.0, 4.0, 6.0, 5.0, 7.0, 8.0, 6.0]).name == "edge"
+    assert regime([0.5] * 8, loss=[2.0**i for i in range(8)]).name == "below"
+
+
+def test_an_approach_by_shrinking_norms_is_told_from_sharpening() -> None:
+    up = [0.3 * 1.1**i for i in range(8)]
+    constant, rising = [50.0] * 8, [50 * 1.1**i for i in range(8)]
+    assert regime(up, spherical_sharpness=constant).name == "approaching"
+    assert regime(up, spherical_sharpness=rising).name == "sharpening"
+    assert "as the norm of the weights shrinks" in regime(up, spherical_sharpness=constant).text
+
+
+def test_divergence_is_said_first() -> None:
+    said = say([0.5, 0.6, 2.0, None, None])
+    assert next(iter(said)) == "diverged"
+    assert said["diverged"].text.startswith("The run diverged: at step 30 the loss was not finite")
+    assert "diverged" not in say([0.5, 0.6, 2.0])
+
+
+def test_readings_without_curvature_are_counted() -> None:
+    found = say([0.5, 0.6, 0.5], sharpness=[1.0, None, 1.0], stability_ratio=[1.0, None, 1.0])
+    assert found["gaps"].text.startswith("At 1 of 3 readings, first at step 10, no curvature was found")
+    assert "gaps" not in say([0.5, 0.6, 0.5])
+
+
+def test_no_threshold_no_regime() -> None:
+    (found,) = [f for f in diagnose(History(rows(3, loss=1.0)), "r", Facts(10)) if f.name in REGIMES]
+    assert found.name == "undecided" and "no reading of the curvature at a positive learning rate" in found.text
+
+
+def test_where_the_curvature_lives() -> None:
+    inside = say([1.0] * 4, INVARIANT, **{"share/a": 0.7, "share/b": 0.1})["place"]
+    assert "80% of the top eigenvector lies in scale-invariant weights (most in a)" in inside.text
+    outside = say([1.0] * 4, INVARIANT, **{"share/a": 0.1, "share/b": 0.1})["place"]
+    assert "Only 20%" in outside.text and "that of the 40 other weights" in outside.text
+    whole = Facts(60, 60, 3e-16, {"a": 40, "b": 20})
+    assert "place" not in say([1.0] * 4, whole, **{"share/a": 0.7, "share/b": 0.3})
+    assert "place" not in say([1.0] * 4)
+
+
+def test_the_largest_stable_rate() -> None:
+    found = say([0.5] * 4)["largest rate"]
+    assert found.numbers["largest"] == pytest.approx(0.2)
+    assert "the largest stable learning rate is 0.2 (it is 0.1 now)" in found.text
+    assert "largest rate" not in say([-0.5] * 4)
+    assert "largest rate" not in say([0.5] * 4, learning_rate=0.0)
+
+
+def test_twice_the_learning_rate() -> None:
+    assert "would bring the ratio to 0.80, still below" in say([0.4] * 4)["twice the rate"].text
+    assert "to 1.60, past the edge" in say([0.8] * 4)["twice the rate"].text
+    plain = say([1.0] * 4)["twice the rate"].text
+    assert "halve the sharpness" in plain and "jump" in plain
+    adapting = say([1.0] * 4, INVARIANT, **{"share/a": 0.9})["twice the rate"].text
+    assert "√2 times their norm" in adapting
+    assert "twice the rate" not in say([-1.0] * 4)
+
+
+def test_the_entry_formula() -> None:
+    """τ = ½ ln 2 at half the threshold."""
+    columns: dict[str, Any] = {"clock": 1e-3, "share/a": 0.9}
+    found = say([0.5] * 4, INVARIANT, **columns)["entry"]
+    assert found.numbers["tau"] == pytest.approx(0.5 * math.log(2))
+    assert found.numbers["steps"] == pytest.approx(500 * math.log(2))
+    assert "347 steps away at the earliest" in found.text
+    short = Facts(100, 60, 0.0, {"a": 60}, steps=200)
+    assert "170 are left, so it will not get there" in say([0.5] * 4, short, **columns)["entry"].text
+    long = Facts(100, 60, 0.0, {"a": 60}, steps=2000)
+    assert "1970 are left." in say([0.5] * 4, long, **columns)["entry"].text
+    assert "entry" not in say([1.0] * 4, INVARIANT, **columns)
+    assert "entry" not in say([0.5] * 4, INVARIANT, **columns | {"radial/a": 1.0})
+    assert "entry" not in say([0.5] * 4, INVARIANT, **columns | {"clock": 0.0})
+    assert "entry" not in say([0.5] * 4, INVARIANT, **columns | {"share/a": 0.2})
+
+
+def test_invariant_weights_are_counted() -> None:
+    assert say([1.0], INVARIANT)["invariance"].text.startswith("60 weights are scale-invariant (Euler cosine 3.0e-16)")
+    assert say([1.0])["invariance"].text == "No weights are scale-invariant: the plain sharpness is the one to read."
+
+
+def test_what_was_not_asked_is_not_answered() -> None:
+    said = say([1.0], Facts(100, asked=False))
+    assert "has not been asked yet" in said["unasked"].text and "invariance" not in said
+    assert "unasked" not in say([1.0])
+
+
+def test_weight_decay_that_only_rescales() -> None:
+    found = say([1.0], INVARIANT, clock=1e-3)["decay rescales"].text
+    assert "On the 60 invariant weights weight decay penalizes nothing" in found and "no effect" not in found
+    idle = Facts(100, 0, 1.0, {}, {"c.bias": 6}, decayed_null=6)
+    assert (
+        "6 parameters that have no effect on the loss (c.bias)" in say([1.0], idle, clock=1e-3)["decay rescales"].text
+    )
+    paired = Facts(100, pairs=("a -> b", "c -> d"))
+    assert "In 2 pairs of tensors (a -> b, ..)" in say([1.0], paired, clock=1e-3)["decay rescales"].text
+    assert (
+        "In 1 pair of tensors (a -> b)," in say([1.0], Facts(100, pairs=("a -> b",)), clock=1e-3)["decay rescales"].text
+    )
+    assert "decay rescales" not in say([1.0], INVARIANT)
+    assert "decay rescales" not in say([1.0], clock=1e-3)
+
+
+def test_the_clock_of_weight_decay() -> None:
+    assert "no decay" in say([1.0], INVARIANT)
+    early = say([1.0], INVARIANT, clock=0.002, tau=0.25)["clock"].text
+    assert "τ = 0.25 (by now 0.002 a step)" in early
+    assert "takes 375 more steps" in early and "time to settle" not in early
+    late = say([1.0], INVARIANT, clock=0.002, tau=1.5)["clock"].text
+    assert late.startswith("Weight decay has acted for τ = 1.5 ") and late.endswith("norms have had time to settle.")
+    for names in (say([1.0], INVARIANT, clock=math.nan), say([1.0], clock=0.002, tau=0.25)):
+        assert not {"clock", "no decay", "no time"} & set(names)
+
+
+def test_weight_decay_without_time() -> None:
+    facts = Facts(100, 60, 0.0, {"a": 60}, steps=50)
+    found = say([0.5] * 4, facts, clock=1e-3, tau=0.03)["no time"]
+    assert found.numbers["tau at the end"] == pytest.approx(0.03 + 20 * 1e-3)
+    assert "weight decay has no time to act in this run" in found.text
+    enough = say([0.5] * 4, Facts(100, 60, 0.0, {"a": 60}, steps=500), clock=1e-3, tau=0.03)
+    assert "no time" not in enough and "will have for τ = 0.5 at the end" in enough["clock"].text
+    assert "no time" not in say([0.5] * 4, INVARIANT, clock=1e-3, tau=0.03)  # nobody knows the end
+
+
+@pytest.mark.parametrize(
+    ("steps", "word"), [(100, "does not fit"), (1000, "only just fits"), (2000, "fits in the 2000")]
+)
+def test_time_to_balance(steps: int, word: str) -> None:
+    found = say([0.5] * 4, Facts(100, 60, 0.0, {"a": 60}, steps=steps), clock=1e-3, tau=0.03)["settling"]
+    assert found.numbers["time"] == 500 and word in found.text
+    assert "settling" not in say([0.5] * 4, INVARIANT, clock=1e-3)
+    assert "settling" not in say([0.5] * 4, Facts(100, 0, steps=steps), clock=1e-3)
+
+
+def test_twice_the_weight_decay() -> None:
+    found = say([0.5] * 4, INVARIANT, clock=1e-3, equilibrium=math.radians(1.0))["twice the decay"].text
+    assert "by 1.4° a step instead of 1°" in found
+    told = say([0.5] * 4, Facts(100, 60, 0.0, {}, steps=530), clock=1e-3, tau=0.5)["twice the decay"].text
+    assert "(τ = 2 at the end)" in told
+    assert "twice the decay" not in say([0.5] * 4, INVARIANT)
+
+
+def test_rotation_against_its_law() -> None:
+    columns: dict[str, Any] = {"clock": 1e-2, "tau": 2.0, "equilibrium": 0.1}
+    balanced = say([0.5] * 4, INVARIANT, **columns, **{"rotation/a": 0.12, "rotation/b": 0.08})["rotation"]
+    assert "all within a factor of two" in balanced.text
+    unequal = say([0.5] * 4, INVARIANT, **columns, **{"rotation/a": 0.12, "rotation/b": 0.02})["rotation"]
+    assert "from 0.2 of it in b to 1.2 in a" in unequal.text
+    alone = say([0.5] * 4, INVARIANT, **columns, **{"rotation/a": 0.02})["rotation"]
+    assert "0.2 times that" in alone.text and "unequal" not in alone.text
+    assert "rotation" not in say([0.5] * 4, INVARIANT, **columns, **{"rotation/a": 0.12, "radial/a": 1.0})
+    assert "rotation" not in say([0.5] * 4, INVARIANT, **columns | {"tau": 0.5}, **{"rotation/a": 0.12})
+    assert "rotation" not in say([0.5] * 4, INVARIANT, **columns | {"equilibrium": math.nan}, **{"rotation/a": 0.12})
+
+
+def test_eps_that_holds_a_layer_up() -> None:
+    found = say([0.5] * 4, INVARIANT, **{"radial/a": 0.97, "radial/b": 0.01})["eps"]
+    assert "keeps a from the edge: it balances 97% of its weight decay" in found.text
+    assert "eps" not in say([1.0] * 4, INVARIANT, **{"radial/a": 0.97})
+    assert "eps" not in say([0.5] * 4, INVARIANT, **{"radial/a": 0.2})
+
+
+def test_clipped_gradients() -> None:
+    found = say([0.5] * 4, applied_gradient=[3.0, 1.0, 1.0, 1.0])["clipping"]
+    assert "clipped to norm 1:" in found.text
+    assert "clipping" not in say([0.5] * 4, applied_gradient=[3.0, 1.0, 0.99, 1.0])
+    assert "clipping" not in say([0.5] * 4, applied_gradient=1.0, loss=1.0)  # nothing changes at all
+
+
+def test_the_price_of_measuring() -> None:
+    assert say([0.5] * 4, overhead=0.0312)["cost"].text == "Measuring took 3.12% of the time of training so far."
+    assert "cost" not in say([0.5] * 4)

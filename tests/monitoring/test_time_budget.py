@@ -1,0 +1,178 @@
+"""Budgets are kept at every moment, or at the end where it is known, and readings are as frequent as they allow."""
+
+import itertools
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import nn
+
+from sharpscope.autodiff.data import head
+from sharpscope.autodiff.objective import Expansion, Objective
+from sharpscope.monitoring import time_budget
+from sharpscope.monitoring.monitor import Monitor
+from sharpscope.monitoring.schedules import log_spaced
+from sharpscope.monitoring.time_budget import Budget, Ledger, plan, share_of
+
+
+class Clock:
+    """A clock that moves only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def simulated(
+    monkeypatch: pytest.MonkeyPatch,
+    budget: float,
+    steps: int,
+    cost: list[float],
+    *,
+    told: bool,
+    first_step: float = 1.0,
+    slow: int = 0,
+) -> list[tuple[float, int]]:
+    """Overhead and readings after every step of one second, where the readings take `cost` seconds in turn."""
+    clock = Clock()
+    for module in ("monitor", "time_budget"):
+        monkeypatch.setattr(f"sharpscope.monitoring.{module}.perf_counter", clock)
+    monkeypatch.setattr(time_budget, "_gradient_seconds", lambda f, w, n: 0.01 + 0.001 * n)
+    f = cases.plain()
+    sgd = torch.optim.SGD(f.model.parameters(), lr=0.1)
+    monitor = Monitor(f, sgd, budget=budget, steps=steps if told else None)
+    readings = iter(cost)
+
+    def measure(*_: Any, **__: Any) -> None:
+        clock.now += next(readings)
+        monitor.history.append(run="training", step=monitor.steps)
+
+    monkeypatch.setattr(monitor, "_measure", measure)
+    out = []
+    x, y = next(iter(f.data))
+    f.loss(f.model(x), y).backward()
+    for step in range(steps):
+        sgd.step()
+        clock.now += first_step if step == 0 else 4.0 if step < slow else 1.0
+        monitor.step()
+        out.append((monitor.overhead, len(monitor.history)))
+    return out
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.05, 0.2])
+@pytest.mark.parametrize("told", [True, False], ids=["steps told", "steps unknown"])
+def test_the_share_is_kept_and_used(monkeypatch: pytest.MonkeyPatch, budget: float, told: bool) -> None:
+    """Readings of half a second to one second (a solve from a random start), the first of two."""
+    cost = [1.2, *([0.5] * 9 + [1.0]) * 200]
+    path = simulated(monkeypatch, budget, 1000, cost, told=told)
+    overhead, readings = path[-1]
+    assert 0.7 * budget < overhead <= budget
+    assert readings >= 0.7 * (1000 * budget - 1.2) / 0.55
+    assert all(share <= (budget if not told else 2.2 * budget) for share, _ in path[250:])
+    assert told or all(share <= budget for share, _ in path)
+    taken = [n for _, n in path]  # readings are spread over the run: in each half of it about half of them
+    assert told is False or taken[500] == pytest.approx(taken[-1] / 2, abs=1 + 0.1 * taken[-1])
+    assert (path[60][1] > 0) == (told or budget > 0.02)  # who knows the end sees the beginning
+
+
+def test_a_slow_first_step_is_no_measure_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = simulated(monkeypatch, 0.05, 300, [0.5] * 300, told=True, first_step=100.0)
+    assert path[-1][0] <= 0.05
+    assert path[150][0] <= 0.05
+
+
+def test_steps_that_become_faster_do_not_break_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three hundred steps of four seconds, then seven hundred of one."""
+    path = simulated(monkeypatch, 0.05, 1000, [1.2, *[0.5] * 1000], told=True, slow=300)
+    assert 0.03 < path[-1][0] <= 0.05
+
+
+def test_a_reading_that_does_not_fit_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = [100.0] * 10
+    path = simulated(monkeypatch, 0.02, 200, cost, told=False)
+    assert path[-1][1] <= 1
+
+
+def test_a_reading_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that take ten seconds each, where the plan thinks of milliseconds."""
+    clock = Clock()
+    for module in ("monitor", "time_budget"):
+        monkeypatch.setattr(f"sharpscope.monitoring.{module}.perf_counter", clock)
+    monkeypatch.setattr(time_budget, "_gradient_seconds", lambda f, w, n: 1e-3)
+    f = cases.plain()
+    product = Expansion.hvp
+
+    def slow(self: Expansion, v: torch.Tensor) -> torch.Tensor:
+        clock.now += 10.0
+        return product(self, v)
+
+    monkeypatch.setattr(Expansion, "hvp", slow)
+    sgd = torch.optim.SGD(f.model.parameters(), lr=0.1)
+    monitor = Monitor(f, sgd, budget=0.05, steps=1000)
+    x, y = next(iter(f.data))
+    f.loss(f.model(x), y).backward()
+    for _ in range(1000):
+        sgd.step()
+        clock.now += 1.0
+        monitor.step()
+    assert monitor.overhead <= 0.05 + 10 / 1000
+    assert set(monitor.history.columns.get("sharpness", [None])) == {None}
+    assert "no curvature was found" in monitor.diagnosis()
+
+
+def large(n: int) -> Objective:
+    g = torch.Generator().manual_seed(0)
+    net = nn.Linear(3, 1)
+    return Objective(net, nn.functional.mse_loss, [(torch.randn(n // 4, 3, generator=g), torch.zeros(n // 4, 1))] * 4)
+
+
+@pytest.mark.parametrize(
+    ("share", "examples", "full"), [(1.0, 400, True), (0.3, 140, True), (0.1, 85, False), (0.001, 16, False)]
+)
+def test_the_plan_grows_with_the_budget(
+    monkeypatch: pytest.MonkeyPatch, share: float, examples: int, full: bool
+) -> None:
+    monkeypatch.setattr(time_budget, "_gradient_seconds", lambda f, w, n: 0.1 + 0.01 * n)
+    f = large(400)
+    ledger = Ledger()
+    for _ in range(5):
+        ledger.stepped(10.0 if share == 1.0 else 4.0, 1)
+    planned = plan(f, f.weights(), ledger, Budget(share, 1000), solves=2, k=3)
+    assert planned.examples == pytest.approx(examples, rel=0.25)
+    assert planned.full == full
+    assert planned.k == (3 if share == 1.0 else 1)
+    assert sum(len(y) for _, y in planned.objective.data) == planned.examples
+    assert planned.first > planned.usual > 0
+
+
+def test_the_head_of_the_data_is_their_first_examples() -> None:
+    x, y = torch.arange(10.0).view(10, 1), torch.arange(10)
+    data = [(x[:4], y[:4]), (x[4:8], y[4:8]), (x[8:], y[8:])]
+    assert [len(b) for _, b in head(data, 6)] == [4, 2]
+    assert torch.cat([b for _, b in head(data, 6)]).tolist() == [0, 1, 2, 3, 4, 5]
+    assert [len(b) for _, b in head(data, 100)] == [4, 4, 2]
+    nested = [{"ids": x, "more": [y, {"n": torch.tensor(3.0)}]}]
+    (cut,) = head(nested, 3)
+    assert len(cut["ids"]) == len(cut["more"][0]) == 3 and cut["more"][1]["n"] == 3
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4, shuffle=True)
+    before = torch.get_rng_state()
+    assert torch.equal(head(loader, 5)[0][0], head(loader, 5)[0][0])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_shares() -> None:
+    assert share_of("5%") == share_of(" 5 %") == share_of(0.05) == share_of("0.05") == 0.05
+
+
+def test_log_spaced_steps() -> None:
+    due = log_spaced(10)
+    steps = [step for step in range(10_000) if due(step)]
+    assert steps[:6] == [0, 1, 2, 3, 4, 5]
+    assert len(steps) < 42
+    ratios = [b / a for a, b in itertools.pairwise(steps[10:])]
+    assert max(ratios) < 1.35
+    with pytest.raises(ValueError, match="per_decade=0"):
+        log_spaced(0)

@@ -1,0 +1,93 @@
+"""Recorded gradients: the same to the last bit along a run, on whole data and mini-batches, or not used."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sharpscope.autodiff.objective import Objective
+from sharpscope.optimizers.gd import GD
+from sharpscope.records.run_log import Track
+from sharpscope.studies._shared import recorded as recorded_module
+from sharpscope.studies._shared.networks import Variant, run_variant, task_of
+from sharpscope.studies._shared.recorded import Recorded, recorded
+
+BASE = Variant("regression", "BN", "squares", 0.5, 1e-3)
+CASES = [
+    *(replace(BASE, norm=norm) for norm in ("BN", "LN", "RMSNorm", "GN", "WN", "none")),
+    *(Variant("mlp", "BN", loss, 0.2, 5e-4, train=40) for loss in ("half squares", "cross-entropy")),
+    Variant("conv", "GN", "half squares", 0.2, 5e-4, train=100),
+]
+
+
+def objective(variant: Variant) -> Objective:
+    task = task_of(variant)
+    return Objective(task.net, task.loss, [(task.x, task.y)])
+
+
+@pytest.mark.parametrize("variant", CASES, ids=lambda v: f"{v.net} {v.norm} {v.loss}")
+def test_a_recorded_gradient_is_the_same_to_the_last_bit(variant: Variant) -> None:
+    f = objective(variant)
+    g = recorded(f, 10_000)
+    assert isinstance(g, Recorded)
+    x, y = g.first[1:]
+    w, rule = f.weights(), GD(variant.learning_rate, variant.weight_decay)
+    for step in range(12):
+        pair = [(x, y)] if step % 2 else [(x[step : step + 15], y[step : step + 15])]
+        (loss, slope), (value, again) = (h.on(pair).value_and_grad(w) for h in (f, g))
+        assert torch.equal(loss, value) and torch.equal(slope, again)
+        w, _ = rule.step(w, slope, {})
+    assert len(g.programs) == 2 and all(program is not None for program in g.programs.values())
+
+
+def test_another_mode_runs_no_program() -> None:
+    f = Objective(
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)),
+        nn.functional.mse_loss,
+        [(torch.randn(5, 3), torch.randn(5, 4))],
+    )
+    g = recorded(f, 10_000)
+    w = f.weights()
+    for training in (True, False, True):
+        f.model.train(training)
+        assert torch.equal(f.grad(w), g.grad(w))
+    assert torch.equal(f.at(w).hvp(w), g.at(w).hvp(w))
+
+
+class Fickle(nn.Module):
+    """Its loss depends on a number that is not recorded."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Fickle.calls += 1
+        return x * self.w * Fickle.calls
+
+
+def test_what_gives_other_bits_is_not_used() -> None:
+    f = Objective(Fickle(), nn.functional.mse_loss, [(torch.ones(4, 3), torch.zeros(4, 3))])
+    g = recorded(f, 10_000)
+    assert isinstance(g, Recorded)
+    g.grad(f.weights())
+    assert list(g.programs.values()) == [None]
+    assert recorded(f, 10) is f  # too few to be worth it
+    loader: Any = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(4, 3), torch.zeros(4, 3)))
+    assert recorded(f.on(loader), 10_000).data is loader and not isinstance(recorded(f.on(loader), 10_000), Recorded)
+
+
+def test_a_recorded_run_writes_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    for least in (1, 10_000):
+        monkeypatch.setattr(recorded_module, "WORTHWHILE", least)
+        for batch in (None, 20):
+            track = Track(tmp_path, f"{least} {batch}")
+            run_variant(track, lambda share: None, replace(BASE, steps=30, every=10, batch=batch))
+            rows.append([{k: v for k, v in row.items() if k != "run"} for row in track.rows])
+    assert rows[0] == rows[2] and rows[1] == rows[3] and rows[0] != rows[1]

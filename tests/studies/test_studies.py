@@ -1,0 +1,267 @@
+"""The studies: what they promise of themselves, their networks, and the reference run in small."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sharpscope.studies
+from sharpscope.autodiff.objective import Objective
+from sharpscope.cli import main
+from sharpscope.optimizers.gd import GD
+from sharpscope.records.history import History
+from sharpscope.records.run_log import Track
+from sharpscope.studies import lyu2022 as lyu
+from sharpscope.studies._framework.study import discover
+from sharpscope.studies._shared import data as bundled
+from sharpscope.studies._shared import forecast as forecast_module
+from sharpscope.studies._shared import nets, toys, train
+from sharpscope.studies._shared.networks import LOSSES, Variant, run_variant
+from sharpscope.studies.lyu2022 import completion, digits, network, regression, sphere
+from sharpscope.symmetry.scale_groups import find_groups
+
+CONFIGS = {"full": lyu.Config(), "quick": lyu.QUICK}
+ADDING = Path(__file__).parents[2] / "docs/adding.md"
+
+
+@pytest.mark.parametrize("name", discover())
+def test_a_study_keeps_the_contract(name: str) -> None:
+    study = discover()[name]
+    assert study.PAPER and study.__doc__
+    title, _, argument = study.__doc__.strip().partition("\n\n")
+    assert "\n" not in title and argument
+    assert is_dataclass(study.Config) and isinstance(study.QUICK, study.Config)
+    for config in (study.Config(), study.QUICK):
+        jobs = study.jobs(config)
+        assert len({job.name for job in jobs}) == len(jobs)
+        assert all(job.work.__qualname__ == job.work.__name__ and job.cost > 0 for job in jobs)  # found by workers
+    sentences = [(claim.part, claim.sentence) for claim in study.CLAIMS]
+    assert len(set(sentences)) == len(sentences)
+    assert len({chart.name for chart in study.CHARTS}) == len(study.CHARTS)
+    parts = {claim.part for claim in study.CLAIMS}
+    assert {chart.part for chart in study.CHARTS if chart.part} <= parts
+    for part in parts:
+        assert any(c.kind == "negative control" and c.deciding for c in study.CLAIMS if c.part == part), part
+
+
+def test_every_field_of_the_configuration_turns_something() -> None:
+    before = {(job.name, repr(job.arguments)) for job in lyu.jobs(lyu.Config())}
+    for field in fields(lyu.Config):
+        value = getattr(lyu.Config(), field.name)
+        if isinstance(value, tuple):
+            other: Any = value[1:]
+        elif isinstance(value, bool):
+            other = not value
+        else:
+            other = value + 1 if isinstance(value, int) else value / 2
+        after = {(job.name, repr(job.arguments)) for job in lyu.jobs(replace(lyu.Config(), **{field.name: other}))}
+        assert after != before, f"nothing depends on {field.name}"
+
+
+def test_the_quick_configuration_only_shrinks() -> None:
+    full, quick = ({job.name: job for job in lyu.jobs(config)} for config in CONFIGS.values())
+    assert quick.keys() <= full.keys()
+    assert all(quick[name].cost <= full[name].cost for name in quick)
+    assert sum(job.cost for job in quick.values()) < 0.4 * sum(job.cost for job in full.values())
+
+
+def test_nonsense_is_refused_by_name() -> None:
+    for field in fields(lyu.Config):
+        value = getattr(lyu.Config(), field.name)
+        if field.name == "seed":
+            with pytest.raises(ValueError, match="seed is -1; it must not be negative"):
+                lyu.Config(seed=-1)
+            continue
+        for odd in () if isinstance(value, bool) else (-1, 0, float("nan")):
+            wrong: dict[str, Any] = {field.name: (odd,) if isinstance(value, tuple) else odd}
+            with pytest.raises(ValueError, match=f"{field.name} is {odd}; it must be positive"):
+                lyu.Config(**wrong)
+    with pytest.raises(ValueError, match="lr·wd is 1; it must be below one"):
+        lyu.Config(learning_rate=10, weight_decay=0.1)
+
+
+@dataclass
+class Written(Track):
+    """What a job would call its runs."""
+
+    run: str
+
+    def resume(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+def readings(config: lyu.Config, patch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """The times τ at which each run of a configuration is read, without running it."""
+    found: dict[str, np.ndarray] = {}
+    grid = np.array([0.0, *np.geomspace(1e-3, 20, 400)])
+
+    def note(track: Track, *rest: Any) -> None:
+        names = next(r for r in rest if isinstance(r, Sequence) and isinstance(r[0], str))
+        found.update(dict.fromkeys(names, grid))
+
+    def trained(name: str, rule: GD, steps: int, every: int) -> None:
+        read = {0, steps, *range(0, steps + 1, every), *(s for s in train.EARLY if s <= steps)}
+        found[name] = np.array(sorted(read)) * rule.clock
+
+    for module in (sphere, regression):
+        patch.setattr(module, "walk", note)
+    patch.setattr(sphere, "write", note)
+    for job in lyu.jobs(config):
+        variant = job.arguments.get("variant")
+        if variant is not None:
+            rule = GD(variant.learning_rate, variant.weight_decay, variant.momentum)
+            trained(job.name, rule, variant.num_steps, variant.every)
+        elif "forecast" in job.arguments:
+            forecast = job.arguments["forecast"]
+            found.update(dict.fromkeys(forecast_module.runs(job.name), np.linspace(0, 0.1, forecast.points + 1)))
+        elif job.work is completion._complete:
+            rule = GD(completion.LR, job.arguments["weight_decay"])
+            trained(job.name, rule, job.arguments["steps"], job.arguments["every"])
+        else:
+            job.work(Written(job.name), lambda share: None, **job.arguments)
+    return found
+
+
+class Imagined(History):
+    """A history that has every column of the runs it is given, and says when it is asked for another run."""
+
+    def __init__(self, runs: dict[str, np.ndarray]) -> None:
+        super().__init__()
+        self.readings = runs
+        self.columns = {"balance:w": []}
+
+    @property
+    def runs(self) -> list[str]:
+        return list(self.readings)
+
+    def table(self, run: str, *names: str) -> tuple[np.ndarray, ...]:
+        tau = self.readings[run]
+        kinds = {"tau": tau, "step": np.arange(len(tau)) * 1000.0, "edge": np.linspace(1, 3, len(tau))}
+        return tuple(kinds.get(name, 1 / (1 + np.arange(len(tau)))) for name in names)
+
+
+@pytest.fixture(scope="module")
+def read() -> Iterator[dict[str, dict[str, np.ndarray]]]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield {name: readings(config, patch) for name, config in CONFIGS.items()}
+
+
+def test_claims_and_charts_are_about_runs_that_are_made(read: dict[str, dict[str, np.ndarray]]) -> None:
+    runs = read["full"].keys()
+    for claim in lyu.CLAIMS:
+        assert set(claim.runs) <= runs, claim.sentence
+    for chart in lyu.CHARTS:
+        assert {*getattr(chart, "runs", ()), *getattr(chart, "paths", ())} <= runs, chart.name
+
+
+@pytest.mark.parametrize("size", CONFIGS)
+def test_claims_find_the_readings_they_need(
+    size: str, read: dict[str, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No claim asks for a run that is not made, or for a time at which nothing is read."""
+    monkeypatch.setattr(toys, "path_error", lambda toy, phi0, tau, phi, constant: np.ones(1))  # dear, and reads nothing
+    history = Imagined(read[size])
+    for claim in lyu.CLAIMS:
+        if set(claim.runs) <= read[size].keys():
+            claim.observe(history, CONFIGS[size])
+
+
+def test_the_quick_study_leaves_out_ablations_only(read: dict[str, dict[str, np.ndarray]]) -> None:
+    left_out = [claim for claim in lyu.CLAIMS if not set(claim.runs) <= read["quick"].keys()]
+    made_by_ablations = read["full"].keys() - {job.name for job in lyu.jobs(replace(lyu.Config(), ablations=False))}
+    elsewhere = {"angle, il 0.001, data 1"}  # on another data set
+    assert all(set(claim.runs) & (made_by_ablations | elsewhere) for claim in left_out)
+    kept = {(claim.part, claim.kind) for claim in lyu.CLAIMS if claim not in left_out and claim.deciding}
+    assert {part for part, kind in kept if kind == "negative control"} == {claim.part for claim in lyu.CLAIMS}
+
+
+NETWORKS = {"regression": nets.regression_net, "mlp": nets.digits_mlp, "conv": nets.digits_conv}
+
+
+@pytest.mark.parametrize("norm", nets.NORMS)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_networks_are_scale_invariant_in_all_weights(kind: str, norm: str) -> None:
+    data = bundled.smooth_function() if kind == "regression" else bundled.digits(64)
+    loss = LOSSES["squares" if kind == "regression" else "half squares"]
+    f = Objective(NETWORKS[kind](norm, 0), loss, [(data.x, data.y)])
+    groups = find_groups(f)
+    if norm == "none":
+        assert groups.joint.numel() == 0
+        return
+    assert groups.covers(f.size)
+    assert groups.groups.keys() == f.slices.keys()
+    assert max(groups.joint_defect, *groups.defects.values()) <= 1e-10
+    w = f.weights()
+    assert f.value(3.7 * w).item() == pytest.approx(f.value(w).item(), rel=1e-12)
+    assert torch.allclose(3.7 * f.grad(3.7 * w), f.grad(w), rtol=1e-9, atol=1e-12)
+
+
+def test_the_transformer_is_scale_invariant_in_all_weights() -> None:
+    data = bundled.digits(100)
+    f = Objective(nets.digits_transformer("LN", 0), LOSSES["half squares"], [(data.x, data.y)])
+    groups = find_groups(f)
+    assert groups.covers(f.size) and groups.groups.keys() == f.slices.keys()
+    w = f.weights()
+    assert f.value(3.7 * w).item() == pytest.approx(f.value(w).item(), rel=1e-12)
+
+
+def test_variants_are_those_networks() -> None:
+    everything = [*digits.variants(lyu.Config()).values(), *network.variants(lyu.Config(), 0).values()]
+    assert {variant.norm for variant in everything} == set(nets.NORMS)
+    assert {variant.net for variant in everything} == set(NETWORKS)
+
+
+def test_every_loss_trains(tmp_path: Path) -> None:
+    """A few steps of each, with all columns that the charts and claims on networks read."""
+    for loss in LOSSES:
+        net = "mlp" if "cross" in loss else "regression"
+        track = Track(tmp_path, loss)
+        run_variant(track, lambda share: None, Variant(net, "LN", loss, 0.1, 1e-3, steps=3, train=64))
+        assert not track.note
+        last = track.rows[-1]
+        assert {"tau", "loss", "edge", "threshold", "test_loss", "test_accuracy", "train_accuracy"} <= last.keys()
+        assert all(np.isfinite(v) for v in last.values() if isinstance(v, float))
+
+
+def test_the_reference_run_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The MLP on digits with batch normalization starts at a spherical sharpness of about 2076 (another draw of the
+    weights moves it by a few percent) and is at the edge within 150 steps; without weight decay its norm only grows.
+    """
+    monkeypatch.setattr(train, "EARLY", {150})
+    base = replace(digits.variants(lyu.Config())["digits BN"], steps=200, every=100)
+    rows = {}
+    for name, variant in {"decay": base, "none": replace(base, weight_decay=0.0)}.items():
+        track = Track(tmp_path, name)
+        run_variant(track, lambda share: None, variant)
+        rows[name] = {row["step"]: row for row in track.rows}
+        assert list(rows[name]) == [0, 100, 150, 200]
+    assert rows["decay"][0]["spherical_sharpness"] == pytest.approx(2076, rel=0.1)
+    for step in (150, 200):
+        assert 1.9 < rows["decay"][step]["edge"] < 2.5
+        balance = [v for name, v in rows["decay"][step].items() if name.startswith("balance:")]
+        assert len(balance) == 3 and all(0 < v < 10 for v in balance)
+    assert not [name for name in rows["none"][200] if name.startswith("balance:")]
+    norms = [row["radius"] for row in rows["none"].values()]
+    assert norms == sorted(norms)
+    assert rows["decay"][200]["radius"] < rows["decay"][100]["radius"]
+
+
+def test_the_study_of_the_guide_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The example in docs/adding.md, put where it says."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", ADDING.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (code,) = [block for block in blocks if block.startswith("# src/sharpscope/studies/")]
+    name = re.match(r"# src/sharpscope/studies/(\w+)\.py", code)
+    assert name is not None
+    (tmp_path / "here").mkdir()
+    (tmp_path / f"here/{name[1]}.py").write_text(code, encoding="utf-8")
+    monkeypatch.setattr(sharpscope.studies, "__path__", [*sharpscope.studies.__path__, str(tmp_path / "here")])
+    test_a_study_keeps_the_contract(name[1])
+    assert main(["run", name[1], "--quick", "--workers", "1", "--out", str(tmp_path / "run")]) == 0
+    assert "0 of" not in capsys.readouterr().out
