@@ -33,7 +33,7 @@ def sharpscope(p: Problem, model: nn.Module, count: Count, **settings: Any) -> M
     f = ss.Objective(model, p.loss, [(p.x, p.y)])
 
     def measure(seed: int) -> float:
-        pairs = ss.lanczos(ss.hessian(f, f.weights()), k=1, seed=seed, **settings)
+        pairs = ss.linalg.lanczos(ss.hessian(f, f.weights()), k=1, seed=seed, **settings)
         count(pairs.num_matvecs)
         return pairs.values[0].item()
 
@@ -44,16 +44,16 @@ def sharpscope(p: Problem, model: nn.Module, count: Count, **settings: Any) -> M
 def doctored(p: Problem) -> tuple[ss.Objective, float]:
     """The objective with the fastest product for this problem, searched once, and the seconds of the search."""
     start = time.process_time()
-    f = ss.doctor(ss.Objective(p.model, p.loss, [(p.x, p.y)])).objective
+    f = ss.autodiff.tune(ss.Objective(p.model, p.loss, [(p.x, p.y)])).objective
     return f, time.process_time() - start
 
 
 def sharpscope_doctored(p: Problem, model: nn.Module, count: Count, **settings: Any) -> Measure:
-    """Ours with nothing known but the objective that ``doctor`` found earlier."""
+    """Ours with nothing known but the objective that ``tune`` found earlier."""
     f, _ = doctored(p)
 
     def measure(seed: int) -> float:
-        pairs = ss.lanczos(ss.hessian(f, f.weights()), k=1, seed=seed, **settings)
+        pairs = ss.linalg.lanczos(ss.hessian(f, f.weights()), k=1, seed=seed, **settings)
         count(pairs.num_matvecs)
         return pairs.values[0].item()
 
@@ -63,11 +63,11 @@ def sharpscope_doctored(p: Problem, model: nn.Module, count: Count, **settings: 
 def sharpscope_tracked(p: Problem, model: nn.Module, count: Count, *, doctor: bool = False) -> Measure:
     """Ours along a run: every measurement starts from what the last two found."""
     f = doctored(p)[0] if doctor else ss.Objective(model, p.loss, [(p.x, p.y)])
-    last: ss.Eigenpairs | None = None
+    last: ss.linalg.Eigenpairs | None = None
 
     def measure(seed: int) -> float:
         nonlocal last
-        last = ss.track(ss.hessian(f, f.weights()), last, k=1, seed=seed)
+        last = ss.linalg.warm_started(ss.hessian(f, f.weights()), last, k=1, seed=seed)
         count(last.num_matvecs)
         return last.values[0].item()
 

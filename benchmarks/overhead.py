@@ -76,8 +76,8 @@ def truth(monitor: ss.Monitor, model: nn.Module, w: Tensor) -> float:
     f = ss.Objective(twin, nn.functional.cross_entropy, data, without_dropout=True)
     found = monitor._stability()
     assert found is not None
-    stability = ss.Stability(found.metric.double(), found.decay.double())
-    return measures.stability_ratio(ss.Iterate(f, w.double(), rtol=1e-8, stability=stability))
+    stability = ss.optimizers.Stability(found.metric.double(), found.decay.double())
+    return measures.stability_ratio(ss.measures.Iterate(f, w.double(), rtol=1e-8, stability=stability))
 
 
 def run(name: str, budget: str, steps: int, *, check: bool) -> str:

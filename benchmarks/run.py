@@ -170,7 +170,7 @@ def crowd(extent: Extent) -> tables.Crowd:
         p.step()
         after = p.weights()
         p.load((before + after) / 2)
-        top = ss.lanczos(ss.hessian(f, p.weights()), k=3, rtol=1e-2).values * p.lr / 2
+        top = ss.linalg.lanczos(ss.hessian(f, p.weights()), k=3, rtol=1e-2).values * p.lr / 2
         if 1.003 < top[0] < 1.015 and top[2] > 0.97 * top[0]:
             break
         p.load(after)

@@ -104,11 +104,11 @@ def row(name: str, make: Callable[[], ss.Objective], steps: int) -> str:
     f = make()
     W = f.weights() + 0.1 * torch.randn(RUNS, f.size, dtype=torch.float64)
     began = time.thread_time()
-    program = ss.Replicas.of(f).recorded(W)
+    program = ss.autodiff.BatchedRuns.of(f).recorded(W)
     recording = time.thread_time() - began
 
     def side_by_side(f: ss.Objective, W: Tensor, steps: int) -> Tensor:
-        return ss.descend(program, W, RULES, steps).weights
+        return ss.optimizers.descend(program, W, RULES, steps).weights
 
     ways = (side_by_side, with_objective, with_torch)
     for way in ways:

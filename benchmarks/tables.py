@@ -17,7 +17,7 @@ PACKAGES = ("torch", "numpy", "scipy", "curvlinops-for-pytorch", "PyHessian", "h
 GUIDE = """
 **How to read this.** *ms* is the time of one processor thread that one measurement takes (cold: median over seeds
 with its range, everything from the package's own objects on; tracked: mean over steps, what is done once before the
-first step being listed as *set-up*, with the search of `doctor`, which cold rows do not pay for); *gradients* is the
+first step being listed as *set-up*, with the search of `tune`, which cold rows do not pay for); *gradients* is the
 same in plain gradients of the same loss, timed in the same rounds. Ratios carry over to other machines, times do not.
 *Products* counts gradients of gradients; curvlinops multiplies twice more to check that the model is deterministic.
 *Error* is relative to the truth: ARPACK to 1e-10 (tracked: 1e-5) in float64, from two starts that agree. *MiB* is the

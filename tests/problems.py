@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from sharpscope import Objective, SymmetricOperator
+from sharpscope import Objective
+from sharpscope.linalg import SymmetricOperator
 from sharpscope.studies._shared import nets
 
 DTYPE = torch.float64

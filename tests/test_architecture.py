@@ -1,6 +1,7 @@
 """The shape of the package: who imports whom, where derivatives are taken, what is written down where."""
 
 import ast
+import builtins
 import doctest
 import importlib
 import pkgutil
@@ -15,6 +16,7 @@ import available  # noqa: F401 - before transformers
 import pytest
 
 import sharpscope
+from sharpscope import errors
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/sharpscope"
@@ -140,12 +142,36 @@ def test_nothing_read_from_disk_is_executed() -> None:
             assert not shell, f"{path.name} passes shell="
 
 
-def test_every_public_name_has_a_docstring() -> None:
-    assert sorted(sharpscope.__all__) == sorted(set(sharpscope.__all__))
-    for name in sharpscope.__all__:
-        thing = getattr(sharpscope, name)
+PUBLIC = [sharpscope, *(getattr(sharpscope, name) for name in WINGS[:9])]
+ERRORS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: str(module.__name__))
+def test_every_public_name_has_a_docstring(module: ModuleType) -> None:
+    assert (module.__doc__ or "").strip()
+    assert len(module.__all__) == len(set(module.__all__))
+    for name in module.__all__:
+        thing = getattr(module, name)
+        assert not isinstance(thing, ModuleType), f"{module.__name__}.{name} is a file, not what it is named after"
         assert (thing.__doc__ or "").strip(), f"{name} has no docstring"
         assert not str(thing.__doc__).startswith(f"{name}("), f"{name} has only the docstring that dataclasses make up"
+
+
+def test_the_public_face_is_small_and_its_wings_are_at_hand() -> None:
+    assert len(sharpscope.__all__) <= 20
+    assert {*sharpscope.__all__, *WINGS[:9], "errors"} <= set(dir(sharpscope))
+    with pytest.raises(AttributeError, match="no attribute 'lanczos'"):
+        sharpscope.lanczos  # noqa: B018
+
+
+def test_every_error_is_a_kind_of_one_base() -> None:
+    assert all(issubclass(kind, errors.SharpscopeError) for kind in ERRORS.values())
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+                name = node.exc.func.id
+                foreign = name in vars(builtins) and name not in ("AttributeError", "StopIteration")
+                assert not foreign, f"{path.relative_to(SOURCE)}:{node.lineno} raises {name}; use one of errors.py"
 
 
 @pytest.mark.parametrize("name", ["sharpscope", *MODULES])
@@ -170,7 +196,8 @@ def test_rows_of_the_notation_are_cited_and_cited_rows_exist() -> None:
 
 def test_importing_the_library_needs_no_extras() -> None:
     """What torch itself imports (tqdm, at present) does not count: everything is compared with `import torch`."""
-    code = "import torch, sys; before = set(sys.modules); import sharpscope; print(*(set(sys.modules) - before))"
+    code = "import torch, sys; before = set(sys.modules); import sharpscope; "
+    code += "[getattr(sharpscope, name) for name in dir(sharpscope)]; print(*(set(sys.modules) - before))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "sharpscope.autodiff.objective" in found
     assert not {name.split(".")[0] for name in found} & {*EXTRAS, "scipy", "pandas"}

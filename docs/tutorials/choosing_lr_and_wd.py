@@ -69,4 +69,4 @@ for tau in (0.03, 3.0):
 
 # 3. The symmetry behind it. Starting from c times the weights, with c²·lr and wd/c², every step turns the weights by
 #    the same angle: lr alone means nothing without ‖w‖².
-print(f"\n{ss.rescaled.__doc__.splitlines()[0] if ss.rescaled.__doc__ else ''}")
+print(f"\n{ss.optimizers.rescaled.__doc__.splitlines()[0] if ss.optimizers.rescaled.__doc__ else ''}")

@@ -9,128 +9,76 @@
 (True, True)
 >>> sorted(ss.find_groups(f).groups)
 ['0.weight']
+
+What a first hour needs stands here; the rest is read through its wing, such as ``ss.linalg.trace``.  A wing is loaded
+when it is first used, so that ``import sharpscope`` costs little beyond torch.
 """
 
-from .autodiff.batched import Replicas
-from .autodiff.curvature import gauss_newton, hessian
-from .autodiff.objective import Objective
-from .autodiff.smooth import smooth
-from .autodiff.tuning import Checkup, doctor
-from .errors import FlowStuck, NoMinimizer, NotConverged, NotFinite, WrongThirdDerivative
-from .flows.central import Flow, central_flow, gradient_flow, sphere_flow, stable_flow
-from .flows.compare import Prediction, compare
-from .flows.explicit import multirate
-from .flows.implicit import implicit
-from .flows.integrate import integrate
-from .flows.path import Path
-from .flows.sharpness_reduction import ReductionFlow, sharpness_reduction
-from .linalg.bounds import Comparison
-from .linalg.density import Density, density
-from .linalg.eigenpairs import Eigenpairs
-from .linalg.lanczos import block_tops, ends, lanczos, most_negative, shares
-from .linalg.operators import SymmetricOperator, preconditioned, projected, restricted
-from .linalg.trace import Estimate, diagonal, trace
-from .linalg.warm_start import track
-from .measures.error_budget import ErrorBudget, error_budget
-from .measures.iterate import Iterate, midpoint
-from .measures.measures import product_sphere_sharpness, sharpness, spherical_sharpness, top_eigenpairs
-from .monitoring.diagnosis import Finding
-from .monitoring.monitor import Monitor
-from .monitoring.schedules import log_spaced
-from .optimizers.adaptive import Adam, RMSprop
-from .optimizers.base import Stability, UpdateRule
-from .optimizers.descend import descend
-from .optimizers.equivalences import (
-    ExponentialRate,
-    ProjectedGD,
-    as_decayed,
-    as_exponential,
-    as_projected,
-    as_rmsprop,
-    rescaled,
-)
-from .optimizers.from_torch import rule_of, rules_of, stability_of, state_of
-from .optimizers.gd import GD
-from .optimizers.scalar import ScalarRMSprop, SphericalRMSprop
-from .records.history import History
-from .symmetry.scale_groups import ScaleGroups, find_groups
-from .symmetry.transform import make_scale_invariant
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import autodiff as autodiff
+    from . import errors as errors
+    from . import flows as flows
+    from . import linalg as linalg
+    from . import measures as measures
+    from . import monitoring as monitoring
+    from . import optimizers as optimizers
+    from . import records as records
+    from . import report as report
+    from . import symmetry as symmetry
+    from .autodiff import Objective, hessian
+    from .errors import SharpscopeError
+    from .measures import sharpness, spherical_sharpness, top_eigenpairs
+    from .monitoring import Monitor
+    from .optimizers import GD, Adam, RMSprop, rule_of
+    from .records import History
+    from .symmetry import find_groups, make_scale_invariant
 
 __all__ = [
     "GD",
     "Adam",
-    "Checkup",
-    "Comparison",
-    "Density",
-    "Eigenpairs",
-    "ErrorBudget",
-    "Estimate",
-    "ExponentialRate",
-    "Finding",
-    "Flow",
-    "FlowStuck",
     "History",
-    "Iterate",
     "Monitor",
-    "NoMinimizer",
-    "NotConverged",
-    "NotFinite",
     "Objective",
-    "Path",
-    "Prediction",
-    "ProjectedGD",
     "RMSprop",
-    "ReductionFlow",
-    "Replicas",
-    "ScalarRMSprop",
-    "ScaleGroups",
-    "SphericalRMSprop",
-    "Stability",
-    "SymmetricOperator",
-    "UpdateRule",
-    "WrongThirdDerivative",
-    "as_decayed",
-    "as_exponential",
-    "as_projected",
-    "as_rmsprop",
-    "block_tops",
-    "central_flow",
-    "compare",
-    "density",
-    "descend",
-    "diagonal",
-    "doctor",
-    "ends",
-    "error_budget",
+    "SharpscopeError",
     "find_groups",
-    "gauss_newton",
-    "gradient_flow",
     "hessian",
-    "implicit",
-    "integrate",
-    "lanczos",
-    "log_spaced",
     "make_scale_invariant",
-    "midpoint",
-    "most_negative",
-    "multirate",
-    "preconditioned",
-    "product_sphere_sharpness",
-    "projected",
-    "rescaled",
-    "restricted",
     "rule_of",
-    "rules_of",
-    "shares",
     "sharpness",
-    "sharpness_reduction",
-    "smooth",
-    "sphere_flow",
     "spherical_sharpness",
-    "stability_of",
-    "stable_flow",
-    "state_of",
     "top_eigenpairs",
-    "trace",
-    "track",
 ]
+
+_WINGS = (
+    "errors",
+    "report",
+    "linalg",
+    "autodiff",
+    "symmetry",
+    "records",
+    "optimizers",
+    "measures",
+    "flows",
+    "monitoring",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Load a wing, or the wing of a public name, at its first use."""
+    if name in _WINGS:
+        return import_module(f".{name}", __name__)
+    if name in __all__:
+        for wing in _WINGS:
+            module = import_module(f".{wing}", __name__)
+            if hasattr(module, name):
+                globals()[name] = found = getattr(module, name)
+                return found
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, *_WINGS])

@@ -1,41 +1,74 @@
-"""Every error that sharpscope raises on purpose, each a kind of one base class."""
+"""Every error that sharpscope raises on purpose, each a kind of `SharpscopeError`.
+
+An error keeps the built-in kind that fits it (ValueError, RuntimeError, ...), so that either may be caught.
+"""
 
 
-class NoSecondDerivative(RuntimeError):
-    """An operation of the model or the loss can be differentiated once, but not twice."""
+class SharpscopeError(Exception):
+    """Base of all errors of sharpscope; its message says what was seen and what to do."""
 
 
-class CannotTrace(RuntimeError):
-    """A function cannot be recorded as a fixed program, or its program gave other numbers."""
+class InvalidValue(SharpscopeError, ValueError):
+    """An argument, a model, a loss or data that cannot be used as given."""
 
 
-class WrongThirdDerivative(ArithmeticError):
-    """Autograd's third derivative is not the second difference of the gradient."""
+class InvalidType(SharpscopeError, TypeError):
+    """An object of a kind that is not known here, such as an optimizer without an update rule."""
 
 
-class FlowStuck(ArithmeticError):
-    """The steps of an integrator became too short, or the path left the finite numbers."""
+class NotFound(SharpscopeError, LookupError):
+    """There is no study of that name."""
 
 
-class NoMinimizer(ArithmeticError):
-    """There is no manifold of minimizers near a point."""
+class NoSuchColumn(NotFound, KeyError):
+    """A history has no such run, or the run no such column."""
+
+    __str__ = Exception.__str__  # KeyError would put the message into quotation marks
 
 
-class Unsolvable(ArithmeticError):
-    """The problem has no solution, or none was found to the tolerance."""
+class MissingExtra(SharpscopeError, ImportError):
+    """A package that only some uses need is not installed."""
 
 
-class NotConverged(RuntimeError):
+class NotConverged(SharpscopeError, RuntimeError):
     """A solver used up its products before its residuals met the tolerance."""
 
 
-class NotFinite(ValueError):
+class OutOfTime(NotConverged):
+    """A measurement was given up, because it took longer than its budget allows."""
+
+
+class NotFinite(SharpscopeError, ValueError):
     """A product with the operator overflowed, or is not a number."""
 
 
-class OutOfTime(NotConverged):
-    """A reading has taken longer than the budget allows."""
+class NoSecondDerivative(SharpscopeError, RuntimeError):
+    """An operation of the model or the loss can be differentiated once, but not twice."""
 
 
-class Unusable(Exception):
-    """It cannot be done as asked; the message says what was seen and what to do."""
+class WrongThirdDerivative(SharpscopeError, ArithmeticError):
+    """The third derivative by automatic differentiation is not the second difference of the gradient."""
+
+
+class CannotTrace(SharpscopeError, RuntimeError):
+    """A function cannot be recorded as a fixed program, or its program gave other numbers."""
+
+
+class FlowStuck(SharpscopeError, ArithmeticError):
+    """The steps of an integrator became too short, or its trajectory left the finite numbers."""
+
+
+class NoMinimizer(SharpscopeError, ArithmeticError):
+    """There is no manifold of minimizers near a point."""
+
+
+class Unsolvable(SharpscopeError, ArithmeticError):
+    """A complementarity problem has no solution, or none was found to the tolerance."""
+
+
+class Unusable(SharpscopeError):
+    """A file, a directory or a request that a command cannot work with."""
+
+
+class Refused(SharpscopeError):
+    """The command line cannot do what it was asked to; it ends with exit status 2."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sharpscope.autodiff.batched import Replicas, gram, jacobian
+from sharpscope.autodiff.batched import BatchedRuns, gram, jacobian
 from sharpscope.autodiff.objective import Objective
 from sharpscope.errors import CannotTrace
 from sharpscope.optimizers.adaptive import Adam, RMSprop
@@ -34,7 +34,7 @@ def test_every_row_is_the_objective_at_that_row(norm: type[nn.Module]) -> None:
     f = network(norm)
     W, V = starts(f), torch.randn(RUNS, f.size, dtype=torch.float64)
     before = {name: b.clone() for name, b in f.model.named_buffers()}
-    together = Replicas.of(f)
+    together = BatchedRuns.of(f)
     together.check(W)
     losses, slopes = together.value_and_grad(W)
     products, dense = together.hvp(W, V), together.hessian(W)
@@ -64,7 +64,7 @@ def test_a_sweep_is_the_same_as_its_runs_one_after_another(name: str) -> None:
     """
     f = network(nn.LayerNorm)
     W, rules = starts(f), RULES[name]
-    swept = descend(Replicas.of(f).slope, W, rules, 40)
+    swept = descend(BatchedRuns.of(f).slope, W, rules, 40)
     for r, rule in enumerate(rules):
         w, state = W[r], rule.init(W[r])
         for _ in range(40):
@@ -78,7 +78,7 @@ def test_a_sweep_is_the_same_as_its_runs_one_after_another(name: str) -> None:
 def test_a_recorded_slope_is_the_slope(norm: type[nn.Module]) -> None:
     f = network(norm)
     before = {name: b.clone() for name, b in f.model.named_buffers()}
-    together = Replicas.of(f)
+    together = BatchedRuns.of(f)
     slope = together.recorded(starts(f))
     for _ in range(2):
         W = starts(f)
@@ -89,17 +89,17 @@ def test_a_recorded_slope_is_the_slope(norm: type[nn.Module]) -> None:
 
 def test_what_changes_from_call_to_call_is_not_recorded() -> None:
     count = iter(range(100))
-    changing = Replicas(lambda W: next(count) * W.square().sum(1))
+    changing = BatchedRuns(lambda W: next(count) * W.square().sum(1))
     with pytest.raises(CannotTrace, match="other numbers"):
         changing.recorded(torch.ones(2, 3))
-    branching = Replicas(lambda W: W.sum(1) if W.sum() > 0 else -W.sum(1))
+    branching = BatchedRuns(lambda W: W.sum(1) if W.sum() > 0 else -W.sum(1))
     with pytest.raises(CannotTrace, match="no fixed program"):
         branching.recorded(torch.ones(2, 3))
 
 
-def bowls(curvature: Sequence[float]) -> Replicas:
+def bowls(curvature: Sequence[float]) -> BatchedRuns:
     c = torch.tensor(curvature, dtype=torch.float64)
-    return Replicas(lambda W: 0.5 * c * W.square().sum(1))
+    return BatchedRuns(lambda W: 0.5 * c * W.square().sum(1))
 
 
 def test_a_run_ends_where_it_arrives_and_the_others_go_on() -> None:
@@ -123,7 +123,7 @@ def test_a_run_ends_where_it_arrives_and_the_others_go_on() -> None:
 
 
 def test_a_loss_that_is_not_a_number_is_divergence() -> None:
-    f = Replicas(lambda W: W[:, 0].log())
+    f = BatchedRuns(lambda W: W[:, 0].log())
     found = descend(f.slope, torch.tensor([[1.0], [1e3]], dtype=torch.float64), GD(2.0), 3)
     assert found.diverged.tolist() == [True, False]
 
@@ -141,7 +141,7 @@ def test_noise_and_batches_come_from_their_seeds() -> None:
     slope = on_batches(net, x, y, 4, seed=0)
     W = starts(net)
     mean = torch.stack([slope(W, t)[1] for t in range(3)]).mean(0)  # an epoch: every example once
-    assert torch.allclose(mean, Replicas.of(net.on([(x, y)])).grad(W), rtol=1e-10, atol=1e-13)
+    assert torch.allclose(mean, BatchedRuns.of(net.on([(x, y)])).grad(W), rtol=1e-10, atol=1e-13)
 
 
 def test_jacobian_and_kernel_are_those_of_autograd() -> None:
@@ -163,9 +163,9 @@ def test_jacobian_and_kernel_are_those_of_autograd() -> None:
 def test_what_mixes_runs_is_refused() -> None:
     W = torch.randn(2, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="when the others were moved"):
-        Replicas(lambda W: (W - W.mean(0)).square().sum(1)).check(W)
+        BatchedRuns(lambda W: (W - W.mean(0)).square().sum(1)).check(W)
     with pytest.raises(ValueError, match=r"losses of shape \(2, 3\)"):
-        Replicas(lambda W: W).check(W)
+        BatchedRuns(lambda W: W).check(W)
     with pytest.raises(ValueError, match="ScalarRMSprop mixes the runs"):
         descend(bowls([1, 2]).slope, W, ScalarRMSprop(0.1, 0.9, 1.0), 2)
     with pytest.raises(ValueError, match="momentum is"):

@@ -11,7 +11,7 @@ from problems import CLASSES, DTYPE, NORMS, normal, relative
 from test_objective import DATA, EXACT, assert_same, state
 from torch import Tensor, nn
 
-from sharpscope import Objective, hessian, lanczos
+from sharpscope import Objective, hessian
 from sharpscope.autodiff.hvp import (
     Calibrated,
     batched,
@@ -25,6 +25,7 @@ from sharpscope.autodiff.hvp import (
 from sharpscope.autodiff.objective import Expand
 from sharpscope.autodiff.tracing import compiler
 from sharpscope.errors import CannotTrace, NoSecondDerivative
+from sharpscope.linalg import lanczos
 
 WAYS: dict[str, Callable[[], Expand]] = {
     "kept": lambda: kept,

@@ -16,7 +16,9 @@ from problems import CHUNKS, CLASSES, DTYPE, NORMS, normal, relative
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sharpscope import NotConverged, Objective, find_groups, hessian, lanczos
+from sharpscope import Objective, find_groups, hessian
+from sharpscope.errors import NotConverged
+from sharpscope.linalg import lanczos
 
 LOSSES = tuple(problems.LOSSES)
 EXACT = 1e-10  # rounding of double precision, with room for the conditioning of normalization over few examples

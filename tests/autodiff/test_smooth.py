@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
 
-from sharpscope import smooth
+from sharpscope.autodiff import smooth
 
 X, IMAGES = normal(7, 6, seed=0), normal(3, 4, 5, 5, seed=1)
 

@@ -1,4 +1,4 @@
-"""`doctor`: what it finds eligible, what it names, what it chooses, and that it leaves no trace."""
+"""`tune`: what it finds eligible, what it names, what it chooses, and that it leaves no trace."""
 
 import problems
 import pytest
@@ -9,7 +9,8 @@ from test_hvp import Cube, WrongCube, with_activation
 from test_objective import EXACT, assert_same, state
 from torch import nn
 
-from sharpscope import Objective, doctor, hessian
+from sharpscope import Objective, hessian
+from sharpscope.autodiff import tune
 from sharpscope.autodiff.tuning import Checkup
 
 
@@ -22,7 +23,7 @@ def test_every_exact_way_agrees_on_ordinary_networks(norm: str) -> None:
     sizes = problems.CHUNKS if norm == "own BN" else (16,)
     f = problems.objective(norm, "cross-entropy").on(problems.batches(norm, "cross-entropy", sizes=sizes))
     before = state(f.model, f.data)
-    checkup = doctor(f, products=5, points=2, repeats=2)
+    checkup = tune(f, products=5, points=2, repeats=2)
     assert_same(before, state(f.model, f.data))
     found = rows(checkup)
     assert found.pop("compiled").startswith("not tried: all products take")
@@ -40,7 +41,7 @@ def test_every_exact_way_agrees_on_ordinary_networks(norm: str) -> None:
 
 def test_what_can_be_differentiated_once_leaves_differences() -> None:
     f = with_activation(Cube.apply)
-    checkup = doctor(f, products=2, points=1, repeats=1)
+    checkup = tune(f, products=2, points=1, repeats=1)
     assert checkup.choice == "differences"
     assert checkup.obstacles == ("'2' (Activation)",)
     assert "second derivative does not exist in '2' (Activation)" in rows(checkup)["kept"]
@@ -49,7 +50,7 @@ def test_what_can_be_differentiated_once_leaves_differences() -> None:
 
 def test_a_silently_wrong_second_derivative_is_found_out() -> None:
     f = with_activation(WrongCube.apply)
-    checkup = doctor(f, products=2, points=1, repeats=1)
+    checkup = tune(f, products=2, points=1, repeats=1)
     assert checkup.choice == "differences"
     assert rows(checkup)["kept"].startswith("wrong: differs from differences")
     assert checkup.obstacles == ("'2' (Activation)",)
@@ -58,7 +59,7 @@ def test_a_silently_wrong_second_derivative_is_found_out() -> None:
 def test_single_precision_is_judged_by_its_own_rounding() -> None:
     data = [(x.float(), y.float()) for x, y in problems.batches("LayerNorm")]
     f = Objective(problems.model("LayerNorm").float(), F.mse_loss, data[:1])
-    found = rows(doctor(f, products=2, points=1, repeats=1))
+    found = rows(tune(f, products=2, points=1, repeats=1))
     assert not any(found[name] for name in ("kept", "rebuilt", "forward over reverse", "linearized")), found
 
 
@@ -66,10 +67,10 @@ def test_kinks_are_left_to_the_exact_ways() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, problems.CLASSES))
     f = Objective(net.double(), F.mse_loss, problems.batches(sizes=(64,)))
-    found = rows(doctor(f, products=2, points=1, repeats=1))
+    found = rows(tune(f, products=2, points=1, repeats=1))
     assert not found["kept"] and not found["linearized"]
 
 
 def test_numbers_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="products=0, points=1000, repeats=5: each is at least 1"):
-        doctor(problems.objective(), products=0)
+        tune(problems.objective(), products=0)

@@ -14,7 +14,7 @@ from chromium import CHROMIUM, Tab
 from test_server import serving
 
 from sharpscope.records.history import History
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 from sharpscope.report.charts import Chart
 from sharpscope.report.html import render
 
@@ -31,7 +31,7 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 
 def charts_of(directory: Path) -> str | None:
     """A page with three charts of the rows so far."""
-    history = History(Track(directory, "training").rows)
+    history = History(RunLog(directory, "training").rows)
     look: dict[str, Any] = {"x": "step", "runs": ("training", "other"), "x_label": "step"}
     charts = [Chart(name, name, y=name, y_label=name, **look) for name in ("loss", "sharpness", "radius")]
     facts: dict[str, object] = {"rows": len(history)}
@@ -39,17 +39,15 @@ def charts_of(directory: Path) -> str | None:
     return render(title="A run", subtitle="", lead="", config=facts, **given) if len(history) else None
 
 
-def add_rows(track: Track, count: int) -> None:
-    for step in range(len(track.rows), len(track.rows) + count):
+def add_rows(log: RunLog, count: int) -> None:
+    for step in range(len(log.rows), len(log.rows) + count):
         for run in ("training", "other"):
-            track._write(
-                {"run": run, "step": step, "loss": 1 / (1 + step), "sharpness": step + len(run), "radius": 1.0}
-            )
+            log._write({"run": run, "step": step, "loss": 1 / (1 + step), "sharpness": step + len(run), "radius": 1.0})
 
 
 @pytest.fixture
-def track(tmp_path: Path) -> Track:
-    return Track(tmp_path, "training")
+def warm_started(tmp_path: Path) -> RunLog:
+    return RunLog(tmp_path, "training")
 
 
 SAID = "document.querySelector('#watch span')?.textContent"
@@ -76,53 +74,53 @@ def zoom(tab: Tab) -> None:
     tab.settle()
 
 
-def test_the_page_keeps_up_with_the_run(tab: Tab, track: Track) -> None:
-    with serving(track.log.parent, charts_of, lambda _: track.finished) as port:
+def test_the_page_keeps_up_with_the_run(tab: Tab, log: RunLog) -> None:
+    with serving(log.path.parent, charts_of, lambda _: log.finished) as port:
         tab.open(f"http://127.0.0.1:{port}/")
         until(tab, SAID, "waiting")
         assert tab.js("document.querySelector('h1').textContent") == "Waiting for the first reading"
-        add_rows(track, 10)
+        add_rows(log, 10)
         until(tab, ROWS, "20")
         until(tab, SAID, "running")
         tab.js(MARK)
-        add_rows(track, 1)
+        add_rows(log, 1)
         until(tab, ROWS, "22")
         assert not tab.js(SAME)
-        track.finish()
+        log.finish()
         until(tab, SAID, "finished")
         assert tab.complaints() == []
         assert {url.removeprefix(f"http://127.0.0.1:{port}") for url in tab.requests()} <= {"/", "/version"}
     until(tab, SAID, "no longer served")
 
 
-def test_nothing_moves_while_nothing_changes(tab: Tab, track: Track) -> None:
-    add_rows(track, 10)
-    with serving(track.log.parent, charts_of) as port:
+def test_nothing_moves_while_nothing_changes(tab: Tab, log: RunLog) -> None:
+    add_rows(log, 10)
+    with serving(log.path.parent, charts_of) as port:
         tab.open(f"http://127.0.0.1:{port}/")
         until(tab, SAID, "running")
         tab.js(MARK)
         tab.js("scrollTo({top: 300, behavior: 'instant'})")
         asked = len(tab.requests())
-        os.utime(track.log)  # touched, with the same rows
+        os.utime(log.path)  # touched, with the same rows
         while len(tab.requests()) < asked + 2:
             tab.settle()
         assert tab.js(SAME) and tab.js("scrollY") == 300
         before = time.time() - 100
-        os.utime(track.log, (before, before))
+        os.utime(log.path, (before, before))
         until(tab, f"{SAID}.replace(/\\d+/, 'N')", "no news for N s")
         assert tab.js(SAME) and tab.complaints() == []
 
 
-def test_the_reader_keeps_place_folds_and_hidden_runs(tab: Tab, track: Track) -> None:
-    add_rows(track, 10)
-    with serving(track.log.parent, charts_of) as port:
+def test_the_reader_keeps_place_folds_and_hidden_runs(tab: Tab, log: RunLog) -> None:
+    add_rows(log, 10)
+    with serving(log.path.parent, charts_of) as port:
         tab.open(f"http://127.0.0.1:{port}/")
         until(tab, SAID, "running")
         tab.js("document.querySelector('#chart-sharpness details').open = true")
         tab.js("document.querySelectorAll('#chart-sharpness .legend button')[1].click()")
         tab.js("scrollTo({top: 400, behavior: 'instant'})")
         tab.js(MARK)
-        add_rows(track, 1)
+        add_rows(log, 1)
         until(tab, ROWS, "22")
         assert not tab.js(SAME)
         until(tab, "scrollY", 400)
@@ -133,21 +131,21 @@ def test_the_reader_keeps_place_folds_and_hidden_runs(tab: Tab, track: Track) ->
         assert tab.js(pressed) == [True] * 6
 
 
-def test_a_zoomed_reader_is_asked_first(tab: Tab, track: Track) -> None:
-    add_rows(track, 30)
-    with serving(track.log.parent, charts_of) as port:
+def test_a_zoomed_reader_is_asked_first(tab: Tab, log: RunLog) -> None:
+    add_rows(log, 30)
+    with serving(log.path.parent, charts_of) as port:
         tab.open(f"http://127.0.0.1:{port}/")
         until(tab, SAID, "running")
         zoom(tab)
         assert not tab.js("document.querySelector('.axis button').hidden")
         tab.js(MARK)
-        add_rows(track, 1)
+        add_rows(log, 1)
         until(tab, OFFER, True)
         assert tab.js(SAME) and tab.js(ROWS) == "60"
         tab.js("document.querySelector('#watch button').click()")
         until(tab, ROWS, "62")
         zoom(tab)
-        add_rows(track, 1)
+        add_rows(log, 1)
         until(tab, OFFER, True)
         tab.js("document.querySelector('.axis button').click()")  # the whole range again: nothing is lost any more
         until(tab, ROWS, "64")
@@ -155,9 +153,9 @@ def test_a_zoomed_reader_is_asked_first(tab: Tab, track: Track) -> None:
 
 
 @pytest.mark.parametrize("width", [1280, 360])
-def test_the_note_fits_and_is_not_printed(tab: Tab, track: Track, width: int) -> None:
-    add_rows(track, 10)
-    with serving(track.log.parent, charts_of) as port:
+def test_the_note_fits_and_is_not_printed(tab: Tab, log: RunLog, width: int) -> None:
+    add_rows(log, 10)
+    with serving(log.path.parent, charts_of) as port:
         tab.open(f"http://127.0.0.1:{port}/", width)
         until(tab, SAID, "running")
         inside = "(r => r.left >= 0 && r.right <= innerWidth && r.bottom <= innerHeight)"

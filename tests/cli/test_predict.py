@@ -11,7 +11,7 @@ from sharpscope.cli import main
 from sharpscope.errors import Unusable
 from sharpscope.records.checkpoints import load_weights
 from sharpscope.records.history import History
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 from sharpscope.studies import lyu2022
 from sharpscope.studies._shared.forecast import Forecast, beside, claims, ends, run_forecast, runs
 from sharpscope.studies._shared.networks import Variant
@@ -98,9 +98,9 @@ def test_a_checkpoint_that_lacks_a_parameter(tmp_path: Path) -> None:
 
 def test_a_forecast_as_a_job(tmp_path: Path) -> None:
     variant = Variant("regression", "BN", "squares", 0.5, 1e-3)
-    track = Track(tmp_path, "a forecast")
-    run_forecast(track, lambda share: None, "a forecast", Forecast(variant, 300, 30, points=5))
-    h = History(track.rows)
+    log = RunLog(tmp_path, "a forecast")
+    run_forecast(log, lambda share: None, "a forecast", Forecast(variant, 300, 30, points=5))
+    h = History(log.rows)
     assert h.runs == list(runs("a forecast"))
     assert ends("a forecast")(h, None) == h.series("a forecast: central flow", "error")[-1]
     low, high = beside("a forecast", "radius")(h, None)
@@ -110,9 +110,9 @@ def test_a_forecast_as_a_job(tmp_path: Path) -> None:
 
 def test_a_flow_that_gets_stuck_leaves_a_note(tmp_path: Path) -> None:
     variant = Variant("plain", "none", "half squares", 30.0, 0.0, train=50)
-    track = Track(tmp_path, "wild")
-    run_forecast(track, lambda share: None, "wild", Forecast(variant, 5, 30, points=5))
-    assert "stopped after step 5" in track.note and not track.rows
+    log = RunLog(tmp_path, "wild")
+    run_forecast(log, lambda share: None, "wild", Forecast(variant, 5, 30, points=5))
+    assert "stopped after step 5" in log.note and not log.rows
 
 
 def test_the_reference_run_is_foretold() -> None:

@@ -105,9 +105,9 @@ def test_a_wrong_kernel_is_refused_before_the_first_step() -> None:
     torch.manual_seed(0)
     f = Objective(Cubed(), squares, [(torch.randn(8, 3).double(), torch.randn(8, 2).double())])
     w = f.weights()
-    flow = ss.central_flow(f, GD(3.0 / ss.sharpness(f)))
-    with pytest.raises(ss.WrongThirdDerivative, match="by autograd and by differences"):
-        ss.integrate(flow, w, 5)
+    flow = ss.flows.central(f, GD(3.0 / ss.sharpness(f)))
+    with pytest.raises(ss.errors.WrongThirdDerivative, match="by autograd and by differences"):
+        ss.flows.integrate(flow, w, 5)
 
 
 def test_packed_pairs() -> None:
@@ -119,7 +119,7 @@ def test_local_model_against_dense_derivatives() -> None:
     f = invariant("BN")
     w = f.weights()
     rule = GD(2.2 / ss.sharpness(f), 1e-3)
-    local = ss.central_flow(f, rule, band=0.5).local(w, {})
+    local = ss.flows.central(f, rule, band=0.5).local(w, {})
     k = local.modes.shape[1]
     assert k >= 2
     U, p = local.modes, float(rule.preconditioner({}))
@@ -141,8 +141,8 @@ def test_a_look_at_ten_modes_costs_at_most_250_gradients(monkeypatch: pytest.Mon
     f = Objective(digits_mlp("BN", 0), half_squares, [(data.x, data.y)])
     rule = GD(0.2, 5e-4)
     w = settled(f, rule, 300)
-    values = ss.lanczos(ss.hessian(f, w), 11).values * 0.2
-    flow = ss.central_flow(f, rule, band=1 - (values[9] + values[10]).item() / 4).verified(w)
+    values = ss.linalg.lanczos(ss.hessian(f, w), 11).values * 0.2
+    flow = ss.flows.central(f, rule, band=1 - (values[9] + values[10]).item() / 4).verified(w)
     before = flow.local(w, {})
     w = rule.step(w, f.grad(w), {})[0]
     count = [0.0]
@@ -170,7 +170,7 @@ def test_one_mode_in_closed_form() -> None:
     f = invariant("BN")
     w = f.weights()
     rule = GD(1.95 / ss.sharpness(f), 1e-3)
-    local = ss.central_flow(f, rule, band=0.03).local(w, {})
+    local = ss.flows.central(f, rule, band=0.03).local(w, {})
     assert local.modes.shape[1] == 1
     (G,), lr, dt = local.slopes, rule.learning_rate, 30.0
     force = f.grad(w) + rule.weight_decay * w
@@ -187,26 +187,26 @@ def test_stable_flow_of_a_quadratic() -> None:
     """``w(t) = exp(-lr h t)``: exact in one implicit step, to second order in steps by the explicit one."""
     f, rule = quadratic(), GD(0.1)
     exact = torch.exp(-0.1 * CURVED * 40)
-    flow = ss.stable_flow(f, rule)
-    one = ss.integrate(flow, f.weights(), 40, method=ss.implicit(corrections=0))
+    flow = ss.flows.stable(f, rule)
+    one = ss.flows.integrate(flow, f.weights(), 40, method=ss.flows.implicit(corrections=0))
     assert torch.allclose(one.weights[-1], exact, atol=1e-9)
-    slow = ss.integrate(flow, f.weights(), 40)
+    slow = ss.flows.integrate(flow, f.weights(), 40)
     assert torch.allclose(slow.weights[-1][2:], exact[2:], atol=1e-4)
-    assert torch.equal(ss.integrate(ss.gradient_flow(f, rule), f.weights(), 40).weights, slow.weights)
+    assert torch.equal(ss.flows.integrate(ss.flows.gradient(f, rule), f.weights(), 40).weights, slow.weights)
 
 
 def test_flow_on_the_sphere_stays_there() -> None:
     f = invariant("BN")
     theta = f.weights() / f.weights().norm()
-    flow = ss.sphere_flow(f, 0.5 / ss.spherical_sharpness(f))
-    path = ss.integrate(flow, theta, 50)
+    flow = ss.flows.sphere(f, 0.5 / ss.spherical_sharpness(f))
+    path = ss.flows.integrate(flow, theta, 50)
     assert f.value(path.weights[-1]) < f.value(theta)
     assert path.weights[-1].norm().item() == pytest.approx(1, abs=0.02)  # Euler steps drift outwards, by |step|²/2 each
 
 
 def test_weight_decay_of_what_nothing_holds() -> None:
     f, rule = quadratic(), GD(0.1, 1e-2)
-    path = ss.integrate(ss.stable_flow(f, rule), f.weights(), 500, method=ss.implicit())
+    path = ss.flows.integrate(ss.flows.stable(f, rule), f.weights(), 500, method=ss.flows.implicit())
     assert path.weights[-1][3].item() == pytest.approx(math.exp(-0.5), rel=1e-3)
 
 
@@ -225,7 +225,7 @@ def test_excess_curvature_is_worked_off_over_a_step() -> None:
 def test_central_flow_holds_the_edge_where_the_stable_flow_leaves_it() -> None:
     f = invariant("BN")
     rule = GD(0.5, 1e-3)
-    p = ss.compare(f, rule, settled(f, rule, 2000), 500, points=5)
+    p = ss.flows.compare(f, rule, settled(f, rule, 2000), 500, points=5)
     late = [
         c for t, c in zip(p.paths["central flow"]["t"], p.paths["central flow"]["curvature"], strict=True) if t > 20
     ]
@@ -245,9 +245,9 @@ def test_two_integrators_agree() -> None:
     """At il = 1e-3 the implicit path, in steps of up to 50, ends where the explicit one does."""
     f = invariant("BN")
     rule = GD(0.5, 2e-3)
-    flow, w = ss.central_flow(f, rule), settled(f, rule, 2000)
-    explicit = ss.integrate(flow, w, 1000, at=[500], method=ss.multirate(rtol=1e-4))
-    implicit = ss.integrate(flow, w, 1000, at=[500], method=ss.implicit())
+    flow, w = ss.flows.central(f, rule), settled(f, rule, 2000)
+    explicit = ss.flows.integrate(flow, w, 1000, at=[500], method=ss.flows.multirate(rtol=1e-4))
+    implicit = ss.flows.integrate(flow, w, 1000, at=[500], method=ss.flows.implicit())
     assert explicit.times.tolist() == implicit.times.tolist() == [0, 500, 1000]
     moved = (explicit.weights[-1] - w).norm()
     assert (explicit.weights[-1] - implicit.weights[-1]).norm() < 0.03 * moved
@@ -257,8 +257,8 @@ def test_steps_do_not_depend_on_where_the_path_is_read() -> None:
     f = invariant("LN")
     rule = GD(0.5, 1e-3)
     w = settled(f, rule, 500)
-    few = ss.integrate(ss.central_flow(f, rule), w, 100)
-    many = ss.integrate(ss.central_flow(f, rule), w, 100, at=[10, 33, 70])
+    few = ss.flows.integrate(ss.flows.central(f, rule), w, 100)
+    many = ss.flows.integrate(ss.flows.central(f, rule), w, 100, at=[10, 33, 70])
     assert (few.weights[-1] - many.weights[-1]).norm() < 0.02 * (few.weights[-1] - w).norm()
 
 
@@ -272,7 +272,7 @@ def test_central_flow_of_other_rules(rule: UpdateRule) -> None:
     state = rule.init(w)
     for _ in range(1500):
         w, state = rule.step(w, f.grad(w), state)
-    p = ss.compare(f, rule, w, 100, state=state, points=5)
+    p = ss.flows.compare(f, rule, w, 100, state=state, points=5)
     curvature = p.paths["central flow"]["curvature"]
     assert max(curvature[len(curvature) // 2 :]) <= 1.01 * rule.bound
     assert p.error() <= 1.1 * p.error("stable flow") + 0.05
@@ -282,16 +282,16 @@ def test_what_cannot_be_done() -> None:
     f = invariant("BN")
     w = f.weights()
     with pytest.raises(ValueError, match="steps must be positive"):
-        ss.integrate(ss.central_flow(f, GD(0.1)), w, 0)
+        ss.flows.integrate(ss.flows.central(f, GD(0.1)), w, 0)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        ss.central_flow(f, GD(0.1), band=2)
-    with pytest.raises(ValueError, match="stable_flow"):
-        ss.gradient_flow(f, RMSprop(1e-3))
+        ss.flows.central(f, GD(0.1), band=2)
+    with pytest.raises(ValueError, match="stable"):
+        ss.flows.gradient(f, RMSprop(1e-3))
     rule = RMSprop(1e-3)
     averages = rule.averages(rule.step(w, f.grad(w), rule.init(w))[1])
     with pytest.raises(ValueError, match="multirate"):
-        ss.implicit()(ss.central_flow(f, rule), Point(0.0, w, averages), 1.0)
+        ss.flows.implicit()(ss.flows.central(f, rule), Point(0.0, w, averages), 1.0)
     with pytest.raises(ValueError, match="fewer points"):
-        ss.compare(f, GD(0.1), w, 3, points=5)
+        ss.flows.compare(f, GD(0.1), w, 3, points=5)
     with pytest.raises(ValueError, match="diverges"):
-        ss.compare(plain(), GD(50.0), plain().weights(), 200, points=5)
+        ss.flows.compare(plain(), GD(50.0), plain().weights(), 200, points=5)

@@ -46,7 +46,7 @@ def seen(name: str, il: float, w: Array) -> dict[str, Array]:
         "phi": phi,
         "sharpness": sharpness,
         "K": K,
-        "edge": rate * sharpness,
+        "eta_lambda": rate * sharpness,
         "h": h,
         "loss": toys.loss(t, w),
         "angle": rate * gradient,
@@ -70,7 +70,7 @@ def test_levels_at_the_edge() -> None:
     il = 1e-5
     r = seen("A3", il, path("A3", il, 20_000, 0.3))
     eta, spread = float(toys.intrinsic_rate(il)), 4 + r["K"] ** 2
-    assert r["edge"].mean() == pytest.approx(2, abs=1e-3)
+    assert r["eta_lambda"].mean() == pytest.approx(2, abs=1e-3)
     assert (r["loss"] / (r["sharpness"] * il / spread)).mean() == pytest.approx(1, abs=0.02)
     assert math.sqrt((r["angle"] ** 2 * spread / (4 * eta**2)).mean()) == pytest.approx(1, abs=0.01)
     assert np.mean(r["h"][1:] * r["h"][:-1] < 0) >= 0.99

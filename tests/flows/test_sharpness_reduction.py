@@ -24,10 +24,10 @@ from sharpscope.symmetry.sphere import direction
 LR = 0.1
 
 
-def edge_start(f: Objective, flow: ss.ReductionFlow, il: float, others: float = 0.0) -> Tensor:
+def edge_start(f: Objective, flow: ss.flows.ReductionFlow, il: float, others: float = 0.0) -> Tensor:
     """Weights at the fixed point of the edge: ``θ = Π(ζ + h v1)``, ``h = η/√(4+K²)``, ``‖w‖² = lr λ1/(2 (1-il))``."""
     zeta = flow.minimizer(f.weights())
-    top = ss.lanczos(ss.hessian(f, zeta), 2)
+    top = ss.linalg.lanczos(ss.hessian(f, zeta), 2)
     h = math.sqrt(2 * il / (4 + flow.at(zeta).K ** 2))
     theta = direction(zeta + h * top.vectors[:, 0] + others * top.vectors[:, 1])
     return theta * math.sqrt(LR * top.values[0].item() / (2 * (1 - il)))
@@ -54,7 +54,7 @@ def test_flow_on_a_curve_is_the_closed_form(name: str) -> None:
     toy = toys.named(name)
     toy = replace(toy, **{k: float(v[0]) for k, v in vars(toy).items()})
     f = on_curve(toy)
-    flow = ss.sharpness_reduction(f, GD(LR, 1e-3))
+    flow = ss.flows.sharpness_reduction(f, GD(LR, 1e-3))
     here = flow.at(flow.minimizer(f.weights()))
     assert pytest.approx(abs(float(toys.log_slope(toy, 1.0))), rel=1e-10) == here.K
     assert here.eigenvalues[0].item() == pytest.approx(float(toys.top_eigenvalue(toy, 1.0)), rel=1e-10)
@@ -70,31 +70,31 @@ def test_other_members_of_the_family(C: float, K: float) -> None:
     """Speed per η²: ``C K/(4 C + 2 K²)``."""
     f = on_curve(toys.Toy(K))
     rule = SphericalRMSprop(1e-2, 1 - C * 1e-4, 0.1)
-    flow = ss.sharpness_reduction(f, rule)
+    flow = ss.flows.sharpness_reduction(f, rule)
     speed = flow.at(flow.minimizer(f.weights())).velocity.norm().item() / 1e-4
     assert speed == pytest.approx(C * K / (4 * C + 2 * K**2), rel=1e-8)
 
 
 def test_two_dimensional_manifold() -> None:
-    """Path error at most il; log λ1 falls."""
+    """Trajectory error at most il; log λ1 falls."""
     il, steps, every = 3e-4, 10_000, 500
     f = one_mode()
-    flow = ss.sharpness_reduction(f, GD(LR, il / LR))
+    flow = ss.flows.sharpness_reduction(f, GD(LR, il / LR))
     places, _ = descend(f, edge_start(f, flow, il), il, steps, every, 3)
     _, path = follow(flow, f.weights(), steps, pieces=steps // every)
     error = max((n - direction(p[:3])).norm().item() for n, p in zip(places, path, strict=True))
     assert error <= il
     assert (path[-1] - path[0]).norm() > 0.5
-    sharpness = [ss.lanczos(ss.hessian(f, p), 1).values[0].item() for p in path]
+    sharpness = [ss.linalg.lanczos(ss.hessian(f, p), 1).values[0].item() for p in path]
     assert all(b < a for a, b in pairwise(sharpness))
 
 
 def test_two_modes_that_cross() -> None:
-    """Path error at most 3η over τ = 3.5; after the crossing log λ1 and log λ2 stay within 5η."""
+    """Trajectory error at most 3η over τ = 3.5; after the crossing log λ1 and log λ2 stay within 5η."""
     il, steps, pieces = 1e-4, 35_000, 70
     eta, f = math.sqrt(2e-4), two_modes()
-    flow = ss.sharpness_reduction(f, GD(LR, il / LR), k=2)
-    single = ss.sharpness_reduction(f, GD(LR, il / LR))
+    flow = ss.flows.sharpness_reduction(f, GD(LR, il / LR), k=2)
+    single = ss.flows.sharpness_reduction(f, GD(LR, il / LR))
     places, _ = descend(f, edge_start(f, single, il, others=1e-7), il, steps, steps // pieces, 3)
     _, path = follow(flow, f.weights(), steps, pieces=4 * pieces)
     error = max((n - direction(p[:3])).norm().item() for n, p in zip(places, path[::4], strict=True))
@@ -106,12 +106,12 @@ def test_two_modes_that_cross() -> None:
 
 
 def test_coupled_modes_and_their_moments() -> None:
-    """Path error at most 3η; the second moments of the oscillation in windows of .1 in τ within 15 %."""
+    """Trajectory error at most 3η; the second moments of the oscillation in windows of .1 in τ within 15 %."""
     il, steps, pieces = 1e-4, 20_000, 40
     eta, f = math.sqrt(2e-4), coupled_modes()
-    flow = ss.sharpness_reduction(f, GD(LR, il / LR), k=2)
+    flow = ss.flows.sharpness_reduction(f, GD(LR, il / LR), k=2)
     zeta = flow.minimizer(f.weights())
-    top = ss.lanczos(ss.hessian(f, zeta), 2)
+    top = ss.linalg.lanczos(ss.hessian(f, zeta), 2)
     theta = direction(zeta + 0.4 * eta * top.vectors[:, 0] + 1e-6 * top.vectors[:, 1])
     w = theta * math.sqrt(LR * top.values[0].item() / (2 * (1 - il)))
     places, modes = descend(f, w, il, steps, steps // pieces, 4)
@@ -160,8 +160,8 @@ def test_scalar_rmsprop_off_the_sphere(C: float) -> None:
         w, state = rule.step(w, f.grad(w), state)
     end = (w + before) / 2
     assert abs(end[0].item() - closed_form(steps)) <= 3 * eta**2
-    flow, averages = ss.central_flow(f, rule), rule.averages(rule.init(valley))
-    path = ss.integrate(flow, valley, steps // 10, averages=averages, method=ss.multirate(rtol=1e-5))
+    flow, averages = ss.flows.central(f, rule), rule.averages(rule.init(valley))
+    path = ss.flows.integrate(flow, valley, steps // 10, averages=averages, method=ss.flows.multirate(rtol=1e-5))
     assert abs(path.weights[-1][0].item() - closed_form(steps // 10)) <= 3 * eta**2
 
 
@@ -184,7 +184,7 @@ def regression() -> tuple[linear_regression.Problem, Objective]:
 def test_regression_follows_the_angle_law() -> None:
     """``tan α(τ) = tan α(0) e^{-τ}``, and K = 2 tan α."""
     p, f = regression()
-    flow = ss.sharpness_reduction(f, GD(LR, 1e-2))
+    flow = ss.flows.sharpness_reduction(f, GD(LR, 1e-2))
     assert pytest.approx(2 * math.tan(1.2), rel=1e-8) == flow.at(flow.minimizer(f.weights())).K
     _, path = follow(flow, f.weights(), 2000, pieces=20)  # τ = 2
     alpha = linear_regression.angle(p, path.numpy())
@@ -204,9 +204,10 @@ def test_slope_of_sharpness_on_the_cone_of_minimizers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "il"), [(ss.multirate(), 1e-3), (ss.implicit(longest=0.01), 1e-3), (ss.implicit(longest=0.01), 1e-5)]
+    ("method", "il"),
+    [(ss.flows.multirate(), 1e-3), (ss.flows.implicit(longest=0.01), 1e-3), (ss.flows.implicit(longest=0.01), 1e-5)],
 )
-def test_central_flow_contains_the_reduction_flow(method: ss.multirate | ss.implicit, il: float) -> None:
+def test_central_flow_contains_the_reduction_flow(method: ss.flows.multirate | ss.flows.implicit, il: float) -> None:
     """From α = 1.2 on Γ: the angle law within 10 il, and X/‖w‖² = 2il/(4 + K²) within 3 % from τ = .25 on."""
     steps = round(1 / il)
     p, f = regression()
@@ -214,7 +215,7 @@ def test_central_flow_contains_the_reduction_flow(method: ss.multirate | ss.impl
     sharpness = float(linear_regression.spherical_sharpness(p, theta.numpy()))
     w = theta * math.sqrt(LR * sharpness / 2)
     at = np.linspace(0, steps, 21)[1:-1].tolist()
-    path = ss.integrate(ss.central_flow(f, GD(LR, il / LR)), w, steps, at=at, method=method)
+    path = ss.flows.integrate(ss.flows.central(f, GD(LR, il / LR)), w, steps, at=at, method=method)
     law = linear_regression.angle_law(1.2, il * path.times.numpy())
     assert np.abs(linear_regression.angle(p, path.weights.numpy()) - law).max() <= 10 * il
     t, variance, radius = (np.array(path[c]) for c in ("t", "variance", "radius"))
@@ -225,9 +226,9 @@ def test_central_flow_contains_the_reduction_flow(method: ss.multirate | ss.impl
 def test_what_has_no_reduction_flow() -> None:
     f = one_mode()
     with pytest.raises(TypeError, match="quasi-RMSprop"):
-        ss.sharpness_reduction(f, ss.Adam(1e-3))
+        ss.flows.sharpness_reduction(f, ss.Adam(1e-3))
     with pytest.raises(ValueError, match="weight_decay"):
-        ss.sharpness_reduction(f, GD(0.1))
+        ss.flows.sharpness_reduction(f, GD(0.1))
     slanted = objective(vector(1, 0), lambda w: w[0] + w[1])
     with pytest.raises(NoMinimizer, match="no minimizer near"):
-        ss.ReductionFlow(slanted, 1e-3).minimizer(vector(1, 0))
+        ss.flows.ReductionFlow(slanted, 1e-3).minimizer(vector(1, 0))

@@ -190,7 +190,7 @@ def test_wandb_rows_of_the_user_stay_where_they_were(explicit: bool, tmp_path: P
 
 
 def test_sinks_import_their_package_when_they_are_made_at_the_earliest() -> None:
-    code = "import sys, torch, numpy, sharpscope; had = set(sys.modules); "
+    code = "import sys, torch, numpy, sharpscope.monitoring; had = set(sys.modules); "
     code += "".join(f"import sharpscope.integrations.{name}; " for name in LOGGERS)
     code += "print(*(set(sys.modules) - had))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

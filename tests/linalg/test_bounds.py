@@ -8,8 +8,8 @@ import torch
 from problems import DTYPE, symmetric
 from torch import Tensor
 
-from sharpscope import SymmetricOperator, lanczos
-from sharpscope.linalg.bounds import compare, least_norm
+from sharpscope.linalg import SymmetricOperator, lanczos
+from sharpscope.linalg.bounds import compare_to_threshold, least_norm
 from sharpscope.linalg.eigenpairs import CONFIDENCE
 
 
@@ -84,8 +84,8 @@ def test_three_answers(dtype: torch.dtype) -> None:
 
 
 def test_without_a_bound_nothing_is_below() -> None:
-    assert compare(1.0, 1.0, math.inf, 5.0, 0.999, 7).answer == "undecided"
-    assert compare(1.0, 1.0, math.inf, 0.5, 0.999, 7).answer == "above"
+    assert compare_to_threshold(1.0, 1.0, math.inf, 5.0, 0.999, 7).answer == "undecided"
+    assert compare_to_threshold(1.0, 1.0, math.inf, 0.5, 0.999, 7).answer == "above"
 
 
 def test_the_guessed_price_of_a_decision() -> None:

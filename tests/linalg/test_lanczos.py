@@ -9,7 +9,9 @@ import torch
 from problems import DTYPE, NORMS, symmetric
 from torch import Tensor
 
-from sharpscope import Eigenpairs, NotConverged, SymmetricOperator, ends, hessian, lanczos
+from sharpscope import hessian
+from sharpscope.errors import NotConverged
+from sharpscope.linalg import Eigenpairs, SymmetricOperator, both_ends, lanczos
 
 TIGHT = 1e-10
 
@@ -181,7 +183,7 @@ def test_a_product_that_is_not_finite(bad: float) -> None:
 @pytest.mark.parametrize("name", ["even", "outliers over a bulk", "mostly zeros", "large negative end", "geometric"])
 def test_both_ends_from_one_run(name: str) -> None:
     matrix, a = symmetric(SPECTRA[name])
-    top, bottom = ends(a, 2, 3, rtol=1e-8)
+    top, bottom = both_ends(a, 2, 3, rtol=1e-8)
     true = torch.linalg.eigvalsh(matrix)
     scale = SPECTRA[name].abs().max().item()
     assert top.values.tolist() == pytest.approx(true.flip(0)[:2].tolist(), abs=1e-8 * scale)

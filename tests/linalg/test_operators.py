@@ -10,7 +10,9 @@ from problems import DTYPE, normal, relative, symmetric
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from sharpscope import SymmetricOperator, gauss_newton, hessian, lanczos, preconditioned, projected, restricted
+from sharpscope import hessian
+from sharpscope.autodiff import gauss_newton
+from sharpscope.linalg import SymmetricOperator, lanczos, preconditioned, projected, restricted
 from sharpscope.linalg.operators import scaled
 
 EXACT = 1e-12  # rounding of products with matrices of 50 rows

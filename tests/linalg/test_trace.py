@@ -11,18 +11,16 @@ import torch
 from problems import DTYPE, normal, symmetric
 from torch import Tensor
 
-from sharpscope import (
-    NotConverged,
-    NotFinite,
+from sharpscope import find_groups, hessian
+from sharpscope.errors import NotConverged, NotFinite
+from sharpscope.linalg import (
     SymmetricOperator,
-    block_tops,
+    block_eigenpairs,
     density,
     diagonal,
-    find_groups,
-    hessian,
+    group_fractions,
     lanczos,
-    most_negative,
-    shares,
+    smallest_eigenpairs,
     trace,
 )
 from sharpscope.linalg.trace import student
@@ -225,7 +223,7 @@ def test_a_trace_near_zero_needs_an_absolute_target() -> None:
 def test_the_lower_end() -> None:
     matrix = network_like()
     values = torch.linalg.eigvalsh(matrix)
-    found = most_negative(operator(matrix), 2, rtol=1e-7)  # of the largest magnitude, 50
+    found = smallest_eigenpairs(operator(matrix), 2, rtol=1e-7)  # of the largest magnitude, 50
     assert found.values.tolist() == pytest.approx(values[:2].tolist(), abs=1e-6)
     image = matrix @ found.vectors - found.vectors * found.values
     assert image.norm(dim=0).tolist() == pytest.approx(found.residuals.tolist(), rel=1e-3, abs=1e-10)
@@ -236,14 +234,14 @@ def test_blocks_and_shares_by_slices_and_by_groups() -> None:
     a = hessian(f)
     dense, top = a.dense(), lanczos(a, rtol=1e-8)
     for groups in (f.slices, find_groups(f).groups):
-        blocks = block_tops(a, groups, k=2, rtol=1e-8)
+        blocks = block_eigenpairs(a, groups, k=2, rtol=1e-8)
         assert list(blocks) == list(groups)
         for name, rows in groups.items():
             block = dense[rows][:, rows]
             true = torch.linalg.eigvalsh(block).flip(0)[:2]
             assert blocks[name].values.tolist() == pytest.approx(true.tolist(), abs=1e-8)
             assert blocks[name].values[0] <= top.values[0] + 1e-10
-        parts = shares(top.vectors[:, 0], groups)
+        parts = group_fractions(top.vectors[:, 0], groups)
         assert sum(parts.values()) == pytest.approx(1, abs=1e-12)
         assert ("elsewhere" in parts) == (groups is not f.slices)
         for name, rows in groups.items():
@@ -253,12 +251,12 @@ def test_blocks_and_shares_by_slices_and_by_groups() -> None:
 @pytest.mark.parametrize("v", [torch.zeros(4), torch.full((4,), math.nan), torch.ones(4, 2)])
 def test_shares_of_what_is_no_direction(v: Tensor) -> None:
     with pytest.raises(ValueError, match="one finite vector"):
-        shares(v, {"all": slice(4)})
+        group_fractions(v, {"all": slice(4)})
 
 
 def test_groups_that_overlap_are_refused() -> None:
     with pytest.raises(ValueError, match="overlap"):
-        shares(torch.ones(4), {"a": slice(3), "b": torch.tensor([2, 3])})
+        group_fractions(torch.ones(4), {"a": slice(3), "b": torch.tensor([2, 3])})
 
 
 @pytest.mark.parametrize("estimate", [trace, diagonal, density])

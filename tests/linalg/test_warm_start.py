@@ -11,8 +11,11 @@ import torch
 from problems import DTYPE, normal, symmetric
 from torch import Tensor
 
-from sharpscope import Eigenpairs, NotFinite, Objective, SymmetricOperator, hessian, lanczos, track
+from sharpscope import Objective, hessian
+from sharpscope.errors import NotFinite
+from sharpscope.linalg import Eigenpairs, SymmetricOperator, lanczos
 from sharpscope.linalg.eigenpairs import Memory, Pool
+from sharpscope.linalg.warm_start import warm_started
 from sharpscope.studies._shared import nets
 from sharpscope.studies._shared.data import digits
 
@@ -96,7 +99,7 @@ def test_never_locked_on_a_wrong_eigenvalue(name: str, k: int, verify: int) -> N
     used, worst = 0, 0.0
     for t in range(120):
         values = PATHS[name](t)
-        found = track(moving(values, SLOWLY(t)), found, k, verify=verify, seed=t)
+        found = warm_started(moving(values, SLOWLY(t)), found, k, verify=verify, seed=t)
         true = values.sort(descending=True).values[:k]
         assert (found.lower <= true + 1e-12).all()  # the basis that turns is orthogonal to rounding
         worst = max(worst, ((true - found.values) / true[0]).max().item())
@@ -113,7 +116,7 @@ def test_what_leaves_the_bulk_beside_the_last_wanted_one_is_seen_within_ten_call
     for t in range(90):
         values = outliers(0.97, 1.0)
         values[100] = 0.3 + 0.012 * max(0, t - 20)
-        found = track(moving(values, SLOWLY(t)), found, 3, seed=t)
+        found = warm_started(moving(values, SLOWLY(t)), found, 3, seed=t)
         wrong = values.sort(descending=True).values[:3] - found.values
         assert wrong[:2].max() <= 1e-3
         late += bool(wrong[2] > 1e-3)
@@ -124,7 +127,7 @@ def test_what_comes_back_is_what_it_says() -> None:
     found: Eigenpairs | None = None
     for t in range(12):
         a = moving(crossing(t), SLOWLY(5 * t))
-        found = track(a, found, 3, seed=t)
+        found = warm_started(a, found, 3, seed=t)
         image = a @ found.vectors
         assert found.vectors.T @ found.vectors == pytest.approx(torch.eye(3), abs=1e-12)
         assert (found.vectors * image).sum(0).tolist() == pytest.approx(found.values.tolist(), abs=1e-12)
@@ -138,15 +141,15 @@ def test_a_solve_from_a_random_start_now_and_then() -> None:
     found: Eigenpairs | None = None
     bounded = []
     for t in range(13):
-        found = track(symmetric(crossing(0))[1], found, verify=5, seed=t)
+        found = warm_started(symmetric(crossing(0))[1], found, verify=5, seed=t)
         bounded.append(math.isfinite(found.upper))
     assert bounded == [t % 5 == 0 for t in range(13)]
 
 
 def test_a_memory_that_foretells_badly_is_not_relied_on() -> None:
-    found = track(symmetric(crossing(0))[1])
+    found = warm_started(symmetric(crossing(0))[1])
     for seed in range(1, 6):  # operators that have nothing to do with each other
-        found = track(symmetric(crossing(0), seed)[1], found, seed=seed)
+        found = warm_started(symmetric(crossing(0), seed)[1], found, seed=seed)
         assert math.isfinite(found.upper)
         assert found.values.item() == pytest.approx(1.15, rel=1e-3)
 
@@ -158,7 +161,7 @@ def test_a_memory_of_wrong_eigenvectors_is_found_out() -> None:
     pool = Pool.of(vectors[:, 5:7], matrix @ vectors[:, 5:7], torch.tensor([0.6, 0.6], dtype=DTYPE))
     found: Eigenpairs | Memory = Memory(pool, pool, lag=1)
     for t in range(50):
-        found = track(a, found, seed=t)
+        found = warm_started(a, found, seed=t)
     assert isinstance(found, Eigenpairs)
     assert found.values[0].item() == pytest.approx(1.15, rel=1e-4)
 
@@ -168,7 +171,7 @@ def test_the_block_follows_the_number_of_eigenvalues_above() -> None:
     basis = turning(1e-4)
     for t in [*range(0, 60, 3), *range(60, 0, -3)]:
         values = outliers(*(0.7 + 0.01 * t * i / 7 for i in range(8)))
-        found = track(moving(values, basis(t)), found, 1, above=1.0, seed=t)
+        found = warm_started(moving(values, basis(t)), found, 1, above=1.0, seed=t)
         count = max(1, int((found.values >= 1.0).sum()))
         # Values within the tolerance of the limit may fall on either side.
         assert int((values > 1.0 + 1e-4).sum()) <= count <= max(1, int((values > 1).sum()))
@@ -176,20 +179,22 @@ def test_the_block_follows_the_number_of_eigenvalues_above() -> None:
 
 
 def test_a_memory_survives_a_checkpoint() -> None:
-    found = track(symmetric(crossing(0))[1])
-    found = track(symmetric(crossing(1))[1], found, seed=1)
+    found = warm_started(symmetric(crossing(0))[1])
+    found = warm_started(symmetric(crossing(1))[1], found, seed=1)
     assert found.memory is not None
     stored = Memory.of(
         {name: t.clone(memory_format=torch.contiguous_format) for name, t in found.memory.tensors().items()}
     )
     a = symmetric(crossing(2))[1]
-    one, other = track(a, found, seed=2), track(a, stored, seed=2)
+    one, other = warm_started(a, found, seed=2), warm_started(a, stored, seed=2)
     assert one.values.equal(other.values) and one.vectors.equal(other.vectors)
 
 
 def test_an_operator_of_another_size_starts_afresh() -> None:
-    found = track(symmetric(crossing(0))[1])
-    assert track(symmetric(torch.linspace(0, 1, 40, dtype=DTYPE))[1], found).values.item() == pytest.approx(1, rel=1e-4)
+    found = warm_started(symmetric(crossing(0))[1])
+    assert warm_started(symmetric(torch.linspace(0, 1, 40, dtype=DTYPE))[1], found).values.item() == pytest.approx(
+        1, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
@@ -197,14 +202,14 @@ def test_small_operators(n: int) -> None:
     _, a = symmetric(torch.linspace(1, 2, n, dtype=DTYPE))
     found: Eigenpairs | None = None
     for t in range(4):
-        found = track(a, found, min(2, n), seed=t)
+        found = warm_started(a, found, min(2, n), seed=t)
         assert found.values[0].item() == pytest.approx(2 if n > 1 else 1, rel=1e-5)
 
 
 def test_products_that_are_not_finite() -> None:
-    found = track(symmetric(torch.linspace(0, 1, 10, dtype=DTYPE))[1])
+    found = warm_started(symmetric(torch.linspace(0, 1, 10, dtype=DTYPE))[1])
     with pytest.raises(NotFinite, match="a product with the operator is not finite"):
-        track(SymmetricOperator(lambda v: v * torch.nan, torch.zeros(10, dtype=DTYPE)), found)
+        warm_started(SymmetricOperator(lambda v: v * torch.nan, torch.zeros(10, dtype=DTYPE)), found)
 
 
 NETS = [(norm, 0.1) for norm in ("BatchNorm1d", "LayerNorm", "own GN")]
@@ -217,7 +222,7 @@ def test_along_training(norm: str, lr: float) -> None:
     w = f.weights()
     found: Eigenpairs | None = None
     for t in range(60):
-        found = track(hessian(f, w), found, seed=t)
+        found = warm_started(hessian(f, w), found, seed=t)
         true = lanczos(hessian(f, w), rtol=1e-6, seed=1).values[0]
         assert found.values[0].item() == pytest.approx(true.item(), rel=1e-3)
         w = w - lr * f.grad(w)
@@ -233,7 +238,7 @@ def test_five_products_a_step_at_the_edge() -> None:
     for t in itertools.count():
         if t >= 200:
             a = hessian(f, w)
-            found = track(a, found, seed=t)
+            found = warm_started(a, found, seed=t)
             used.append(found.num_matvecs)
             if t % 5 == 0:
                 assert found.values[0].item() == pytest.approx(lanczos(a, rtol=1e-5).values[0].item(), rel=1e-3)
@@ -251,7 +256,7 @@ def test_two_hundred_measurements_leave_nothing_behind() -> None:
     found: Eigenpairs | None = None
     alive = 0
     for t in range(200):
-        found = track(hessian(f, w + 1e-3 * math.sin(t) * w), found, seed=t)
+        found = warm_started(hessian(f, w + 1e-3 * math.sin(t) * w), found, seed=t)
         if t in (60, 199):
             gc.collect()
             tensors = sum(type(thing) is Tensor for thing in gc.get_objects())

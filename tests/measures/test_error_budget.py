@@ -7,7 +7,8 @@ from problems import DTYPE, generator, normal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sharpscope import Objective, error_budget, hessian
+from sharpscope import Objective, hessian
+from sharpscope.measures import error_budget
 
 P, N = 6, 400
 SCALES = torch.tensor([2.0, 1.0, 0.8, 0.6, 0.5, 0.4])  # of the inputs: λ1 of unlimited data is 2 · 2² for the MSE

@@ -86,7 +86,7 @@ def test_partly_invariant_networks_are_read_in_their_invariant_weights_alone() -
 def test_networks_without_normalization_have_no_spherical_measures() -> None:
     f = cases.plain()
     it = Iterate(f, f.weights(), GD(0.1))
-    for measure in (measures.spherical_sharpness, measures.radius, measures.spherical_edge):
+    for measure in (measures.spherical_sharpness, measures.radius, measures.eta_lambda):
         with pytest.raises(ValueError, match=r"no scale-invariant weights: .* cosine is 0\.\d+ \(\d\.(weight|bias)\)"):
             measure(it)
     with pytest.raises(ValueError, match="no group of weights"):
@@ -94,9 +94,7 @@ def test_networks_without_normalization_have_no_spherical_measures() -> None:
     assert measures.sharpness(it) == pytest.approx(cases.dense_top(dense(f, it.w)), rel=SOLVER)
 
 
-@pytest.mark.parametrize(
-    "measure", [measures.stability_ratio, measures.spherical_edge, measures.effective_learning_rate]
-)
+@pytest.mark.parametrize("measure", [measures.stability_ratio, measures.eta_lambda, measures.effective_learning_rate])
 def test_measures_of_stability_ask_for_a_rule(measure: Callable[[Iterate], float]) -> None:
     f = cases.invariant()
     with pytest.raises(ValueError, match="needs an update rule"):
@@ -112,14 +110,14 @@ def test_measures_are_their_equations() -> None:
     assert measures.radius(it) == pytest.approx(it.w.norm().item(), rel=1e-15)
     sharp = cases.dense_top(dense(f, it.w))
     assert measures.stability_ratio(it) == pytest.approx(sharp / (2 / 0.3 - 0.01), rel=SOLVER)
-    assert measures.spherical_edge(it) == pytest.approx(0.3 / 0.997 * sharp, rel=SOLVER)  # radius² cancels
+    assert measures.eta_lambda(it) == pytest.approx(0.3 / 0.997 * sharp, rel=SOLVER)  # radius² cancels
 
 
 def test_edges_of_sphere_and_plane_agree() -> None:
     """Both measures of stability say the same of invariant weights, up to the factor of weight decay."""
     f, rule = cases.invariant("LN"), GD(0.3, 0.0, 0.5)
     it = Iterate(f, 2 * f.weights(), rule)
-    assert measures.spherical_edge(it) / rule.edge == pytest.approx(measures.stability_ratio(it), rel=1e-12)
+    assert measures.eta_lambda(it) / rule.edge == pytest.approx(measures.stability_ratio(it), rel=1e-12)
 
 
 def test_measures_take_an_objective_at_its_present_weights() -> None:

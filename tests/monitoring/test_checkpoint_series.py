@@ -23,7 +23,7 @@ from sharpscope.monitoring import checkpoint_series
 from sharpscope.monitoring.checkpoint_series import RTOL, Analysis, analyze
 from sharpscope.records.checkpoints import load_weights, series, step_of
 from sharpscope.records.history import History
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 
 ROOT = Path(__file__).parents[2]
 MSE = nn.functional.mse_loss
@@ -307,7 +307,7 @@ def test_what_is_known_is_not_measured_again(folder: Path, tmp_path: Path) -> No
     assert then.history.columns["loss"][2] != first.history.columns["loss"][2]
     (folder / "step0.safetensors").unlink()
     assert measured(tmp_path).history.columns["step"] == [6, 10, 15, 20, 25, 35]
-    assert len(Track(tmp_path / "out", "training").rows) == 8
+    assert len(RunLog(tmp_path / "out", "training").rows) == 8
 
 
 def test_another_learning_rate_costs_nothing(folder: Path, tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_readings_that_do_not_belong_together_are_refused(
 
 def test_a_line_cut_short_is_cut_away(folder: Path, tmp_path: Path) -> None:
     whole = measured(tmp_path).history
-    log = Track(tmp_path / "out", "training").log
+    log = RunLog(tmp_path / "out", "training").path
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(lines[:3]) + lines[3][:30])
     again = measured(tmp_path)
@@ -346,7 +346,7 @@ def test_a_line_cut_short_is_cut_away(folder: Path, tmp_path: Path) -> None:
         assert again.history.columns[name] == pytest.approx(whole.columns[name], rel=1e-5)  # RTOL², over the gap
 
 
-@pytest.mark.parametrize("where", [(Track, "_write"), (History, "save"), (checkpoint_series, "write_report")])
+@pytest.mark.parametrize("where", [(RunLog, "_write"), (History, "save"), (checkpoint_series, "write_report")])
 def test_a_full_disk_keeps_what_is_there(where: tuple[Any, str], folder: Path, tmp_path: Path) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -358,7 +358,7 @@ def test_a_full_disk_keeps_what_is_there(where: tuple[Any, str], folder: Path, t
     ):
         patch.setattr(*where, full)
         measured(tmp_path)
-    assert measured(tmp_path).measured == (5 if where[0] is Track else 0)
+    assert measured(tmp_path).measured == (5 if where[0] is RunLog else 0)
 
 
 def test_warm_starts_save_products(tmp_path: Path) -> None:
@@ -517,7 +517,7 @@ def test_a_killed_analysis_loses_the_checkpoint_in_work_alone(here: Path, capsys
     command = ["analyze", "w", "--task", "atask:slow", "--out", "out"]
     code = f"import sys; from sharpscope.cli import main; sys.exit(main({command!r}))"
     settings = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    log = here / "out" / Track(here / "elsewhere", "training").log.name
+    log = here / "out" / RunLog(here / "elsewhere", "training").path.name
     for sign, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
         before = log.read_bytes() if log.exists() else b""
         process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | settings, stderr=subprocess.PIPE)

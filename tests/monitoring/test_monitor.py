@@ -108,7 +108,7 @@ def test_readings_are_those_of_iterates(
         assert row["stability_ratio"] == pytest.approx(measures.stability_ratio(it), rel=SOLVER)
         if monitor.groups.joint.numel():
             assert row["spherical_sharpness"] == pytest.approx(measures.spherical_sharpness(it), rel=SOLVER)
-            assert row["edge"] == pytest.approx(measures.spherical_edge(it), rel=SOLVER)
+            assert row["eta_lambda"] == pytest.approx(measures.eta_lambda(it), rel=SOLVER)
             assert row["radius"] == pytest.approx(measures.radius(it), rel=1e-15)
         else:
             hyper = {"learning_rate", "clock", "equilibrium", "applied_gradient", "overhead"}

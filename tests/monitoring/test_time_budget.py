@@ -65,7 +65,7 @@ def simulated(
 @pytest.mark.parametrize("budget", [0.02, 0.05, 0.2])
 @pytest.mark.parametrize("told", [True, False], ids=["steps told", "steps unknown"])
 def test_the_share_is_kept_and_used(monkeypatch: pytest.MonkeyPatch, budget: float, told: bool) -> None:
-    """Readings of half a second to one second (a solve from a random start), the first of two."""
+    """Measurements of half a second to one second (a solve from a random start), the first of two."""
     cost = [1.2, *([0.5] * 9 + [1.0]) * 200]
     path = simulated(monkeypatch, budget, 1000, cost, told=told)
     overhead, readings = path[-1]

@@ -24,7 +24,7 @@ from sharpscope.optimizers.adaptive import Adam
 from sharpscope.optimizers.base import Stability
 from sharpscope.optimizers.from_torch import rules_of, stability_of
 from sharpscope.optimizers.gd import GD
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -435,7 +435,7 @@ def test_a_run_on_disk_is_the_run_in_memory(tmp_path: Path) -> None:
         text = page(tmp_path / "run")
         said = [f.text for f in monitor.findings() if f.name != "cost"]  # which on disk is that of the last reading
         assert said and [sentence for sentence in said if sentence not in text] == []
-    track = Track(tmp_path / "run", RUN)
+    track = RunLog(tmp_path / "run", RUN)
     assert track.finished and track.note == ""
     rows = [{n: v for n, v in row.items() if v is not None and v == v} for row in monitor.history.rows]
     assert [{n: v for n, v in row.items() if v is not None} for row in track.rows] == rows
@@ -448,7 +448,7 @@ def test_a_run_on_disk_is_the_run_in_memory(tmp_path: Path) -> None:
 def test_a_failed_run_says_so_on_disk(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), resumable(3, directory=tmp_path)[0]:
         raise ZeroDivisionError("of course")
-    assert Track(tmp_path, RUN).note == "ZeroDivisionError: of course"
+    assert RunLog(tmp_path, RUN).note == "ZeroDivisionError: of course"
 
 
 def test_a_folder_without_a_run_has_no_page(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_one_number_for_all_weights_is_refused(rule: UpdateRule) -> None:
 
 
 def test_clock_is_known_where_decay_is_decoupled_or_absent() -> None:
-    assert RMSprop(0.1).clock == 0 == Adam(0.1).clock
-    assert Adam(0.1, weight_decay=0.02, decoupled=True).clock == pytest.approx(0.002)
-    assert math.isnan(RMSprop(0.1, weight_decay=0.02).clock)
-    assert math.isnan(Adam(0.1, weight_decay=0.02).clock)
+    assert RMSprop(0.1).intrinsic_time_per_step == 0 == Adam(0.1).intrinsic_time_per_step
+    assert Adam(0.1, weight_decay=0.02, decoupled=True).intrinsic_time_per_step == pytest.approx(0.002)
+    assert math.isnan(RMSprop(0.1, weight_decay=0.02).intrinsic_time_per_step)
+    assert math.isnan(Adam(0.1, weight_decay=0.02).intrinsic_time_per_step)

@@ -102,8 +102,10 @@ def test_rates_and_norms_are_those_of_the_run(norm: str, loss: str) -> None:
         z, states[2] = growing.step(z, f.grad(z), states[2])
         _, states[1] = average.step(theta, g, states[1])
         theta, states[0] = projected.step(theta, g, states[0])
-    assert growing.clock == rule.clock
-    assert average.clock == pytest.approx(rule.clock, rel=2 * rule.clock)
+    assert growing.intrinsic_time_per_step == rule.intrinsic_time_per_step
+    assert average.intrinsic_time_per_step == pytest.approx(
+        rule.intrinsic_time_per_step, rel=2 * rule.intrinsic_time_per_step
+    )
 
 
 def test_there_and_back() -> None:

@@ -124,11 +124,11 @@ def test_rules_that_say_no_preconditioner_refuse_a_flow() -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 def test_clock_is_the_time_of_weight_decay(momentum: float) -> None:
     rule = GD(0.1, 1e-2, momentum)
-    steps = round(1 / rule.clock)
+    steps = round(1 / rule.intrinsic_time_per_step)
     w = torch.ones(1, dtype=torch.float64)
     shrunk = advance(rule, w, torch.zeros(1, dtype=torch.float64), steps).item()
-    # one unit of the clock, up to terms of relative order il/(1-mom)² in the exponent and the buffer's warm-up
-    assert math.log(shrunk) == pytest.approx(-1, rel=2 * rule.clock / (1 - momentum))
+    # one unit of intrinsic time, up to terms of relative order il/(1-mom)² in the exponent and the buffer's warm-up
+    assert math.log(shrunk) == pytest.approx(-1, rel=2 * rule.intrinsic_time_per_step / (1 - momentum))
 
 
 @pytest.mark.parametrize("lr", [0.0, -0.1, math.nan, math.inf])
@@ -251,7 +251,7 @@ class SignRule(UpdateRule):
         return 0.0
 
     @property
-    def clock(self) -> float:
+    def intrinsic_time_per_step(self) -> float:
         return 0.0
 
     @classmethod
@@ -367,7 +367,9 @@ def test_claim_23_scalar_rmsprop_follows_the_flow_on_a_loss_that_sees_the_scale(
 def test_spherical_rmsprop_has_the_clock_of_what_it_mimics() -> None:
     gd = GD(0.2, 1e-5 / 0.2)
     mimic = SphericalRMSprop.like(gd, radius=2.0)
-    assert mimic.clock == pytest.approx(gd.clock, rel=2 * gd.clock)  # (1-(1-il)⁴)/4 = il - 1.5 il² + ...
+    assert mimic.intrinsic_time_per_step == pytest.approx(
+        gd.intrinsic_time_per_step, rel=2 * gd.intrinsic_time_per_step
+    )  # (1-(1-il)⁴)/4 = il - 1.5 il² + ...
     start = mimic.init(torch.ones(1, dtype=torch.float64))
     assert mimic.effective_learning_rate(1.0, start) == pytest.approx(gd.effective_learning_rate(2.0, {}), rel=1e-15)
 

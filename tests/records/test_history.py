@@ -1,4 +1,4 @@
-"""Histories and tracks: what is written comes back, also after a kill, a torn line or a full disk."""
+"""Histories and logs: what is written comes back, also after a kill, a torn line or a full disk."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sharpscope.records.history import History
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 
 ODD = ["a", "A", "a/b", "a_b", "a b", "a.b", "a\\b", "a:b", "..", "", "GD+WD, il=1e-4", "λ", "Λ", "é", "e\u0301"]
 ODD += ["x" * 300, "x" * 299]
@@ -98,90 +98,90 @@ def test_saving_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: py
 
 
 def test_a_track_is_read_back_in_order(tmp_path: Path) -> None:
-    track = Track(tmp_path, "a")
-    assert (track.rows, track.finished, track.note) == ([], False, "")
-    assert track.resume() == {}
-    track.append(step=0, loss=0.1 + 0.2)
-    track.append(step=1, loss=1e-300, text="line\nbreak θ\u2028\x85")
-    assert track.rows == [
+    log = RunLog(tmp_path, "a")
+    assert (log.rows, log.finished, log.note) == ([], False, "")
+    assert log.resume() == {}
+    log.append(step=0, loss=0.1 + 0.2)
+    log.append(step=1, loss=1e-300, text="line\nbreak θ\u2028\x85")
+    assert log.rows == [
         {"run": "a", "step": 0, "loss": 0.1 + 0.2},
         {"run": "a", "step": 1, "loss": 1e-300, "text": "line\nbreak θ\u2028\x85"},
     ]
-    assert not track.finished
-    track.finish("diverged at step 2")
-    assert track.finished
-    assert Track(tmp_path, "a").note == "diverged at step 2"
-    assert len(track.rows) == 2
+    assert not log.finished
+    log.finish("diverged at step 2")
+    assert log.finished
+    assert RunLog(tmp_path, "a").note == "diverged at step 2"
+    assert len(log.rows) == 2
 
 
 def test_numbers_that_json_has_no_word_for_become_empty(tmp_path: Path) -> None:
-    track = Track(tmp_path, "a")
-    track.append(step=0, nan=math.nan, inf=math.inf, minus=-math.inf, fine=1.0)
-    assert track.rows == [{"run": "a", "step": 0, "nan": None, "inf": None, "minus": None, "fine": 1.0}]
-    json.loads(track.log.read_text(), parse_constant=pytest.fail)  # strict JSON
-    assert History(track.rows).series("a", "nan").size == 0
+    log = RunLog(tmp_path, "a")
+    log.append(step=0, nan=math.nan, inf=math.inf, minus=-math.inf, fine=1.0)
+    assert log.rows == [{"run": "a", "step": 0, "nan": None, "inf": None, "minus": None, "fine": 1.0}]
+    json.loads(log.path.read_text(), parse_constant=pytest.fail)  # strict JSON
+    assert History(log.rows).series("a", "nan").size == 0
 
 
 def test_runs_never_share_a_file(tmp_path: Path) -> None:
-    tracks = [Track(tmp_path, name) for name in ODD]
+    logs = [RunLog(tmp_path, name) for name in ODD]
     # file systems may ignore case and normalize accents; none of that may bring two runs together
-    assert len({track.log.name.casefold() for track in tracks}) == len(ODD)
-    for i, track in enumerate(tracks):
-        track.append(step=i)
-        track.checkpoint(step=torch.tensor(i))
+    assert len({log.path.name.casefold() for log in logs}) == len(ODD)
+    for i, log in enumerate(logs):
+        log.append(step=i)
+        log.checkpoint(step=torch.tensor(i))
     for i, name in enumerate(ODD):
-        again = Track(tmp_path, name)
+        again = RunLog(tmp_path, name)
         assert again.rows == [{"run": name, "step": i}]
         assert again.resume()["step"].item() == i
     assert all(path.parent == tmp_path and path.name.isascii() for path in tmp_path.iterdir())
 
 
 def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
-    track = Track(tmp_path, "a")
+    log = RunLog(tmp_path, "a")
     for step in range(3):
-        track.append(step=step)
-    os.truncate(track.log, track.log.stat().st_size - 5)
-    assert [row["step"] for row in track.rows] == [0, 1]
+        log.append(step=step)
+    os.truncate(log.path, log.path.stat().st_size - 5)
+    assert [row["step"] for row in log.rows] == [0, 1]
 
 
 def test_resume_cuts_back_to_the_checkpoint(tmp_path: Path) -> None:
-    track = Track(tmp_path, "a")
-    track.append(step=0)
-    track.checkpoint(w=torch.tensor([0.1, 0.2], dtype=torch.float64), step=torch.tensor(0))
-    kept = track.log.read_bytes()
-    track.append(step=1)
-    track.append(step=2)
-    os.truncate(track.log, track.log.stat().st_size - 3)
-    state = Track(tmp_path, "a").resume()
+    log = RunLog(tmp_path, "a")
+    log.append(step=0)
+    log.checkpoint(w=torch.tensor([0.1, 0.2], dtype=torch.float64), step=torch.tensor(0))
+    kept = log.path.read_bytes()
+    log.append(step=1)
+    log.append(step=2)
+    os.truncate(log.path, log.path.stat().st_size - 3)
+    state = RunLog(tmp_path, "a").resume()
     assert torch.equal(state["w"], torch.tensor([0.1, 0.2], dtype=torch.float64))
     assert state["step"].item() == 0
-    assert track.log.read_bytes() == kept
-    track.append(step=1)
-    assert [row["step"] for row in track.rows] == [0, 1]
+    assert log.path.read_bytes() == kept
+    log.append(step=1)
+    assert [row["step"] for row in log.rows] == [0, 1]
 
 
 def test_without_a_checkpoint_a_run_starts_afresh(tmp_path: Path) -> None:
-    track = Track(tmp_path, "a")
-    track.append(step=0)
-    assert track.resume() == {}
-    assert track.rows == []
+    log = RunLog(tmp_path, "a")
+    log.append(step=0)
+    assert log.resume() == {}
+    assert log.rows == []
 
 
 @pytest.mark.parametrize("lost", ["all", "some"])
 def test_a_log_shorter_than_its_checkpoint_means_a_fresh_start(tmp_path: Path, lost: str) -> None:
-    track = Track(tmp_path, "a")
-    track.append(step=0)
-    track.checkpoint(step=torch.tensor(0))
+    log = RunLog(tmp_path, "a")
+    log.append(step=0)
+    log.checkpoint(step=torch.tensor(0))
     if lost == "all":
-        track.log.unlink()
+        log.path.unlink()
     else:
-        os.truncate(track.log, 4)
-    assert track.resume() == {}
-    assert track.rows == []
+        os.truncate(log.path, 4)
+    assert log.resume() == {}
+    assert log.rows == []
 
 
 def test_checkpoints_take_every_kind_of_tensor(tmp_path: Path) -> None:
-    track = Track(tmp_path, "a")
+    log = RunLog(tmp_path, "a")
     w = torch.arange(6, dtype=torch.float64).view(2, 3)
     state = {
         "w": w,
@@ -192,8 +192,8 @@ def test_checkpoints_take_every_kind_of_tensor(tmp_path: Path) -> None:
         "flag": torch.tensor(True),
         "single": torch.ones(2, requires_grad=True),
     }
-    track.checkpoint(**state)
-    back = track.resume()
+    log.checkpoint(**state)
+    back = log.resume()
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], t) and back[name].dtype == t.dtype for name, t in state.items())
 
@@ -202,10 +202,10 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-def simulate(folder: Path, steps: int, killed_at: float = math.inf) -> Track:
+def simulate(folder: Path, steps: int, killed_at: float = math.inf) -> RunLog:
     """A random walk of momentum: rows each step, a checkpoint every third; everything that it is made of is saved."""
-    track, draw = Track(folder, "walk/1"), torch.Generator().manual_seed(0)
-    state = track.resume()
+    log, draw = RunLog(folder, "walk/1"), torch.Generator().manual_seed(0)
+    state = log.resume()
     w = state.get("w", torch.ones(3, dtype=torch.float64) / 3)
     b = state.get("b", torch.zeros(3, dtype=torch.float64))
     first = int(state["step"]) + 1 if state else 0
@@ -214,15 +214,15 @@ def simulate(folder: Path, steps: int, killed_at: float = math.inf) -> Track:
     for step in range(first, steps):
         b = 0.9 * b + w.sin() + torch.randn(3, generator=draw, dtype=torch.float64)
         w = w - 0.1 * b
-        track.append(step=step, loss=(w @ w).item(), odd=math.nan if step % 2 else 1 / 3)
+        log.append(step=step, loss=(w @ w).item(), odd=math.nan if step % 2 else 1 / 3)
         if step >= killed_at:
-            with track.log.open("ab") as file:
+            with log.path.open("ab") as file:
                 file.write(b'{"run": "walk/1", "st')
             raise Killed
         if step % 3 == 0:
-            track.checkpoint(w=w, b=b, step=torch.tensor(step), draw=draw.get_state())
-    track.finish()
-    return track
+            log.checkpoint(w=w, b=b, step=torch.tensor(step), draw=draw.get_state())
+    log.finish()
+    return log
 
 
 def test_a_killed_run_goes_on_to_the_last_bit(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(tmp_path: Path) -> None:
         with pytest.raises(Killed):
             simulate(tmp_path / "killed", 20, killed_at)
     resumed = simulate(tmp_path / "killed", 20)
-    assert resumed.log.read_bytes() == whole.log.read_bytes()
+    assert resumed.path.read_bytes() == whole.path.read_bytes()
     assert resumed.finished
     assert not resumed.state.exists()
 
@@ -239,45 +239,45 @@ def test_a_killed_run_goes_on_to_the_last_bit(tmp_path: Path) -> None:
 def test_a_crash_before_the_replacement_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    track = Track(tmp_path, "a")
-    track.append(step=0)
-    track.checkpoint(step=torch.tensor(0))
-    track.append(step=1)
+    log = RunLog(tmp_path, "a")
+    log.append(step=0)
+    log.checkpoint(step=torch.tensor(0))
+    log.append(step=1)
 
     def crash(*_: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(os, "replace", crash)
-        track.checkpoint(step=torch.tensor(1))
-    assert Track(tmp_path, "a").resume()["step"].item() == 0
-    assert [row["step"] for row in track.rows] == [0]
-    track.checkpoint(step=torch.tensor(2))  # what the crash left behind is not in the way
-    assert track.resume()["step"].item() == 2
+        log.checkpoint(step=torch.tensor(1))
+    assert RunLog(tmp_path, "a").resume()["step"].item() == 0
+    assert [row["step"] for row in log.rows] == [0]
+    log.checkpoint(step=torch.tensor(2))  # what the crash left behind is not in the way
+    assert log.resume()["step"].item() == 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a device of Linux")
 def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
-    track = Track(tmp_path, "a")
-    track.append(step=0)
-    track.checkpoint(step=torch.tensor(0))
-    kept = track.log.rename(tmp_path / "kept")
-    track.log.symlink_to("/dev/full")
+    log = RunLog(tmp_path, "a")
+    log.append(step=0)
+    log.checkpoint(step=torch.tensor(0))
+    kept = log.path.rename(tmp_path / "kept")
+    log.path.symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        track.append(step=1)
+        log.append(step=1)
     with pytest.raises(OSError, match="No space left"):
-        track.finish()
-    assert track.state.exists()  # a run that could not be marked as complete keeps its checkpoint
-    track.log.unlink()
-    kept.rename(track.log)
-    assert track.resume()["step"].item() == 0
-    assert [row["step"] for row in track.rows] == [0]
+        log.finish()
+    assert log.state.exists()  # a run that could not be marked as complete keeps its checkpoint
+    log.path.unlink()
+    kept.rename(log.path)
+    assert log.resume()["step"].item() == 0
+    assert [row["step"] for row in log.rows] == [0]
 
 
 def test_a_disk_that_fills_up_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    track = Track(tmp_path, "a")
-    track.append(step=0)
-    track.checkpoint(step=torch.tensor(0))
+    log = RunLog(tmp_path, "a")
+    log.append(step=0)
+    log.checkpoint(step=torch.tensor(0))
     write = Path.write_bytes
 
     def half(self: Path, content: bytes) -> int:
@@ -286,6 +286,6 @@ def test_a_disk_that_fills_up_keeps_what_is_there(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space left"):
-        track.checkpoint(step=torch.tensor(1))
-    assert track.resume()["step"].item() == 0
-    assert [row["step"] for row in track.rows] == [0]
+        log.checkpoint(step=torch.tensor(1))
+    assert log.resume()["step"].item() == 0
+    assert [row["step"] for row in log.rows] == [0]

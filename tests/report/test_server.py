@@ -20,7 +20,7 @@ from test_html import HOSTILE, Elements, page
 
 import sharpscope as ss
 from sharpscope.cli import _watch, main
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 from sharpscope.report.html import render
 from sharpscope.report.server import POLICY, Live, server
 from sharpscope.studies._framework import run as study_run
@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def rows_of(directory: Path) -> str | None:
-    """A page of the rows of one track, for tests; None while there are none."""
-    rows = Track(directory, "training").rows
+    """A page of the rows of one log, for tests; None while there are none."""
+    rows = RunLog(directory, "training").rows
     given = page("training", title=f"{len(rows)} rows", columns={"run": [], "step": []}, verdicts=[], charts=[])
     return render(**given) if rows else None
 
@@ -70,45 +70,45 @@ def version(html: str) -> str:
 
 
 def test_a_run_that_grows(tmp_path: Path) -> None:
-    track = Track(tmp_path, "training")
+    log = RunLog(tmp_path, "training")
     with serving(tmp_path) as port:
         html = ask(port)[1]
         assert "Waiting for the first reading" in html
         assert state(port)["state"] == "waiting"
-        track.append(step=0)
+        log.append(step=0)
         assert state(port)["version"] != version(html)
         html = ask(port)[1]
         assert "<h1>1 rows</h1>" in html
         assert state(port) | {"age": 0} == {"version": version(html), "state": "running", "age": 0}
-        track.append(step=1)
+        log.append(step=1)
         assert state(port)["version"] != version(html)
         assert "<h1>2 rows</h1>" in ask(port)[1]
 
 
 def test_silence_is_counted_from_the_last_change(tmp_path: Path) -> None:
-    track = Track(tmp_path, "training")
-    track.append(step=0)
-    changed = track.log.stat().st_mtime
-    os.utime(track.log, (changed - 100, changed - 100))
+    log = RunLog(tmp_path, "training")
+    log.append(step=0)
+    changed = log.path.stat().st_mtime
+    os.utime(log.path, (changed - 100, changed - 100))
     with serving(tmp_path) as port:
         assert 100 <= state(port)["age"] < 130
-    os.utime(track.log, (changed + 100, changed + 100))  # the clock of a file server may be ahead
+    os.utime(log.path, (changed + 100, changed + 100))  # the clock of a file server may be ahead
     with serving(tmp_path) as port:
         assert state(port)["age"] == 0
 
 
 def test_a_page_is_made_once_per_version(tmp_path: Path) -> None:
-    track, made = Track(tmp_path, "training"), []
+    log, made = RunLog(tmp_path, "training"), []
 
     def make(directory: Path) -> str | None:
         made.append(directory)
         return rows_of(directory)
 
-    track.append(step=0)
+    log.append(step=0)
     with serving(tmp_path, make) as port:
         first = [ask(port)[1] for _ in range(3)]
         assert len(set(first)) == 1 and state(port)["version"] == version(first[0]) and len(made) == 1
-        os.utime(track.log)  # touched, but the same: nobody needs to load it again
+        os.utime(log.path)  # touched, but the same: nobody needs to load it again
         assert ask(port)[1] == first[0] and state(port)["version"] == version(first[0])
         (tmp_path / "state.safetensors").touch()  # no part of the page
         before = len(made)
@@ -117,7 +117,7 @@ def test_a_page_is_made_once_per_version(tmp_path: Path) -> None:
 
 
 def test_making_pages_takes_a_share_of_the_time_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    track, now = Track(tmp_path, "training"), [100.0]
+    log, now = RunLog(tmp_path, "training"), [100.0]
 
     def make(directory: Path) -> str | None:
         now[0] += 2  # seconds
@@ -125,9 +125,9 @@ def test_making_pages_takes_a_share_of_the_time_at_most(tmp_path: Path, monkeypa
 
     monkeypatch.setattr("sharpscope.report.server.time.monotonic", lambda: now[0])
     live = Live(tmp_path, make, lambda _: False)
-    track.append(step=0)
+    log.append(step=0)
     assert "1 rows" in live.view().html
-    track.append(step=1)
+    log.append(step=1)
     assert "1 rows" in live.view().html
     now[0] += 17.9
     assert "1 rows" in live.view().html
@@ -136,15 +136,15 @@ def test_making_pages_takes_a_share_of_the_time_at_most(tmp_path: Path, monkeypa
 
 
 def test_a_page_that_cannot_be_made_is_no_end(tmp_path: Path) -> None:
-    track = Track(tmp_path, "training")
-    track.append(step=0)
-    with track.log.open("ab") as file:
+    log = RunLog(tmp_path, "training")
+    log.append(step=0)
+    with log.path.open("ab") as file:
         file.write(f"{HOSTILE}\n".encode())
     with serving(tmp_path) as port:
         html = ask(port)[1]
         assert "cannot be shown at present" in html and "Expecting value" in html
-        track.log.write_bytes(b"")
-        track.append(step=0)
+        log.path.write_bytes(b"")
+        log.append(step=0)
         assert "1 rows" in ask(port)[1]
     with serving(tmp_path / "gone", lambda _: str(1 / 0)) as port:
         assert "division by zero" in ask(port)[1]
@@ -206,7 +206,7 @@ def test_nothing_but_reading_is_done(method: str, tmp_path: Path) -> None:
 
 
 def test_headers_fit_the_page(tmp_path: Path) -> None:
-    Track(tmp_path, "training").append(step=0)
+    RunLog(tmp_path, "training").append(step=0)
     with serving(tmp_path) as port:
         for path, kind in (("/", "text/html"), ("/version", "application/json"), ("/no", "text/plain")):
             answer, body = ask(port, path)
@@ -251,7 +251,7 @@ def test_a_study_is_shown_while_it_runs_and_when_it_is_done(tiny: str, tmp_path:
         path.unlink()
     with serving(out, _watch._page, _watch._finished) as port:
         assert state(port)["state"] == "waiting" and "Waiting for the first reading" in ask(port)[1]
-        log = Track(out / "log", "descent").log
+        log = RunLog(out / "log", "descent").path
         log.write_bytes(b"".join(whole[log].splitlines(keepends=True)[:3]) + b'{"run": "desc')
         html = ask(port)[1]
         assert state(port)["state"] == "running"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sharpscope.autodiff.batched import Replicas, gram, jacobian
+from sharpscope.autodiff.batched import BatchedRuns, gram, jacobian
 from sharpscope.optimizers.descend import descend
 from sharpscope.optimizers.gd import GD
 from sharpscope.studies.chen2024 import Config
@@ -49,7 +49,7 @@ def test_the_start_is_the_zero_function_with_the_stated_deviations() -> None:
 
 def test_velocities_are_scaled_gradients() -> None:
     W = weights()
-    losses, g = Replicas(lambda W: (NET.outputs(W, X) - Y).square().sum(1) / 14).value_and_grad(W)
+    losses, g = BatchedRuns(lambda W: (NET.outputs(W, X) - Y).square().sum(1) / 14).value_and_grad(W)
     found = NET.evaluate(W, X, Y)
     assert torch.allclose(found.losses, losses, rtol=1e-12)
     assert torch.allclose(found.slopes, g * NET.rates(), rtol=1e-9, atol=1e-13)
@@ -138,7 +138,7 @@ def test_a_flow_is_descent_with_the_rates_of_units() -> None:
     start = starts(net, 0)
     flow = Flow(net, X, Y, start, 0.7).run()  # before the kernel is read again
     assert len(flow.curve) <= 6 and len(flow.kernels) == 2
-    f = Replicas(lambda W: (net.outputs(W, X) - Y).square().sum(1) / 14)
+    f = BatchedRuns(lambda W: (net.outputs(W, X) - Y).square().sum(1) / 14)
     dt = 0.3 * 7 / float(torch.linalg.eigvalsh(net.gram(start, X))[0, -1])
     steps = round(float(flow.times) / dt)
 

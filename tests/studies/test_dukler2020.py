@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sharpscope.autodiff.batched import Replicas, gram
+from sharpscope.autodiff.batched import BatchedRuns, gram
 from sharpscope.optimizers.descend import descend
 from sharpscope.optimizers.gd import GD
 from sharpscope.studies.dukler2020 import Config
@@ -60,7 +60,7 @@ def test_at_the_start_the_two_halves_make_the_plain_kernel() -> None:
 def test_the_gradient_in_closed_form_is_orthogonal_to_the_rows() -> None:
     net = network(0.5)
     w = moved(net)
-    losses, (slope,) = Replicas(net.losses).value_and_grad(w[None])
+    losses, (slope,) = BatchedRuns(net.losses).value_and_grad(w[None])
     r = net.outputs(w[None])[0] - net.y
     assert float(losses) == pytest.approx(0.5 * float(r @ r))
     (v,), (g,) = net.split(w[None])
@@ -86,7 +86,7 @@ def test_a_wide_network_keeps_below_its_bound() -> None:
         loss, end = net.followed(1 / high, 1e-3)
         assert loss[-1] <= 1e-3 and net.ends(end)[0] > low / 2
         assert (loss[1:] * np.exp(low * np.arange(1, len(loss)) / high)).max() < 1
-        end = descend(Replicas(net.losses).slope, net.start[None], GD(1 / high), len(loss) - 1).weights[0]
+        end = descend(BatchedRuns(net.losses).slope, net.start[None], GD(1 / high), len(loss) - 1).weights[0]
         change = torch.linalg.matrix_norm(net.kernel(end) - net.kernel(net.start), 2)
         assert net.drift(1e-3) == pytest.approx(float(change) / high)
 

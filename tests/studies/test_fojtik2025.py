@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sharpscope.autodiff.batched import Replicas
+from sharpscope.autodiff.batched import BatchedRuns
 from sharpscope.studies._shared.ode import descent
 from sharpscope.studies.fojtik2025 import Config
 from sharpscope.studies.fojtik2025.datum import (
@@ -26,7 +26,7 @@ RNG = np.random.default_rng(0)
 
 def test_flow_and_sharpness_are_those_of_autograd() -> None:
     W = RNG.standard_normal((5, 12))
-    assert np.allclose(field(W), -Replicas(losses).grad(torch.as_tensor(W)).numpy(), rtol=1e-11, atol=1e-13)
+    assert np.allclose(field(W), -BatchedRuns(losses).grad(torch.as_tensor(W)).numpy(), rtol=1e-11, atol=1e-13)
     assert sharpness(W) == pytest.approx([dense(w) for w in W], rel=1e-11)
 
 
@@ -51,7 +51,7 @@ def test_a_sweep_is_many_single_runs() -> None:
     alone = descent(field, starts[1], 1.2 * critical, 3000)[-1]
     assert product(alone) == pytest.approx(product(runs.ends[1, 2]), abs=1e-7)
     assert product(alone) @ X == pytest.approx(1, abs=1e-8) and product(end) @ X == pytest.approx(1, abs=1e-8)
-    assert runs.edge[1, 2] == pytest.approx(sharpness(alone) * 1.2 * critical / 2, rel=1e-6)
+    assert runs.stability_ratio[1, 2] == pytest.approx(sharpness(alone) * 1.2 * critical / 2, rel=1e-6)
     assert runs.norm[1, 2] == pytest.approx(alone @ alone / (end @ end), rel=1e-6)
     found = summary(runs, 1, shares, np.array([np.eye(6)[5] / X[5]]))
     assert found["least_norm"] == 1 and found["interior"] == 0 and found["at_edge"] == 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sharpscope.autodiff.batched import Replicas
+from sharpscope.autodiff.batched import BatchedRuns
 from sharpscope.studies._shared.minimize import minimize
 from sharpscope.studies._shared.oracles import least_nuclear_norm
 from sharpscope.studies.gatmiry2023 import Config
@@ -39,7 +39,7 @@ def weights(p: Measured, rows: int, seed: int = 0) -> torch.Tensor:
 def test_the_trace_is_that_of_the_dense_hessian_at_any_weights(depth: int) -> None:
     p = gaussian(7, 4, depth, seed=0)
     W = weights(p, 2)
-    f = Replicas(p.losses)
+    f = BatchedRuns(p.losses)
     f.check(W)
     assert f.value(W).min() > 0.1  # nowhere near a fit
     torch.testing.assert_close(p.trace(W), p.dense_trace(W), rtol=1e-12, atol=0)
@@ -127,17 +127,17 @@ def test_noise_on_the_labels_ends_when_told_and_exact_labels_leave_a_solution_al
     assert loud[0].norm() > 1e-2
     assert max(loud[1].norm().item(), quiet.norm().item()) < 1e-10
     mean = torch.stack([slope(weights(p, 2), 10)[1][1] for _ in range(1500)]).mean(0)
-    full = Replicas(p.losses).grad(weights(p, 2))[1]
+    full = BatchedRuns(p.losses).grad(weights(p, 2))[1]
     assert (mean - full / 2).norm() < 0.15 * full.norm()
 
 
 def test_minimize_finds_the_minimum_of_a_stretched_bowl_and_of_the_banana() -> None:
     scales = torch.logspace(0, 6, 20, dtype=torch.float64)
-    bowl = Replicas(lambda W: 0.5 * ((W - 1).square() * scales).sum(1))
+    bowl = BatchedRuns(lambda W: 0.5 * ((W - 1).square() * scales).sum(1))
     found = minimize(bowl.slope, torch.zeros(20, dtype=torch.float64))
     torch.testing.assert_close(found.weights, torch.ones(20, dtype=torch.float64), rtol=0, atol=1e-9)
     assert found.loss < 1e-15
-    banana = Replicas(lambda W: (1 - W[:, 0]).square() + 100 * (W[:, 1] - W[:, 0].square()).square())
+    banana = BatchedRuns(lambda W: (1 - W[:, 0]).square() + 100 * (W[:, 1] - W[:, 0].square()).square())
     first = torch.tensor([-1.2, 1.0], dtype=torch.float64)
     found = minimize(banana.slope, first, below=1e-25)
     assert found.loss <= 1e-25 and found.gradient < 1e-9 and first[0] == -1.2

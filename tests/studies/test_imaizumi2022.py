@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sharpscope.autodiff.batched import Replicas, jacobian
+from sharpscope.autodiff.batched import BatchedRuns, jacobian
 from sharpscope.optimizers.descend import descend, noisy
 from sharpscope.optimizers.gd import GD
 from sharpscope.studies.imaizumi2022 import Config
@@ -35,7 +35,7 @@ def test_the_rise_of_the_loss_comes_to_its_limit_and_the_flat_direction_counts_n
 
 
 def test_noisy_descent_on_a_bowl_has_these_variances() -> None:
-    bowl = Replicas(lambda W: 0.5 * (CURVATURES * W.square()).sum(1))
+    bowl = BatchedRuns(lambda W: 0.5 * (CURVATURES * W.square()).sum(1))
     start = torch.zeros(4000, 5, dtype=torch.float64)
     end = descend(noisy(bowl.slope, NOISE, seed=0), start, GD(RATE), 60)
     ratio = end.weights.square().mean(0) / variances(CURVATURES, RATE, NOISE, 60)
@@ -51,7 +51,7 @@ def test_the_network_is_its_formula() -> None:
     by_hand = [a @ np.tanh(V @ x + b) / 3**0.5 for x in p.x.numpy()]
     np.testing.assert_allclose(p.outputs(W)[1].numpy(), by_hand, rtol=1e-13)
     assert p.losses(W)[1].item() == pytest.approx(np.square(by_hand - p.y.numpy()).mean() / 2, rel=1e-13)
-    Replicas(p.losses).check(W)
+    BatchedRuns(p.losses).check(W)
 
 
 def test_at_a_minimum_the_hessian_has_no_more_directions_than_examples_and_label_noise_stays_in_them() -> None:
@@ -67,7 +67,7 @@ def test_at_a_minimum_the_hessian_has_no_more_directions_than_examples_and_label
     assert share(g, top) > 1 - 1e-12
     assert g.square().sum(1).mean().item() == pytest.approx(0.05**2 * values.sum().item() / 10, rel=0.05)
 
-    alike = noisy(Replicas(p.losses).slope, found.alike(0.05), 0)
+    alike = noisy(BatchedRuns(p.losses).slope, found.alike(0.05), 0)
     size = alike(W, 0)[1].square().sum(1).mean().item()
     assert size == pytest.approx(g.square().sum(1).mean().item(), rel=0.1)
     labels, isotropic = (found.shares(slope, steps=200)[-1] for slope in (p.relabelled(0.05, 0), alike))

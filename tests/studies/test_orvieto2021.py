@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy.stats import binom, chi2
 
-from sharpscope.autodiff.batched import Replicas
+from sharpscope.autodiff.batched import BatchedRuns
 from sharpscope.records.history import History
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 from sharpscope.studies._shared.deep import Stack, hash_of, largest, losses
 from sharpscope.studies.orvieto2021 import QUICK, RATES, Config, jobs
 from sharpscope.studies.orvieto2021.normalized_gd import NormalizedGD
@@ -21,7 +21,7 @@ from sharpscope.studies.orvieto2021.starts import chain_derivatives, chain_losse
 def test_derivatives_of_a_chain_in_closed_form(depth: int) -> None:
     W = torch.randn(6, depth, generator=torch.Generator().manual_seed(depth), dtype=torch.float64)
     f, slope, H = chain_derivatives(W)
-    automatic = Replicas(chain_losses)
+    automatic = BatchedRuns(chain_losses)
     assert torch.allclose(automatic.value(W), 0.5 * (f - 1).square(), rtol=1e-12)
     assert torch.allclose(automatic.grad(W), (f - 1)[:, None] * slope, rtol=1e-10)
     assert torch.allclose(automatic.hessian(W), H, rtol=1e-9, atol=1e-12)
@@ -66,7 +66,7 @@ def test_networks_follow_the_law_without_matrices() -> None:
 def test_largest_eigenvalue_of_the_hidden_weights_is_that_of_the_dense_hessian() -> None:
     x, y = sample(0)
     stack = Stack(8, 4, 3, 1)
-    f = Replicas(lambda W: losses(stack, x, y, W))
+    f = BatchedRuns(lambda W: losses(stack, x, y, W))
     w = stack.draw(1, [2])
     dense = f.hessian(w)[0][:-4, :-4]
     assert largest(f, w[0], 4) == pytest.approx(torch.linalg.eigvalsh(dense).abs().max().item(), rel=0.02)
@@ -77,11 +77,11 @@ def test_dead_networks_and_single_draws_are_data(tmp_path: Path) -> None:
     config = replace(QUICK, chains=1, nets=1, seed=2)
     for job in jobs(config):
         if job.name in ("chains, seed 2", "d = 8, seed 2"):
-            job.work(Track(tmp_path, job.name), lambda share: None, **job.arguments)
-    rows = Track(tmp_path, "d = 8, seed 2").rows
+            job.work(RunLog(tmp_path, job.name), lambda share: None, **job.arguments)
+    rows = RunLog(tmp_path, "d = 8, seed 2").rows
     assert [row["depth"] for row in rows if row["curvature"] is not None] == [8, 16, 32]
     assert rows[-1]["depth"] == 64 and rows[-1]["middle"] == 0
-    size = History(Track(tmp_path, "chains, seed 2").rows).series("chain, largest |λ|", "size")
+    size = History(RunLog(tmp_path, "chains, seed 2").rows).series("chain, largest |λ|", "size")
     assert len(size) == 6 and np.isfinite(size).all()
 
 

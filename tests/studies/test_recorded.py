@@ -10,7 +10,7 @@ from torch import nn
 
 from sharpscope.autodiff.objective import Objective
 from sharpscope.optimizers.gd import GD
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 from sharpscope.studies._shared import recorded as recorded_module
 from sharpscope.studies._shared.networks import Variant, run_variant, task_of
 from sharpscope.studies._shared.recorded import Recorded, recorded
@@ -87,7 +87,7 @@ def test_a_recorded_run_writes_the_same_rows(tmp_path: Path, monkeypatch: pytest
     for least in (1, 10_000):
         monkeypatch.setattr(recorded_module, "WORTHWHILE", least)
         for batch in (None, 20):
-            track = Track(tmp_path, f"{least} {batch}")
-            run_variant(track, lambda share: None, replace(BASE, steps=30, every=10, batch=batch))
-            rows.append([{k: v for k, v in row.items() if k != "run"} for row in track.rows])
+            log = RunLog(tmp_path, f"{least} {batch}")
+            run_variant(log, lambda share: None, replace(BASE, steps=30, every=10, batch=batch))
+            rows.append([{k: v for k, v in row.items() if k != "run"} for row in log.rows])
     assert rows[0] == rows[2] and rows[1] == rows[3] and rows[0] != rows[1]

@@ -95,7 +95,7 @@ def test_angle_falls_as_the_law_says() -> None:
     il = 1e-3
     c = trace(regression.Descent(P, regression.edge_start(P, 1.2, 0.1, il), 0.1, il), range(0, 3001, 25))
     assert np.max(np.abs(c["alpha"] - regression.angle_law(1.2, c["tau"]))) < 10 * il
-    assert np.mean(c["edge"]) == pytest.approx(2, rel=0.02)  # midpoints keep an O(il) bias, some ten il here
+    assert np.mean(c["eta_lambda"]) == pytest.approx(2, rel=0.02)  # midpoints keep an O(il) bias, some ten il here
 
 
 def test_weight_decay_finds_the_interpolant_of_least_norm() -> None:

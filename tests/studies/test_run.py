@@ -17,10 +17,10 @@ import pytest
 
 from sharpscope.cli import main
 from sharpscope.records.history import History
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 from sharpscope.studies._framework import run as study_run
 from sharpscope.studies._framework.claims import KINDS
-from sharpscope.studies._framework.study import Job, Report, find
+from sharpscope.studies._framework.study import Job, Progress, find
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60.0  # seconds; a worker process imports torch first
@@ -184,14 +184,14 @@ def test_ctrl_c_soon_after_the_start_is_answered_with_a_sentence(workers: int, t
     assert (status, said.strip()) == (130, STOPPED)
 
 
-def killed(track: Track, report: Report) -> None:
-    track.append(step=0)
+def killed(log: RunLog, progress: Progress) -> None:
+    log.append(step=0)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def out_of_space(track: Track, report: Report) -> None:
-    track.append(step=0)
-    raise OSError(errno.ENOSPC, "No space left on device", str(track.log))
+def out_of_space(log: RunLog, progress: Progress) -> None:
+    log.append(step=0)
+    raise OSError(errno.ENOSPC, "No space left on device", str(log.path))
 
 
 @pytest.mark.parametrize(
@@ -214,20 +214,20 @@ def test_a_worker_that_fails_is_reported(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert sentence.format(out=tmp_path) in said
-    assert Track(tmp_path / "log", "one").rows == [{"run": "one", "step": 0}]
+    assert RunLog(tmp_path / "log", "one").rows == [{"run": "one", "step": 0}]
 
 
 def full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def full_after(lines: int) -> Callable[[Track, dict[str, Any]], None]:
+def full_after(lines: int) -> Callable[[RunLog, dict[str, Any]], None]:
     """A log that takes so many lines and half of the next."""
-    write, left = Track._write, [lines]
+    write, left = RunLog._write, [lines]
 
-    def limited(self: Track, line: dict[str, Any]) -> None:
+    def limited(self: RunLog, line: dict[str, Any]) -> None:
         if not left[0]:
-            with self.log.open("ab") as file:
+            with self.path.open("ab") as file:
                 file.write(json.dumps(line).encode()[:20])
             full()
         left[0] -= 1
@@ -244,10 +244,10 @@ def half(self: Path, content: str, **more: Any) -> int:
 
 FULL = {
     "at once": (Path, "write_text", half),
-    "at the first row": (Track, "_write", full_after(0)),
-    "at some row": (Track, "_write", full_after(7)),
-    "at a checkpoint": (Track, "checkpoint", full),
-    "at the end of a job": (Track, "finish", full),
+    "at the first row": (RunLog, "_write", full_after(0)),
+    "at some row": (RunLog, "_write", full_after(7)),
+    "at a checkpoint": (RunLog, "checkpoint", full),
+    "at the end of a job": (RunLog, "finish", full),
     "at the table": (History, "save", full),
     "at the figures": (study_run, "save_figures", full),
     "at the report": (study_run, "write_report", full),
@@ -282,7 +282,7 @@ def test_a_diverging_run_says_where_and_why(tiny: str, tmp_path: Path, capsys: p
     assert note.startswith("diverged at step 2: loss ")
     assert f"stop descent: {note}" in said
     assert note in (out / "report.html").read_text()
-    assert Track(out / "log", "descent").note == note
+    assert RunLog(out / "log", "descent").note == note
     steps = History.load(out / "history.parquet").series("descent", "step")
     assert steps.tolist() == [0, 1]  # what was measured before is kept
     passed = {v["claim"]: v["passed"] for v in json.loads((out / "verdicts.json").read_text())}

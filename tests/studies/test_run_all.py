@@ -17,7 +17,7 @@ from test_run import ROOT, STOPPED, end, members, until, waiting
 
 import sharpscope.studies
 from sharpscope.cli import _studies, main
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 from sharpscope.studies._framework import several
 from sharpscope.studies._framework.claims import WIDER, Claim, Verdict, at_most, median, within
 from sharpscope.studies._framework.pages import duration
@@ -148,7 +148,7 @@ def test_a_broken_study_does_not_take_the_others_down(
     if where != "import":
         assert "Traceback" in (out / "small" / ERROR).read_text() and f"(see {out / 'small' / ERROR})" in said
     if where == "job":
-        assert not Track(out / "small/log", "walk 0").finished
+        assert not RunLog(out / "small/log", "walk 0").finished
 
 
 def test_a_killed_worker_costs_one_study(both: None, tmp_path: Path) -> None:

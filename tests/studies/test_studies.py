@@ -15,7 +15,7 @@ from sharpscope.autodiff.objective import Objective
 from sharpscope.cli import main
 from sharpscope.optimizers.gd import GD
 from sharpscope.records.history import History
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 from sharpscope.studies import lyu2022 as lyu
 from sharpscope.studies._framework.study import discover
 from sharpscope.studies._shared import data as bundled
@@ -86,7 +86,7 @@ def test_nonsense_is_refused_by_name() -> None:
 
 
 @dataclass
-class Written(Track):
+class Written(RunLog):
     """What a job would call its runs."""
 
     run: str
@@ -100,13 +100,13 @@ def readings(config: lyu.Config, patch: pytest.MonkeyPatch) -> dict[str, np.ndar
     found: dict[str, np.ndarray] = {}
     grid = np.array([0.0, *np.geomspace(1e-3, 20, 400)])
 
-    def note(track: Track, *rest: Any) -> None:
+    def note(log: RunLog, *rest: Any) -> None:
         names = next(r for r in rest if isinstance(r, Sequence) and isinstance(r[0], str))
         found.update(dict.fromkeys(names, grid))
 
     def trained(name: str, rule: GD, steps: int, every: int) -> None:
         read = {0, steps, *range(0, steps + 1, every), *(s for s in train.EARLY if s <= steps)}
-        found[name] = np.array(sorted(read)) * rule.clock
+        found[name] = np.array(sorted(read)) * rule.intrinsic_time_per_step
 
     for module in (sphere, regression):
         patch.setattr(module, "walk", note)
@@ -133,7 +133,7 @@ class Imagined(History):
     def __init__(self, runs: dict[str, np.ndarray]) -> None:
         super().__init__()
         self.readings = runs
-        self.columns = {"balance:w": []}
+        self.columns = {"balance/w": []}
 
     @property
     def runs(self) -> list[str]:
@@ -141,7 +141,7 @@ class Imagined(History):
 
     def table(self, run: str, *names: str) -> tuple[np.ndarray, ...]:
         tau = self.readings[run]
-        kinds = {"tau": tau, "step": np.arange(len(tau)) * 1000.0, "edge": np.linspace(1, 3, len(tau))}
+        kinds = {"tau": tau, "step": np.arange(len(tau)) * 1000.0, "eta_lambda": np.linspace(1, 3, len(tau))}
         return tuple(kinds.get(name, 1 / (1 + np.arange(len(tau)))) for name in names)
 
 
@@ -220,11 +220,11 @@ def test_every_loss_trains(tmp_path: Path) -> None:
     """A few steps of each, with all columns that the charts and claims on networks read."""
     for loss in LOSSES:
         net = "mlp" if "cross" in loss else "regression"
-        track = Track(tmp_path, loss)
-        run_variant(track, lambda share: None, Variant(net, "LN", loss, 0.1, 1e-3, steps=3, train=64))
-        assert not track.note
-        last = track.rows[-1]
-        assert {"tau", "loss", "edge", "threshold", "test_loss", "test_accuracy", "train_accuracy"} <= last.keys()
+        log = RunLog(tmp_path, loss)
+        run_variant(log, lambda share: None, Variant(net, "LN", loss, 0.1, 1e-3, steps=3, train=64))
+        assert not log.note
+        last = log.rows[-1]
+        assert {"tau", "loss", "eta_lambda", "threshold", "test_loss", "test_accuracy", "train_accuracy"} <= last.keys()
         assert all(np.isfinite(v) for v in last.values() if isinstance(v, float))
 
 
@@ -236,16 +236,16 @@ def test_the_reference_run_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     base = replace(digits.variants(lyu.Config())["digits BN"], steps=200, every=100)
     rows = {}
     for name, variant in {"decay": base, "none": replace(base, weight_decay=0.0)}.items():
-        track = Track(tmp_path, name)
-        run_variant(track, lambda share: None, variant)
-        rows[name] = {row["step"]: row for row in track.rows}
+        log = RunLog(tmp_path, name)
+        run_variant(log, lambda share: None, variant)
+        rows[name] = {row["step"]: row for row in log.rows}
         assert list(rows[name]) == [0, 100, 150, 200]
     assert rows["decay"][0]["spherical_sharpness"] == pytest.approx(2076, rel=0.1)
     for step in (150, 200):
-        assert 1.9 < rows["decay"][step]["edge"] < 2.5
-        balance = [v for name, v in rows["decay"][step].items() if name.startswith("balance:")]
+        assert 1.9 < rows["decay"][step]["eta_lambda"] < 2.5
+        balance = [v for name, v in rows["decay"][step].items() if name.startswith("balance/")]
         assert len(balance) == 3 and all(0 < v < 10 for v in balance)
-    assert not [name for name in rows["none"][200] if name.startswith("balance:")]
+    assert not [name for name in rows["none"][200] if name.startswith("balance/")]
     norms = [row["radius"] for row in rows["none"].values()]
     assert norms == sorted(norms)
     assert rows["decay"][200]["radius"] < rows["decay"][100]["radius"]

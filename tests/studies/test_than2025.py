@@ -8,7 +8,7 @@ import torch
 
 from sharpscope.autodiff.batched import jacobian
 from sharpscope.records.history import History
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 from sharpscope.studies._shared.data import flat_digits
 from sharpscope.studies._shared.deep import Stack, log_norms
 from sharpscope.studies.than2025 import Config, jobs
@@ -70,9 +70,9 @@ def test_what_is_recorded_stays_below_its_bound_with_any_number_of_normalizers(t
     """Medians of both, as they are drawn: the bound holds at every input, so it holds for them."""
     config = Config(weights=3, width=16, depth=4, trained=False)
     for job in jobs(config)[:3]:
-        track = Track(tmp_path, job.name)
-        job.work(track, lambda share: None, **job.arguments)
-        h = History(track.rows)
+        log = RunLog(tmp_path, job.name)
+        job.work(log, lambda share: None, **job.arguments)
+        h = History(log.rows)
         for run in set(h.runs) - {"two ways"}:
             size, bound = h.table(run, "size", "bound")
             assert len(size) >= 5 and (size <= bound).all(), run

@@ -149,11 +149,11 @@ def test_speed_has_both_constants() -> None:
 def test_edge_is_entered_when_weight_decay_says() -> None:
     il = 1e-3
     c = toys.trace(toys.descent(toys.named("A3"), 1.0, 0.1, il, edge=1.0, h=1e-2), range(0, 400, 5))
-    entry = toys.entry_time(c["tau"][:, 0], c["edge"][:, 0])
+    entry = toys.entry_time(c["tau"][:, 0], c["eta_lambda"][:, 0])
     assert entry == pytest.approx(math.log(2) / 2, rel=0.01)  # the first relaxation moves φ, hence λ1, by h²
     assert np.all(np.abs(c["phi"] - 1)[c["tau"] < entry] < 2e-4)
     with pytest.raises(ValueError, match="does not pass 2"):
-        toys.entry_time(c["tau"][:10, 0], c["edge"][:10, 0])
+        toys.entry_time(c["tau"][:10, 0], c["eta_lambda"][:10, 0])
 
 
 @pytest.mark.parametrize("update_first", [False, True])
@@ -169,14 +169,14 @@ def test_without_weight_decay_nothing_moves_below_the_edge() -> None:
     toy = toys.named("A3", "A3")
     c = toys.trace(toys.descent(toy, 1.0, 0.1, 0.0, edge=np.array([1.5, 1.9]), h=1e-2), [1000, 20000])
     assert np.ptp(c["phi"], axis=0) == pytest.approx(0, abs=1e-12)
-    assert np.all(c["edge"] < 2)
+    assert np.all(c["eta_lambda"] < 2)
 
 
 def test_without_weight_decay_a_catapult_drifts_once() -> None:
     K, d = np.array([0.5, 2, 6]), 0.003
     c = toys.trace(toys.descent(toys.Toy(K), 1.0, 0.1, 0.0, edge=2 + d, h=1e-6), [0, 10000, 12000])
     assert c["phi"][1] - c["phi"][0] == pytest.approx(-d * K / (4 + K**2), rel=0.01)  # leading order in d
-    assert c["edge"][1] == pytest.approx(2 - d, rel=0.01 * d)
+    assert c["eta_lambda"][1] == pytest.approx(2 - d, rel=0.01 * d)
     assert c["phi"][2] == pytest.approx(c["phi"][1], abs=1e-12)
 
 
@@ -186,4 +186,4 @@ def test_portrait_shows_three_curves_on_the_sphere() -> None:
     for columns in curves.values():
         assert len({len(column) for column in columns.values()}) == 1
         assert columns["x"] ** 2 + columns["y"] ** 2 + columns["z"] ** 2 == pytest.approx(1)
-    assert curves["gd"]["edge"][0] < 2 < curves["gd"]["edge"].max()
+    assert curves["gd"]["eta_lambda"][0] < 2 < curves["gd"]["eta_lambda"].max()

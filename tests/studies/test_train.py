@@ -17,7 +17,7 @@ from sharpscope.measures.iterate import Iterate, midpoint
 from sharpscope.optimizers.base import UpdateRule
 from sharpscope.optimizers.gd import GD
 from sharpscope.optimizers.scalar import SphericalRMSprop
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 from sharpscope.studies._shared import train as training
 from sharpscope.studies._shared.nets import squares
 from sharpscope.studies._shared.train import Schedule, Task, train
@@ -44,7 +44,7 @@ def descend(
     *,
     stop: int | None = None,
     **more: Any,
-) -> Track:
+) -> RunLog:
     """A run under the name "a" into `folder`; `stop` interrupts it at the measurement after so many."""
     seen: list[int] = []
 
@@ -54,17 +54,17 @@ def descend(
         seen.append(1)
         return {"test_loss": squares(net(X), Y).item()}
 
-    track = Track(folder, "a")
-    train(track, lambda share: None, Task(problem().model, squares, X, Y, evaluate), rule, schedule, **more)
-    return track
+    log = RunLog(folder, "a")
+    train(log, lambda share: None, Task(problem().model, squares, X, Y, evaluate), rule, schedule, **more)
+    return log
 
 
-def interrupted(folder: Path, *setting: Any, stop: int, **more: Any) -> Track:
+def interrupted(folder: Path, *setting: Any, stop: int, **more: Any) -> RunLog:
     with pytest.raises(Interrupted):
         descend(folder, *setting, stop=stop, **more)
-    track = Track(folder, "a")
-    assert track.state.exists() and not track.finished
-    return track
+    log = RunLog(folder, "a")
+    assert log.state.exists() and not log.finished
+    return log
 
 
 CASES: dict[str, tuple[UpdateRule, Schedule, Callable[[], Objective], bool]] = {
@@ -87,7 +87,7 @@ def test_an_interrupted_run_goes_on_to_the_last_bit(case: str, tmp_path: Path) -
         interrupted(tmp_path / "parts", rule, schedule, problem, stop=stop, unit_start=unit)
     parts = descend(tmp_path / "parts", rule, schedule, problem, unit_start=unit)
     assert parts.finished and parts.note == whole.note == ""
-    assert parts.log.read_bytes() == whole.log.read_bytes()
+    assert parts.path.read_bytes() == whole.path.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -106,12 +106,12 @@ def test_all_that_a_checkpoint_holds_is_needed(
     """Without one of its parts the run that goes on is another."""
     rule, schedule, problem, unit = CASES[case]
     whole = descend(tmp_path / "whole", rule, schedule, problem, unit_start=unit)
-    track = interrupted(tmp_path / "parts", rule, schedule, problem, stop=4, unit_start=unit)
-    saved = track.resume()
-    track.checkpoint(**saved | {name: forget(saved[name])})
+    log = interrupted(tmp_path / "parts", rule, schedule, problem, stop=4, unit_start=unit)
+    saved = log.resume()
+    log.checkpoint(**saved | {name: forget(saved[name])})
     parts = descend(tmp_path / "parts", rule, schedule, problem, unit_start=unit)
     assert len(parts.rows) == len(whole.rows)
-    assert parts.log.read_bytes() != whole.log.read_bytes()
+    assert parts.path.read_bytes() != whole.path.read_bytes()
 
 
 def test_rows_are_read_at_midpoints(tmp_path: Path) -> None:
@@ -135,12 +135,12 @@ def test_rows_are_read_at_midpoints(tmp_path: Path) -> None:
             assert row["tau"] == pytest.approx(step * 0.05 * 0.02, rel=1e-12)
             # eigenvalues are good to rtol² of the solver, here 1e-4
             assert row["spherical_sharpness"] == pytest.approx(measures.spherical_sharpness(it), rel=1e-3)
-            assert row["edge"] == pytest.approx(measures.spherical_edge(it), rel=1e-3)
+            assert row["eta_lambda"] == pytest.approx(measures.eta_lambda(it), rel=1e-3)
             assert row["sharpness"] * row["radius"] ** 2 == pytest.approx(row["spherical_sharpness"], rel=1e-12)
-            assert row["lambda1"] == row["spherical_sharpness"] >= row["lambda2"]
-            assert row["edge"] * row["threshold"] == pytest.approx(2 * row["spherical_sharpness"], rel=1e-12)
+            assert row["spherical_sharpness"] >= row["spherical_sharpness2"]
+            assert row["eta_lambda"] * row["threshold"] == pytest.approx(2 * row["spherical_sharpness"], rel=1e-12)
             assert row["residual"] <= SCHEDULE.rtol
-            radii = [v for name, v in row.items() if name.startswith("radius:")]
+            radii = [v for name, v in row.items() if name.startswith("radius/")]
             assert len(radii) == 2
             assert sum(r**2 for r in radii) == pytest.approx(row["radius"] ** 2, rel=1e-12)
 
@@ -150,10 +150,11 @@ def test_columns_follow_the_rule_and_the_network(tmp_path: Path) -> None:
         case: descend(tmp_path / case, rule, replace(schedule, steps=2), problem, unit_start=unit).rows
         for case, (rule, schedule, problem, unit) in CASES.items()
     }
-    balanced = {case for case, r in rows.items() if any(name.startswith("balance:") for name in r[-1])}
+    balanced = {case for case, r in rows.items() if any(name.startswith("balance/") for name in r[-1])}
     assert balanced == {"gradient descent", "batches", "not invariant", "slow"}  # elsewhere it has another form
     assert "spherical_sharpness" not in rows["not invariant"][-1]
-    assert rows["not invariant"][-1]["edge"] == pytest.approx(0.05 * rows["not invariant"][-1]["sharpness"], rel=1e-2)
+    last = rows["not invariant"][-1]
+    assert last["eta_lambda"] == pytest.approx(0.05 * last["sharpness"], rel=1e-2)
     assert rows["RMSprop"][0]["radius"] == pytest.approx(1, abs=1e-12)
     assert rows["heavy ball on batches"][-1]["tau"] == pytest.approx(2 * 0.05 * 0.02 / 0.1)
     assert all("loss" in row and "angle" in row for r in rows.values() for row in r[1:])
@@ -170,7 +171,7 @@ def test_balance_is_the_ratio_of_growth_to_decay(tmp_path: Path) -> None:
             sums += torch.stack([g[first].square().sum(), w[first].square().sum()])
         w = PLAIN.step(w, g, {})[0]
     expected = 0.05**2 * sums[0] / ((2 * il - il**2) * sums[1])
-    assert rows[-1]["balance:0.weight"] == pytest.approx(expected.item(), rel=1e-10)
+    assert rows[-1]["balance/0.weight"] == pytest.approx(expected.item(), rel=1e-10)
 
 
 def test_batches_are_drawn_without_replacement_by_the_seed(tmp_path: Path) -> None:
@@ -184,10 +185,10 @@ def test_batches_are_drawn_without_replacement_by_the_seed(tmp_path: Path) -> No
 
 
 def test_a_diverging_run_keeps_its_rows_and_says_where_it_stopped(tmp_path: Path) -> None:
-    track = descend(tmp_path, GD(30.0), replace(SCHEDULE, every=1), plain)
-    assert track.finished and not track.state.exists()
-    assert track.note.startswith(f"diverged at step {track.rows[-1]['step'] + 1}: loss ")
-    assert len(track.rows) > 1
+    log = descend(tmp_path, GD(30.0), replace(SCHEDULE, every=1), plain)
+    assert log.finished and not log.state.exists()
+    assert log.note.startswith(f"diverged at step {log.rows[-1]['step'] + 1}: loss ")
+    assert len(log.rows) > 1
     at_once = descend(tmp_path / "at once", GD(1e8), problem=plain)
     assert [row["step"] for row in at_once.rows] == [0]
     assert at_once.note.startswith("diverged at step 1: loss ")
@@ -205,7 +206,7 @@ def test_divergence_is_judged_from_the_first_start_also_after_an_interruption(
     whole = descend(tmp_path / "whole", still)
     assert whole.note.startswith("diverged at step")
     interrupted(tmp_path / "parts", still, stop=5)
-    assert descend(tmp_path / "parts", still).log.read_bytes() == whole.log.read_bytes()
+    assert descend(tmp_path / "parts", still).path.read_bytes() == whole.path.read_bytes()
 
 
 def test_a_run_whose_curvature_cannot_be_found_stops_and_says_so(
@@ -220,13 +221,13 @@ def test_a_run_whose_curvature_cannot_be_found_stops_and_says_so(
         return found(it)
 
     monkeypatch.setattr(measures, "sharpness", sharpness)
-    track = descend(tmp_path)
-    assert track.note == "stopped at step 4: top-2 residuals [1.0, 2.0] exceed rtol"
-    assert [row["step"] for row in track.rows] == [0, 1, 2]
+    log = descend(tmp_path)
+    assert log.note == "stopped at step 4: top-2 residuals [1.0, 2.0] exceed rtol"
+    assert [row["step"] for row in log.rows] == [0, 1, 2]
 
 
 def test_the_share_of_work_is_reported(tmp_path: Path) -> None:
     shares: list[float] = []
     task = Task(invariant().model, squares, X, Y, lambda net: {})
-    train(Track(tmp_path, "a"), shares.append, task, PLAIN, SCHEDULE)
+    train(RunLog(tmp_path, "a"), shares.append, task, PLAIN, SCHEDULE)
     assert shares == sorted(shares) and shares[-1] == 1

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 
-from sharpscope import Objective, ScaleGroups, find_groups, make_scale_invariant
+from sharpscope import Objective, find_groups, make_scale_invariant
 from sharpscope.studies._shared import nets
+from sharpscope.symmetry import ScaleGroups
 from sharpscope.symmetry.scale_groups import EULER, columns, rows
 
 DATA = [(normal(n, 8, seed=10 + i), normal(n, 2, seed=20 + i)) for i, n in enumerate((16, 24))]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from sharpscope.records.history import History
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 from sharpscope.report.charts import Chart
 from sharpscope.studies._framework.claims import WIDER, Claim, at_least, at_most, median, within
-from sharpscope.studies._framework.study import Job, Report
+from sharpscope.studies._framework.study import Job, Progress
 
 PAPER = 'Nobody & Someone, On "Smaller" Things'
 
@@ -41,18 +41,18 @@ def jobs(config: Config) -> list[Job]:
     return [Job(f"walk {i}", _walk, {"config": config, "i": i}, 1 + i) for i in range(config.walks)]
 
 
-def _walk(track: Track, report: Report, config: Config, i: int) -> None:
-    state = track.resume()
+def _walk(log: RunLog, progress: Progress, config: Config, i: int) -> None:
+    state = log.resume()
     rng = np.random.default_rng([config.seed, i])
     steps = rng.standard_normal(config.steps).cumsum()
     for step in range(int(state["step"]) + 1 if state else 0, config.steps):
-        track.append(step=step, x=steps[step])
+        log.append(step=step, x=steps[step])
         if step == 10 and config.raises == "job" and i == 0:
             raise KeyError("no\nway")
-        if os.environ.get("TINY_WAITS") in (f"small, {track.run}", "all") and step == 10:
-            track.log.with_suffix(".waits").touch()
+        if os.environ.get("TINY_WAITS") in (f"small, {log.run}", "all") and step == 10:
+            log.path.with_suffix(".waits").touch()
             time.sleep(1000)
-        report((step + 1) / config.steps)
+        progress((step + 1) / config.steps)
 
 
 def _ends(h: History, config: Config) -> tuple[float, ...]:

@@ -15,10 +15,10 @@ from torch import nn
 
 from sharpscope.optimizers.gd import GD
 from sharpscope.records.history import History
-from sharpscope.records.run_log import Track
+from sharpscope.records.run_log import RunLog
 from sharpscope.report.charts import Chart
 from sharpscope.studies._framework.claims import Claim, at_most, within
-from sharpscope.studies._framework.study import Job, Report
+from sharpscope.studies._framework.study import Job, Progress
 from sharpscope.studies._shared import toys
 from sharpscope.studies._shared.nets import NORMS, Readout, Weights, squares
 from sharpscope.studies._shared.train import Schedule, Task, train
@@ -56,7 +56,7 @@ def jobs(config: Config) -> list[Job]:
     ]
 
 
-def _descend(track: Track, report: Report, config: Config, on_batches: bool) -> None:
+def _descend(log: RunLog, progress: Progress, config: Config, on_batches: bool) -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(16, 4, generator=g, dtype=torch.float64)
     y = torch.tanh(x[:, :1]) + 0.5 * torch.sin(x[:, 1:2])
@@ -65,39 +65,39 @@ def _descend(track: Track, report: Report, config: Config, on_batches: bool) -> 
     net = nn.Sequential(*layers, Readout(torch.randn(1, 6, generator=g, dtype=torch.float64)))
 
     def evaluate(net: nn.Module) -> dict[str, float]:
-        _wait_in_the_middle(track, 4)
+        _wait_in_the_middle(log, 4)
         return {"fit": squares(net(x), y).item()}
 
     rule = GD(config.learning_rate, config.weight_decay, config.momentum if on_batches else 0.0)
     schedule = Schedule(config.steps, every=3, k=1, batch=8 if on_batches else None)
-    train(track, report, Task(net, squares, x, y, evaluate), rule, schedule)
+    train(log, progress, Task(net, squares, x, y, evaluate), rule, schedule)
 
 
-def _walk(track: Track, report: Report, il: float) -> None:
+def _walk(log: RunLog, progress: Progress, il: float) -> None:
     process = toys.descent(toys.named("A1", "A3"), 1.0, 0.1, il)
-    walk(track, report, process, [f"{toy}, il {il:g}" for toy in ("A1", "A3")], range(0, 50, 10))
+    walk(log, progress, process, [f"{toy}, il {il:g}" for toy in ("A1", "A3")], range(0, 50, 10))
 
 
-def _plain_walk(track: Track, report: Report) -> None:
+def _plain_walk(log: RunLog, progress: Progress) -> None:
     """Rows each step, a checkpoint every third."""
-    state = track.resume()
+    state = log.resume()
     at = state.get("at", torch.zeros(2, dtype=torch.float64))
     draw = torch.Generator().manual_seed(0)
     if state:
         draw.set_state(state["draw"])
     for step in range(int(state["step"]) + 1 if state else 0, 12):
         at = at.cos() + torch.randn(2, generator=draw, dtype=torch.float64)
-        track.append(step=step, x=at[0].item(), y=at[1].item())
-        _wait_in_the_middle(track, 8)
+        log.append(step=step, x=at[0].item(), y=at[1].item())
+        _wait_in_the_middle(log, 8)
         if step % 3 == 0:
-            track.checkpoint(at=at, step=torch.tensor(step), draw=draw.get_state())
-        report((step + 1) / 12)
+            log.checkpoint(at=at, step=torch.tensor(step), draw=draw.get_state())
+        progress((step + 1) / 12)
 
 
-def _wait_in_the_middle(track: Track, rows: int) -> None:
+def _wait_in_the_middle(log: RunLog, rows: int) -> None:
     """For tests that end a run half-way: the job that the environment names says so and waits there for its end."""
-    if os.environ.get("TINY_WAITS") in (track.run, "all") and len(track.rows) >= rows:
-        track.log.with_suffix(".waits").touch()
+    if os.environ.get("TINY_WAITS") in (log.run, "all") and len(log.rows) >= rows:
+        log.path.with_suffix(".waits").touch()
         time.sleep(1000)
 
 

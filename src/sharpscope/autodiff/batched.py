@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..linalg.operators import SymmetricOperator
 from .objective import Objective
 from .second_order import differentiating
@@ -28,10 +29,10 @@ Slope = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """Losses ``(R,)`` and gradients ``(R, P)`` at weights ``(R, P)`` before step t."""
 
 
-class Replicas:
+class BatchedRuns:
     """``L_r(w_r)`` for R runs, from a function of all rows `losses` ``(R, P) -> (R,)`` [N32].
 
-    >>> bowls = Replicas(lambda W: 0.5 * (torch.tensor([1.0, 4.0]) * W.square().sum(1)))
+    >>> bowls = BatchedRuns(lambda W: 0.5 * (torch.tensor([1.0, 4.0]) * W.square().sum(1)))
     >>> bowls.grad(torch.ones(2, 3)).tolist()
     [[1.0, 1.0, 1.0], [4.0, 4.0, 4.0]]
     """
@@ -40,7 +41,7 @@ class Replicas:
         self.losses, self.constants = losses, tuple(constants)  # losses(W, *constants)
 
     @classmethod
-    def of(cls, f: Objective) -> "Replicas":
+    def of(cls, f: Objective) -> "BatchedRuns":
         """The model, loss and data of an objective at R weights at once; normalization keeps R sets of statistics.
 
         A module that draws random numbers is refused by torch: runs would share them or not, and neither is meant.
@@ -138,7 +139,7 @@ class Replicas:
         R = len(W)
         losses = self.value(W)
         if losses.shape != (R,):
-            raise ValueError(
+            raise InvalidValue(
                 f"losses of shape {tuple(losses.shape)} from weights {tuple(W.shape)}; one a row is needed"
             )
         if R > 1:
@@ -146,7 +147,9 @@ class Replicas:
             other[1:] = W[1:] + 0.01 * (1 + W[1:].abs())
             first, again = losses[0].item(), self.value(other)[0].item()
             if not abs(first - again) <= 1e-3 * torch.finfo(W.dtype).eps ** 0.5 * max(abs(first), 1e-30):
-                raise ValueError(f"the loss of one run went from {first:.8g} to {again:.8g} when the others were moved")
+                raise InvalidValue(
+                    f"the loss of one run went from {first:.8g} to {again:.8g} when the others were moved"
+                )
 
 
 @differentiating()

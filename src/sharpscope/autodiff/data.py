@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..errors import InvalidValue
+
 
 class Batch(NamedTuple):
     """What the model is called with, what the loss gets beside the output, and the number of examples."""
@@ -29,7 +31,7 @@ def read(data: Iterable[Any], seed: int | None, device: torch.device) -> Iterato
             args, kwargs, target = _split(_to(batch, device))
             yield Batch(args, kwargs, target, _count(target, (args, kwargs)))
     if batch is None:
-        raise ValueError("the data hold no batch, or not a second time; pass a list of pairs (inputs, target)")
+        raise InvalidValue("the data hold no batch, or not a second time; pass a list of pairs (inputs, target)")
 
 
 def head(data: Iterable[Any], n: int) -> list[Any]:
@@ -58,14 +60,14 @@ def _cut(tree: Any, count: int, n: int) -> Any:
 
 def check_data(data: Iterable[Any]) -> None:
     if isinstance(data, Tensor) or (isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)):
-        raise ValueError("the data are one batch, not an iterable of batches; pass [(inputs, target)]")
+        raise InvalidValue("the data are one batch, not an iterable of batches; pass [(inputs, target)]")
     if not isinstance(data, Iterable):
-        raise ValueError(
+        raise InvalidValue(
             f"the data are a {type(data).__name__}, not an iterable of batches; pass a list of pairs (inputs, target),"
             " or a DataLoader around a data set of single examples"
         )
     if isinstance(data, Iterator):
-        raise ValueError(
+        raise InvalidValue(
             f"the data are a {type(data).__name__}, which can be read only once; pass a list or a DataLoader"
         )
 
@@ -105,7 +107,7 @@ def _split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     if isinstance(batch, Mapping):
         return (), dict(batch), batch
     if not isinstance(batch, list | tuple) or len(batch) != 2:
-        raise ValueError(
+        raise InvalidValue(
             f"a batch is a {type(batch).__name__}, not a pair (inputs, target) or a dict; for one batch pass [(x, y)]"
         )
     inputs, target = batch

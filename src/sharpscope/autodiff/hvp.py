@@ -2,7 +2,7 @@
 
     f.using(linearized())      # a copy of f whose products run a traced program
 
-`Expansion` itself (reverse over reverse on kept graphs) is the default, `doctor` measures which one a case is best
+`Expansion` itself (reverse over reverse on kept graphs) is the default, `tune` measures which one a case is best
 served by.  Costs are in gradients, by counting operations.
 """
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from ..errors import NoSecondDerivative
+from ..errors import InvalidValue, NoSecondDerivative
 from .data import Batch, check_data, read, tensors
-from .second_order import differentiating, holds_delayed_error, in_the_way
+from .second_order import differentiating, holds_delayed_error, modules_without_second_derivative
 from .smooth import smooth
 
 Loss = Callable[[Any, Any], Tensor]
@@ -74,7 +74,7 @@ class Objective:
         self.expand: Expand = Expansion
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
-            raise ValueError(f"{type(model).__name__} has no trainable parameter; set requires_grad on at least one")
+            raise InvalidValue(f"{type(model).__name__} has no trainable parameter; set requires_grad on at least one")
         _check_kind(trainable)
         self.shapes = {name: p.shape for name, p in trainable.items()}
         sizes = [p.numel() for p in trainable.values()]
@@ -85,11 +85,11 @@ class Objective:
         self._droppers = [(n, m) for n, m in droppers if self.dropout or isinstance(m, nn.RNNBase)]
         sparse = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
         if sparse:
-            raise ValueError(f"'{sparse[0]}' has sparse gradients, which have no derivative; use sparse=False")
+            raise InvalidValue(f"'{sparse[0]}' has sparse gradients, which have no derivative; use sparse=False")
         check_data(data)
         reduction = getattr(loss, "reduction", "mean")
         if reduction != "mean":
-            raise ValueError(f"the loss has reduction='{reduction}'; batches are weighted by size, so use 'mean'")
+            raise InvalidValue(f"the loss has reduction='{reduction}'; batches are weighted by size, so use 'mean'")
         self._seed = None if isinstance(data, list | tuple) else 0
         self._graph_bytes_per_example = self._check_first_batch()
 
@@ -176,13 +176,13 @@ class Objective:
         return self.at(w).gauss_newton(v)
 
     def check(self) -> None:
-        """Read the data under two seeds and raise ValueError unless the loss is the same (to rounding) and finite."""
+        """Read the data under two seeds and raise InvalidValue unless the loss is the same (to rounding) and finite."""
         w = self.weights()
         first, second = (self._seeded(seed).value(w).item() for seed in (1, 2))
         if not math.isfinite(first):
-            raise ValueError(f"the loss is {first} at the current weights; curvature needs a finite loss")
+            raise InvalidValue(f"the loss is {first} at the current weights; curvature needs a finite loss")
         if abs(first - second) > torch.finfo(w.dtype).eps ** 0.5 * max(abs(first), torch.finfo(w.dtype).tiny):
-            raise ValueError(
+            raise InvalidValue(
                 f"two passes over the same weights gave losses {first:.8g} and {second:.8g}: data that are shuffled or"
                 " augmented anew (or a random model) have no curvature; fix the batches, for example as a list"
             )
@@ -217,17 +217,23 @@ class Objective:
             chunk = next(self._chunks(leaves))
             loss = chunk.loss
             if not isinstance(loss, Tensor):
-                raise ValueError(f"the loss is a {type(loss).__name__}, not a tensor; return the mean loss as a tensor")
+                raise InvalidValue(
+                    f"the loss is a {type(loss).__name__}, not a tensor; return the mean loss as a tensor"
+                )
             if loss.dim() != 0:
-                raise ValueError(f"the loss has shape {tuple(loss.shape)}, not (); reduce it to a mean over the batch")
+                raise InvalidValue(
+                    f"the loss has shape {tuple(loss.shape)}, not (); reduce it to a mean over the batch"
+                )
             if not loss.requires_grad:
-                raise ValueError("the loss cannot be differentiated: nothing trainable leads to it (detach? no_grad?)")
+                raise InvalidValue(
+                    "the loss cannot be differentiated: nothing trainable leads to it (detach? no_grad?)"
+                )
             if not loss.isfinite():
-                raise ValueError(f"the loss is {loss.item()} at the start; curvature needs a finite loss")
+                raise InvalidValue(f"the loss is {loss.item()} at the start; curvature needs a finite loss")
             grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
         unused = [name for name, g in zip(leaves, grads, strict=True) if g is None]
         if unused:
-            raise ValueError(
+            raise InvalidValue(
                 f"the loss does not depend on {', '.join(unused)}; freeze what is not trained by requires_grad_(False)"
             )
         self._once = holds_delayed_error(grads)
@@ -239,7 +245,7 @@ class Expansion:
 
     The product ``Hv`` is reverse over reverse on the kept graph; batches whose graphs do not fit the memory budget (by
     default the objective's) are rebuilt at every product.  `kept` of `chunks` batches are held.  `cost` of a product
-    is in gradients, by counting operations (2 for a kept graph, 3 for a rebuilt one) unless `doctor` measured it, and
+    is in gradients, by counting operations (2 for a kept graph, 3 for a rebuilt one) unless `tune` measured it, and
     `columns` are multiplied together if `together`.  A subclass forms products in another way.
     """
 
@@ -375,7 +381,7 @@ def _named(f: Objective, error: RuntimeError) -> RuntimeError:
 
 
 def _missing(f: Objective, reason: str) -> NoSecondDerivative:
-    names = obstacles(f)
+    names = without_second_derivative(f)
     where = f"in {', '.join(names)}" if names else "in the loss or between the modules"
     return NoSecondDerivative(
         f"the second derivative does not exist {where} ({reason}); products by differences of gradients do:"
@@ -383,16 +389,16 @@ def _missing(f: Objective, reason: str) -> NoSecondDerivative:
     )
 
 
-def obstacles(f: Objective) -> list[str]:
+def without_second_derivative(f: Objective) -> list[str]:
     """Modules, the innermost ones, whose output on the first batch has no second derivative, or a wrong one."""
     w = f.weights()
-    return in_the_way(f.model, lambda: next(f._chunks(f.unflatten(w.requires_grad_()))))
+    return modules_without_second_derivative(f.model, lambda: next(f._chunks(f.unflatten(w.requires_grad_()))))
 
 
 def _gauss_newton(chunk: _Chunk, w: Tensor, v: Tensor) -> Tensor:
     outputs = list({id(z): z for z in tensors(chunk.output) if z.requires_grad}.values())
     if not outputs:
-        raise ValueError(
+        raise InvalidValue(
             f"the model's output ({type(chunk.output).__name__}) holds no tensor that depends on the weights; the"
             " Gauss-Newton product needs one, alone or in tuples, lists, dicts or dataclasses"
         )
@@ -427,10 +433,10 @@ def _check_kind(params: Mapping[str, Tensor]) -> None:
     kinds = {(p.dtype, p.device) for p in params.values()}
     if len(kinds) > 1:
         seen = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        raise ValueError(f"trainable parameters are of several kinds ({seen}); bring them to one dtype and device")
+        raise InvalidValue(f"trainable parameters are of several kinds ({seen}); bring them to one dtype and device")
     ((dtype, _),) = kinds
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"trainable parameters are {dtype}; curvature needs float32 or float64: call model.float()")
+        raise InvalidValue(f"trainable parameters are {dtype}; curvature needs float32 or float64: call model.float()")
 
 
 def _rate(module: nn.Module) -> Any:
@@ -444,7 +450,7 @@ def _check_deterministic(droppers: Iterable[tuple[str, nn.Module]]) -> None:
             cure = "call .eval() on that module or set its rate to 0"
             if not isinstance(module, nn.RNNBase):
                 cure += ", or measure the loss without it: Objective(..., without_dropout=True)"
-            raise ValueError(
+            raise InvalidValue(
                 f"dropout is on in '{name}' ({type(module).__name__}, p={p}): the loss is random, so its curvature is"
                 f" not defined; {cure}"
             )

@@ -43,7 +43,7 @@ def holds_delayed_error(grads: Iterable[Tensor | None]) -> bool:
 
 
 @differentiating()
-def in_the_way(model: nn.Module, forward: Callable[[], object]) -> list[str]:
+def modules_without_second_derivative(model: nn.Module, forward: Callable[[], object]) -> list[str]:
     """Modules, the innermost ones, whose output has no second derivative, or a wrong one, as `forward` calls them."""
     seen: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]] = []
 

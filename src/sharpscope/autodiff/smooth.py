@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from ..errors import InvalidValue
+
 
 def _standardize(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     """``(x - mean) / √(var + eps)`` with both moments over `dims`."""
@@ -81,7 +83,7 @@ def _normalize_channels(
             _update_running(input, mean, var, momentum, dims)
         return _channel_affine(_standardize(input, dims, eps), weight, bias)
     if mean is None or var is None:
-        raise ValueError("normalization in eval mode needs running statistics; this layer keeps none")
+        raise InvalidValue("normalization in eval mode needs running statistics; this layer keeps none")
     centred = input - _per_channel(mean, input)
     return _channel_affine(centred * _per_channel(torch.rsqrt(var + eps), input), weight, bias)
 

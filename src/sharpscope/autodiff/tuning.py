@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from .hvp import Calibrated, compiled, differences, forward_over_reverse, kept, linearized, rebuilt
-from .objective import Expand, Objective, obstacles
+from .objective import Expand, Objective, without_second_derivative
 from .tracing import first_line
 
 COLUMNS = 4
@@ -44,7 +45,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Checkup:
-    """What `doctor` found: ``checkup.objective`` uses the chosen way, and knows its measured cost."""
+    """What `tune` found: ``checkup.objective`` uses the chosen way, and knows its measured cost."""
 
     objective: Objective
     choice: str
@@ -72,7 +73,7 @@ class Checkup:
         return "\n".join([*lines, self.sentence])
 
 
-def doctor(f: Objective, *, products: int = 20, points: int = 1000, repeats: int = 5) -> Checkup:
+def tune(f: Objective, *, products: int = 20, points: int = 1000, repeats: int = 5) -> Checkup:
     """Try, verify and time the ways to form products; choose the fastest for `products` at each of `points`.
 
     The default is monitoring: many points.  Machine code is tried only where the work lasts long enough to repay it.
@@ -83,11 +84,11 @@ def doctor(f: Objective, *, products: int = 20, points: int = 1000, repeats: int
 
     >>> from torch import nn, ones, zeros
     >>> f = Objective(nn.Linear(2, 1), nn.functional.mse_loss, [(ones(4, 2), zeros(4, 1))])
-    >>> [t.name for t in doctor(f, products=3, points=1).trials]
+    >>> [t.name for t in tune(f, products=3, points=1).trials]
     ['kept', 'rebuilt', 'forward over reverse', 'linearized', 'differences', 'compiled']
     """
     if min(products, points, repeats) < 1:
-        raise ValueError(f"products={products}, points={points}, repeats={repeats}: each is at least 1")
+        raise InvalidValue(f"products={products}, points={points}, repeats={repeats}: each is at least 1")
     case = _Case(f)
     trials = {
         "kept": case.tried("kept", kept),
@@ -97,10 +98,10 @@ def doctor(f: Objective, *, products: int = 20, points: int = 1000, repeats: int
         "differences": case.tried("differences", differences),
     }
     trials = case.judged(trials)
-    names = tuple(obstacles(f)) if trials["kept"].obstacle else ()
+    names = tuple(without_second_derivative(f)) if trials["kept"].obstacle else ()
     if all(t.obstacle for t in trials.values()):
         reasons = "; ".join(f"{t.name}: {t.obstacle}" for t in trials.values())
-        raise ValueError(f"no way gives a product that can be believed ({reasons}){_where(names)}")
+        raise InvalidValue(f"no way gives a product that can be believed ({reasons}){_where(names)}")
     gradient, trials = case.timed(trials, repeats)
     least = min(t.seconds(gradient, products, points) for t in trials.values() if not t.obstacle)
     if trials["linearized"].obstacle:

@@ -6,9 +6,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ..errors import Refused
 from . import _studies, _tasks, _watch
 from ._common import EXTRAS as EXTRAS
-from ._common import HINT, Parser, Refused
+from ._common import HINT, Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

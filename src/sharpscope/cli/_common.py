@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from ..errors import Refused
+
 EXTRAS = ("tyro", "safetensors", "pyarrow", "sklearn", "scipy", "tqdm", "matplotlib")
 HINT = "the command line needs the extra packages of sharpscope[studies]: pip install 'sharpscope[studies]'"
-
-
-class Refused(Exception):
-    """A sentence for the user; exit status 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,7 +21,7 @@ def need_extras() -> None:
     """Now, and not at the end of a long run."""
     for name in EXTRAS:
         if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(name=name)
+            raise Refused(f"{name} is not installed; {HINT}")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ..optimizers.gd import GD
 from ..records.checkpoints import load_task
 from ..records.checkpoints import load_weights as load_weights
 from ..records.history import History
-from ..records.run_log import Track
+from ..records.run_log import RunLog
 from ..report.charts import Chart
 from ..report.html import write_report
 from ..studies._framework.run import environment
@@ -51,12 +51,12 @@ def predict_study(name: str, config: Any, job: str, start: int, steps: int, poin
     variant: Variant = known[job]
     if variant.batch is not None or variant.rmsprop:
         raise Unusable(f"'{job}' is not full-batch gradient descent, which the flow describes; choose another run")
-    track = Track(_empty(out), "prediction")
-    run_forecast(track, progress(), "", Forecast(variant, start, steps, points))
-    if track.note:
-        raise Unusable(track.note)
-    history = History(row | {"run": row["run"].removeprefix(": ")} for row in track.rows)
-    track.log.unlink()
+    log = RunLog(_empty(out), "prediction")
+    run_forecast(log, progress(), "", Forecast(variant, start, steps, points))
+    if log.note:
+        raise Unusable(log.note)
+    history = History(row | {"run": row["run"].removeprefix(": ")} for row in log.rows)
+    log.path.unlink()
     said = f"{job} of {name} from step {start}: {Prediction(history, {})}"
     return _written(out, said, history, {"study": name, "run": job, "start": start, "steps": steps})
 

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..errors import Refused
 from ..studies._framework.claims import WIDER
-from ._common import Refused, find_study, need_extras, refusing
+from ._common import find_study, need_extras, refusing
 
 OPTIONS = ("quick", "full", "out", "workers", "seeds")
 WORKERS = min(os.cpu_count() or 1, 8)

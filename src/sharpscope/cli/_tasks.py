@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ._common import Refused, find_study, need_extras, refusing
+from ..errors import Refused
+from ._common import find_study, need_extras, refusing
 
 TASK = "MODULE:FUNCTION, a function that returns (model, loss, data)"
 

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ._common import Refused, need_extras, refusing
+from ..errors import Refused
+from ._common import need_extras, refusing
 
 OURS = (".tmp", ".jsonl")
 """Endings of what a run may have written before it says what it is."""
@@ -82,8 +83,8 @@ def _page(directory: Path) -> str | None:
 
 def _finished(directory: Path) -> bool:
     from ..monitoring.page import RUN
-    from ..records.run_log import Track
+    from ..records.run_log import RunLog
 
     if (directory / "monitor.json").exists():
-        return Track(directory, RUN).finished
+        return RunLog(directory, RUN).finished
     return (directory / "report.html").exists() and (directory / "history.parquet").exists()

@@ -27,10 +27,11 @@ from torch import Tensor
 from ..autodiff import third_order
 from ..autodiff.curvature import hessian
 from ..autodiff.objective import Objective
+from ..errors import InvalidValue
 from ..linalg import complementarity
 from ..linalg.eigenpairs import Memory
 from ..linalg.operators import SymmetricOperator, preconditioned, scaled, shifted
-from ..linalg.warm_start import track
+from ..linalg.warm_start import warm_started
 from ..optimizers.base import State, UpdateRule
 from ..optimizers.gd import GD
 
@@ -93,7 +94,7 @@ class Flow:
         inverse = self.inverse(w, averages)
         a, shift = self.curvature(w, inverse)
         edge = None if self.band is None else (1 - self.band) * self.rule.bound - shift
-        found = track(a, memory, 1, above=edge, seed=seed)
+        found = warm_started(a, memory, 1, above=edge, seed=seed)
         local = self.around(w, inverse, found.values + shift, found.vectors)
         return replace(local, memory=found.memory, cost=local.cost + found.num_gradients)
 
@@ -234,29 +235,29 @@ def moved(averages: State, rates: State, dt: float) -> State:
     return {name: v + dt * rates[name] if name in rates else v for name, v in averages.items()}
 
 
-def gradient_flow(f: Objective, rule: UpdateRule) -> Flow:
+def gradient(f: Objective, rule: UpdateRule) -> Flow:
     """``dw/dt = -∇F(w)/p`` for a rule whose P stands still: gradient descent, its learning rate made continuous time.
 
     Raises:
-        ValueError: P moves (RMSprop, Adam): that flow is `stable_flow`.
+        ValueError: P moves (RMSprop, Adam): that flow is `stable`.
     """
     if rule.averages(rule.init(f.weights())):
-        raise ValueError(f"{type(rule).__name__} rescales its gradient as it goes; its flow is stable_flow(f, rule)")
-    return stable_flow(f, rule)
+        raise InvalidValue(f"{type(rule).__name__} rescales its gradient as it goes; its flow is stable(f, rule)")
+    return stable(f, rule)
 
 
-def stable_flow(f: Objective, rule: UpdateRule) -> Flow:
+def stable(f: Objective, rule: UpdateRule) -> Flow:
     """What the rule would do if it did not oscillate: the central flow with Σ = 0."""
     return Flow(f, rule, band=None)
 
 
-def sphere_flow(f: Objective, rate: float) -> Flow:
+def sphere(f: Objective, rate: float) -> Flow:
     """``dθ/dt = -rate ∇L(θ)``: for a scale-invariant loss it stays on the sphere on which it starts; ``rate`` is η̃."""
-    return stable_flow(f, GD(rate))
+    return stable(f, GD(rate))
 
 
-def central_flow(f: Objective, rule: UpdateRule, *, band: float = 0.1) -> Flow:
+def central(f: Objective, rule: UpdateRule, *, band: float = 0.1) -> Flow:
     """The mean of the rule's path at the edge of stability [N25]; modes above ``(1 - band) c`` take part."""
     if not 0 < band < 1:
-        raise ValueError(f"band is {band}; it is a share of the bound, between 0 and 1")
+        raise InvalidValue(f"band is {band}; it is a share of the bound, between 0 and 1")
     return Flow(f, rule, band)

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..autodiff.curvature import hessian
 from ..autodiff.objective import Objective
-from ..linalg.warm_start import track
+from ..errors import InvalidValue
+from ..linalg.warm_start import warm_started
 from ..optimizers.base import State, UpdateRule
 from ..records.history import History
 from .central import Flow
 from .integrate import integrate
-from .path import Method, Path
+from .path import Method, Trajectory
 
 Evaluate = Callable[[Tensor], Mapping[str, float]]
 
@@ -40,7 +41,7 @@ class Prediction:
     """
 
     history: History
-    paths: Mapping[str, Path] = field(repr=False)
+    paths: Mapping[str, Trajectory] = field(repr=False)
 
     def error(self, flow: str = "central flow") -> float:
         """Distance between the ends of the paths over the distance moved."""
@@ -108,7 +109,7 @@ def compare(
         FlowStuck, WrongThirdDerivative: from the flow.
     """
     if steps < max(points, 1):
-        raise ValueError(f"{points} readings do not fit into {steps} steps; ask for fewer points")
+        raise InvalidValue(f"{points} readings do not fit into {steps} steps; ask for fewer points")
     reading = [round(i * steps / points) for i in range(points + 1)]
     run = _run(f, rule, w, rule.init(w) if state is None else state, reading)
     report(0.1)
@@ -156,7 +157,7 @@ def _run(f: Objective, rule: UpdateRule, w: Tensor, state: State, reading: Seque
                 averaged.append(mean)
         before, now = now, after
     if not bool(now.isfinite().all()):
-        raise ValueError(
+        raise InvalidValue(
             f"the optimizer itself diverges within {reading[-1]} steps from here: its weights are not finite"
         )
     columns = {
@@ -186,14 +187,14 @@ def _rows(
 ) -> list[dict[str, Any]]:
     rows, memory = [], None
     for i, (step, w, true) in enumerate(zip(reading, weights, truth, strict=True)):
-        top = track(hessian(f, w), memory, seed=step)
+        top = warm_started(hessian(f, w), memory, seed=step)
         memory = top.memory
         moved, distance = (true - truth[0]).norm().item(), (w - true).norm().item()
         rows.append(
             {
                 "run": name,
                 "step": step,
-                "tau": step * rule.clock,
+                "tau": step * rule.intrinsic_time_per_step,
                 "point_loss": f.value(w).item(),
                 "radius": w.norm().item(),
                 "sharpness": top.values[0].item(),

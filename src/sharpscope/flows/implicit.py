@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..autodiff import third_order
-from ..errors import FlowStuck
+from ..errors import FlowStuck, InvalidValue
 from ..linalg import complementarity
 from ..linalg.eigenbasis import eigenbasis
 from .central import Flow, Slope, column
@@ -34,12 +34,12 @@ class implicit:
 
     def __call__(self, flow: Flow, point: Point, stop: float) -> tuple[Point, Row | None]:
         if point.averages:
-            raise ValueError(
+            raise InvalidValue(
                 f"implicit steps hold P fixed, and that of {type(flow.rule).__name__} moves: use multirate()"
             )
         rule, w = flow.rule, point.w
-        longest = self.longest / rule.clock if rule.clock else math.inf
-        reach = min(point.reach or (0.2 * longest if rule.clock else 10.0), longest, stop - point.t)
+        longest = self.longest / rule.intrinsic_time_per_step if rule.intrinsic_time_per_step else math.inf
+        reach = min(point.reach or (0.2 * longest if rule.intrinsic_time_per_step else 10.0), longest, stop - point.t)
         if flow.band is not None:  # what can rise to the bound within the step belongs to the modes
             flow = replace(flow, band=max(flow.band, 4 * self.longest))
         inverse = flow.inverse(w, point.averages)

@@ -22,11 +22,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..errors import FlowStuck, Unsolvable
+from ..errors import FlowStuck, InvalidValue, Unsolvable
 from ..optimizers.base import State
 from .central import Flow
 from .explicit import multirate
-from .path import Method, Path, Point, Row
+from .path import Method, Point, Row, Trajectory
 
 
 def integrate(
@@ -37,7 +37,7 @@ def integrate(
     averages: State | None = None,
     method: Method | None = None,
     at: Iterable[float] = (),
-) -> Path:
+) -> Trajectory:
     """The path of `flow` from `w` ``(P,)`` over a time of that many optimizer steps.
 
     Args:
@@ -50,7 +50,7 @@ def integrate(
         WrongThirdDerivative: third derivatives of this model cannot be trusted.
     """
     if not steps > 0:
-        raise ValueError(f"a path of {steps} steps has no length; steps must be positive")
+        raise InvalidValue(f"a path of {steps} steps has no length; steps must be positive")
     if averages is None:
         averages = flow.rule.averages(flow.rule.init(w))
     advance = multirate() if method is None else method
@@ -73,4 +73,4 @@ def integrate(
                 rows.append(row)
         kept.append(point.w)
     names = rows[0].keys()
-    return Path(torch.tensor([0.0, *stops]), torch.stack(kept), {n: [r[n] for r in rows] for n in names}, point)
+    return Trajectory(torch.tensor([0.0, *stops]), torch.stack(kept), {n: [r[n] for r in rows] for n in names}, point)

@@ -31,7 +31,7 @@ Method = Callable[[Flow, Point, float], tuple[Point, Row | None]]
 
 
 @dataclass(frozen=True)
-class Path:
+class Trajectory:
     """A flow's path: `columns` with a number for every step taken, `weights` ``(T, P)`` at `times` ``(T,)``.
 
     Columns: t, length, loss (averaged over the oscillation), point_loss, radius, curvature (the largest, at the bound

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..autodiff import third_order
 from ..autodiff.curvature import hessian
 from ..autodiff.objective import Objective
-from ..errors import NoMinimizer
+from ..errors import InvalidType, InvalidValue, NoMinimizer
 from ..linalg import complementarity
 from ..linalg.eigenbasis import Basis, eigenbasis
 from ..optimizers.base import UpdateRule
@@ -117,10 +117,12 @@ def sharpness_reduction(f: Objective, rule: UpdateRule, k: int = 1) -> Reduction
     if isinstance(rule, SphericalRMSprop):
         return ReductionFlow(f, rule.base_rate**2, rule.constant, k)
     if not isinstance(rule, GD):
-        raise TypeError(f"{type(rule).__name__} is not in the quasi-RMSprop family: it has no sharpness-reduction flow")
+        raise InvalidType(
+            f"{type(rule).__name__} is not in the quasi-RMSprop family: it has no sharpness-reduction flow"
+        )
     if not rule.weight_decay:
-        raise ValueError("without weight decay nothing drives the sharpness down; pass a rule with weight_decay > 0")
-    return ReductionFlow(f, 2 * rule.clock, 2.0, k)
+        raise InvalidValue("without weight decay nothing drives the sharpness down; pass a rule with weight_decay > 0")
+    return ReductionFlow(f, 2 * rule.intrinsic_time_per_step, 2.0, k)
 
 
 def follow(flow: ReductionFlow, w: Tensor, steps: float, *, pieces: int = 50) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ..autodiff.data import head
 from ..autodiff.objective import Objective
+from ..errors import InvalidValue
 from ..monitoring.monitor import Monitor, Sink
 
 
@@ -30,7 +31,7 @@ def _batch_size(loader: Any) -> int:
     plain = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) if plain else None
     if not isinstance(size, int):
-        raise ValueError(
+        raise InvalidValue(
             f"no probe can be picked from a {type(loader).__name__} that is not a DataLoader with batches of one size"
             " from a data set with indices; pass a few fixed batches: SharpnessCallback(data=[...])"
         )
@@ -61,13 +62,13 @@ def _moved(state: dict[str, Any], done: int) -> dict[str, Any]:
 def check_replicated(model: nn.Module, whole: bool, how: str, processes: int) -> None:
     """Raise ValueError unless every process holds all parameters and can run the model without the others."""
     if not whole:
-        raise ValueError(
+        raise InvalidValue(
             f"{how} may spread the parameters over processes, but curvature needs them whole on one; train on one"
             " device or with plain data parallelism (DDP), or measure the checkpoints"
         )
     synced = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
     if synced and processes > 1:
-        raise ValueError(
+        raise InvalidValue(
             f"'{synced[0]}' averages over processes (SyncBatchNorm), but only one of them measures; use BatchNorm"
         )
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..autodiff.objective import Loss, Objective
+from ..errors import InvalidValue
 from ..monitoring.monitor import Monitor, Sink
 from . import named
 from ._training import check_replicated, monitor_of, probe, with_forward
@@ -74,7 +75,7 @@ class SharpnessCallback(Callback):
         names = {base.__name__ for base in type(trainer.strategy).__mro__}
         check_replicated(pl_module, bool(names & WHOLE), type(trainer.strategy).__name__, trainer.world_size)
         if len(trainer.optimizers) != 1:
-            raise ValueError(
+            raise InvalidValue(
                 f"the module has {len(trainer.optimizers)} optimizers, and a reading is about one; make a Monitor for"
                 " each in on_train_start, and call their step() in on_train_batch_end"
             )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..autodiff.objective import Loss, Objective
+from ..errors import InvalidType
 from ..monitoring.monitor import Monitor, Sink
 from . import named
 from ._training import check_replicated, monitor_of, probe, with_forward
@@ -130,7 +131,7 @@ def _save(state: Mapping[str, Any], path: Path) -> None:
 
     def kept(value: Any) -> Any:
         if not isinstance(value, Tensor):
-            raise TypeError(f"a {type(value).__name__} cannot be saved")
+            raise InvalidType(f"a {type(value).__name__} cannot be saved")
         tensors[str(len(tensors))] = value.detach().cpu().contiguous().clone()
         return {"tensor": str(len(tensors) - 1), "strides": value.stride()}
 

@@ -1,1 +1,31 @@
-"""Linear algebra of a symmetric operator: eigenpairs, trace, density, each with bounds."""
+"""Linear algebra of a symmetric operator: eigenpairs, trace and density, each with its error."""
+
+from .bounds import Comparison
+from .density import Density, density
+from .eigenpairs import Eigenpairs
+from .lanczos import block_eigenpairs, both_ends, group_fractions, lanczos, smallest_eigenpairs
+from .operators import SymmetricOperator, preconditioned, projected, restricted, scaled, shifted
+from .trace import Estimate, diagonal, trace
+from .warm_start import warm_started
+
+__all__ = [
+    "Comparison",
+    "Density",
+    "Eigenpairs",
+    "Estimate",
+    "SymmetricOperator",
+    "block_eigenpairs",
+    "both_ends",
+    "density",
+    "diagonal",
+    "group_fractions",
+    "lanczos",
+    "preconditioned",
+    "projected",
+    "restricted",
+    "scaled",
+    "shifted",
+    "smallest_eigenpairs",
+    "trace",
+    "warm_started",
+]

@@ -96,7 +96,7 @@ class Comparison:
         return f"undecided at {self.threshold:.6g}: {seen}; some {self.more_matvecs} more products may decide"
 
 
-def compare(
+def compare_to_threshold(
     lower: float, value: float, upper: float, threshold: float, confidence: float, num_matvecs: int
 ) -> Comparison:
     """The three answers; the guess uses that the distance that Lanczos leaves open falls as one over products²."""

@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..errors import Unsolvable
+from ..errors import InvalidValue, Unsolvable
 
 ENOUGH = 1e-12
 """Residual at which no further step is taken."""
@@ -63,7 +63,7 @@ def solve(C: Tensor, B: Tensor, start: Tensor | None = None, *, rtol: float = 1e
     b = frame @ B.double().reshape(k * k, k * k) @ frame.T
     spectrum = torch.linalg.eigvalsh((b + b.T) / 2)
     if spectrum[0] < -1e-8 * spectrum[-1].abs():
-        raise ValueError(
+        raise InvalidValue(
             f"B has the eigenvalue {spectrum[0].item():.2g} beside {spectrum[-1].item():.2g}; it must be ⪰ 0"
         )
     if spectrum[-1] <= 0:
@@ -195,8 +195,8 @@ def _hopeless(c: Tensor) -> Unsolvable:
 
 def _check(C: Tensor, B: Tensor, k: int) -> None:
     if C.shape != (k, k) or B.shape != (k, k, k, k):
-        raise ValueError(f"C {tuple(C.shape)} and B {tuple(B.shape)} must be (k, k) and (k, k, k, k)")
+        raise InvalidValue(f"C {tuple(C.shape)} and B {tuple(B.shape)} must be (k, k) and (k, k, k, k)")
     if not bool(C.isfinite().all() and B.isfinite().all()):
-        raise ValueError("C and B must be finite")
+        raise InvalidValue("C and B must be finite")
     if k and (C - C.T).abs().max() > 1e-6 * C.abs().max():
-        raise ValueError("C must be symmetric")
+        raise InvalidValue("C must be symmetric")

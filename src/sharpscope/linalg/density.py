@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from .operators import SymmetricOperator
 from .trace import multiply
 
@@ -80,7 +81,7 @@ def density(
         ValueError: steps, probes or width that are not positive.
     """
     if steps < 1 or probes < 1 or (width is not None and width <= 0):
-        raise ValueError(f"steps={steps}, probes={probes}, width={width}: all have to be positive")
+        raise InvalidValue(f"steps={steps}, probes={probes}, width={width}: all have to be positive")
     steps = min(steps, a.size)
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn((a.size, probes), generator=generator, dtype=torch.float64).to(a.like)

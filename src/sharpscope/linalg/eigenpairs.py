@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bounds import Comparison, compare
+from .bounds import Comparison, compare_to_threshold
 
 CONFIDENCE = 0.999
 """Probability with which `Eigenpairs.upper` holds."""
@@ -113,7 +113,7 @@ class Eigenpairs:
 
     def against(self, threshold: float) -> Comparison:
         """Is the largest eigenvalue above `threshold`: proved, improbable, or undecided and at what price."""
-        return compare(
+        return compare_to_threshold(
             self.lower[0].item(), self.values[0].item(), self.upper, threshold, self.confidence, self.num_matvecs
         )
 

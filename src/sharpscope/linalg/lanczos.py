@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NotConverged, NotFinite
+from ..errors import InvalidValue, NotConverged, NotFinite
 from .bounds import RandomStart
 from .eigenpairs import CONFIDENCE, POOL, Eigenpairs, Memory, Pool
 from .operators import SymmetricOperator, restricted, scaled
@@ -53,7 +53,7 @@ def lanczos(
     return _block_lanczos(a, k, 0, rtol, gap, max_matvecs, basis, seed)[0]
 
 
-def ends(
+def both_ends(
     a: SymmetricOperator, k: int = 1, low: int = 1, *, rtol: float = 1e-4, seed: int = 0
 ) -> tuple[Eigenpairs, Tensor]:
     """Both ends of the spectrum from one run: the k largest eigenpairs, and the `low` smallest eigenvalues ascending.
@@ -75,9 +75,9 @@ def _block_lanczos(
 ) -> tuple[Eigenpairs, Tensor]:
     size = a.size
     if not 1 <= k <= size:
-        raise ValueError(f"k={k} eigenpairs asked of an operator of size {size}; k lies between 1 and {size}")
+        raise InvalidValue(f"k={k} eigenpairs asked of an operator of size {size}; k lies between 1 and {size}")
     if not 0 <= low <= size:
-        raise ValueError(f"{low} smallest eigenvalues asked of an operator of size {size}")
+        raise InvalidValue(f"{low} smallest eigenvalues asked of an operator of size {size}")
     budget = max(400, 40 * (k + low)) if max_matvecs is None else max_matvecs
     block, random = _start_block(a.like, k, seed)
     basis = min(size, max(basis, 3 * block.shape[1] + k + low))
@@ -191,16 +191,16 @@ def _orthonormal_rows(rest: Tensor, v: Tensor, small: float) -> tuple[Tensor, Te
     return rows, norms[:, None] * coefficients, norms[~keep].square().sum().item()
 
 
-def most_negative(a: SymmetricOperator, k: int = 1, **options: Any) -> Eigenpairs:
+def smallest_eigenpairs(a: SymmetricOperator, k: int = 1, **options: Any) -> Eigenpairs:
     """The k algebraically smallest eigenpairs, smallest first: `lanczos` on ``-A``, its options and errors [N4].
 
-    Bounds and memory, which are those of ``-A``, are left out; `ends` finds values at both ends in one run.
+    Bounds and memory, which are those of ``-A``, are left out; `both_ends` finds values at both ends in one run.
     """
     found = lanczos(scaled(a, -1), k, **options)
     return replace(found, values=-found.values, upper=math.inf, memory=None)
 
 
-def block_tops(
+def block_eigenpairs(
     a: SymmetricOperator, slices: Mapping[str, slice | Tensor], k: int = 1, **options: Any
 ) -> dict[str, Eigenpairs]:
     """The k largest eigenpairs (all of a smaller block) of every diagonal block ``A_gg`` by name, with `lanczos`.
@@ -209,27 +209,28 @@ def block_tops(
     index tensors as in ``ScaleGroups.groups``.
 
     >>> a = SymmetricOperator(lambda v: torch.arange(4.0) * v, torch.zeros(4))
-    >>> [round(found.values.item(), 3) for found in block_tops(a, {"low": slice(2), "high": slice(2, 4)}).values()]
-    [1.0, 3.0]
+    >>> found = block_eigenpairs(a, {"low": slice(2), "high": slice(2, 4)})
+    >>> {name: round(pairs.values.item(), 3) for name, pairs in found.items()}
+    {'low': 1.0, 'high': 3.0}
     """
     blocks = {name: restricted(a, indices) for name, indices in _indices(a.size, slices).items()}
     return {name: lanczos(block, min(k, block.size), **options) for name, block in blocks.items()}
 
 
-def shares(v: Tensor, slices: Mapping[str, slice | Tensor]) -> dict[str, float]:
+def group_fractions(v: Tensor, slices: Mapping[str, slice | Tensor]) -> dict[str, float]:
     """``‖v_g‖²/‖v‖²`` of each group of entries of `v` ``(P,)``; they sum to 1, "elsewhere" for what is in none.
 
-    >>> shares(torch.tensor([3.0, 0.0, 4.0]), {"weight": slice(2), "bias": slice(2, 3)})
+    >>> group_fractions(torch.tensor([3.0, 0.0, 4.0]), {"weight": slice(2), "bias": slice(2, 3)})
     {'weight': 0.36, 'bias': 0.64}
     """
     square = v.double().square()
     total = square.sum().item()
     if v.dim() != 1 or not 0 < total < math.inf:
-        raise ValueError(f"shares are those of one finite vector (P,) that is not zero; got shape {tuple(v.shape)}")
+        raise InvalidValue(f"shares are those of one finite vector (P,) that is not zero; got shape {tuple(v.shape)}")
     groups = _indices(len(v), slices)
     taken = torch.cat([v.new_empty(0, dtype=torch.long), *groups.values()])
     if len(taken.unique()) < len(taken):
-        raise ValueError(f"groups {', '.join(groups)} overlap; an entry counts once")
+        raise InvalidValue(f"groups {', '.join(groups)} overlap; an entry counts once")
     found = {name: square[indices].sum().item() / total for name, indices in groups.items()}
     square[taken] = 0
     return found if len(taken) == len(v) else {**found, "elsewhere": square.sum().item() / total}

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue, MissingExtra
+
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -42,7 +44,7 @@ class SymmetricOperator:
     def __matmul__(self, v: Tensor) -> Tensor:
         """``A v`` for a vector ``(P,)``, ``A V`` for columns ``(P, k)``."""
         if v.shape[:1] != (self.size,) or v.dim() > 2:
-            raise ValueError(f"an operator of size {self.size} cannot act on a tensor of shape {tuple(v.shape)}")
+            raise InvalidValue(f"an operator of size {self.size} cannot act on a tensor of shape {tuple(v.shape)}")
         if v.dim() == 1:
             return self.matvec(v)
         if self.matmat is not None and v.shape[1] > 1:
@@ -64,7 +66,7 @@ class SymmetricOperator:
         try:
             from scipy.sparse.linalg import LinearOperator
         except ImportError as missing:
-            raise ImportError("to_scipy() needs SciPy, which is not installed: pip install scipy") from missing
+            raise MissingExtra("to_scipy() needs SciPy, which is not installed: pip install scipy") from missing
 
         def product(x: Any) -> Any:
             y = self @ torch.as_tensor(x).to(self.like)
@@ -85,7 +87,7 @@ class SymmetricOperator:
 def preconditioned(a: SymmetricOperator, p: Tensor) -> SymmetricOperator:
     """``P^-1/2 A P^-1/2`` with ``P = diag(p)``, p positive ``(P,)``."""
     if p.shape != a.like.shape or not bool((p > 0).all()):
-        raise ValueError(
+        raise InvalidValue(
             f"a preconditioner for size {a.size} has {a.size} positive entries; got {int((p > 0).sum())} among"
             f" {p.numel()}"
         )

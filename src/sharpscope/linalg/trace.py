@@ -20,7 +20,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from ..errors import NotConverged, NotFinite
+from ..errors import InvalidValue, NotConverged, NotFinite
 from .operators import SymmetricOperator
 
 SKETCH, WIDEST, PILOT, COLUMNS = 16, 64, 16, 8
@@ -84,9 +84,9 @@ def _mean(
 ) -> Estimate:
     """The mean of ``reduce(v ∘ A v)`` over signs v; `reduce` is linear and takes columns."""
     if min(rtol, atol) < 0 or max(rtol, atol) == 0:
-        raise ValueError(f"rtol={rtol:g} and atol={atol:g} leave no error to stop at; make one of them positive")
+        raise InvalidValue(f"rtol={rtol:g} and atol={atol:g} leave no error to stop at; make one of them positive")
     if budget < min(2 * SKETCH + PILOT, a.size):
-        raise ValueError(f"max_matvecs={budget} is less than a sketch and its first probes: {2 * SKETCH + PILOT}")
+        raise InvalidValue(f"max_matvecs={budget} is less than a sketch and its first probes: {2 * SKETCH + PILOT}")
     if a.size <= 2 * SKETCH + PILOT:
         return _exact(a, reduce, 0)
     generator = torch.Generator().manual_seed(seed)

@@ -67,7 +67,7 @@ GROWTH = 0.6
 """2√γ of what a scout is to find: it ends after ln(6√P)/GROWTH products."""
 
 
-def track(
+def warm_started(
     a: SymmetricOperator,
     last: Eigenpairs | Memory | None = None,
     k: int = 1,

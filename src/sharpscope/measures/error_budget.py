@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..autodiff.curvature import hessian
 from ..autodiff.data import Batch
 from ..autodiff.objective import Objective
+from ..errors import InvalidValue
 from ..linalg.lanczos import lanczos
 from ..linalg.operators import SymmetricOperator
 from ..linalg.trace import student
@@ -176,7 +177,7 @@ def _pieces(batches: list[_Batch]) -> tuple[list[_Batch], str]:
     """The batches as they are, or (with a note) cut by examples where they are fewer than four."""
     counts = [batch.examples for batch in batches]
     if sum(counts) < QUARTERS:
-        raise ValueError(f"an error by sampling needs at least {QUARTERS} examples; the data hold {sum(counts)}")
+        raise InvalidValue(f"an error by sampling needs at least {QUARTERS} examples; the data hold {sum(counts)}")
     if len(batches) >= QUARTERS:
         return batches, ""
     pieces = []
@@ -184,7 +185,7 @@ def _pieces(batches: list[_Batch]) -> tuple[list[_Batch], str]:
         parts = min(count, math.ceil(2 * QUARTERS / len(batches)))
         pieces += [_Batch(_mapped(data, _rows(count, i, parts)), len(range(i, count, parts))) for i in range(parts)]
     if len(pieces) < QUARTERS:
-        raise ValueError(f"{len(batches)} batches of {counts} examples cannot be cut into {QUARTERS} parts")
+        raise InvalidValue(f"{len(batches)} batches of {counts} examples cannot be cut into {QUARTERS} parts")
     return pieces, (
         f"There were fewer than {QUARTERS} batches: subsets are made of {len(pieces)} parts of them, which batch"
         " normalization in training mode sees as batches of their own."

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..autodiff.curvature import hessian
 from ..autodiff.objective import Expansion, Objective
+from ..errors import InvalidType, InvalidValue
 from ..linalg.eigenpairs import Eigenpairs, Memory
 from ..linalg.operators import SymmetricOperator, preconditioned, restricted, shifted
-from ..linalg.warm_start import track
+from ..linalg.warm_start import warm_started
 from ..optimizers.base import Stability, State, UpdateRule
 from ..symmetry.scale_groups import ScaleGroups, find_groups
 from ..symmetry.sphere import on_sphere
@@ -48,7 +49,7 @@ class Iterate:
     def of(cls, at: "Objective | Iterate") -> "Iterate":
         """The Iterate itself, or the one at an objective's present weights."""
         if not isinstance(at, Iterate | Objective):
-            raise TypeError(f"a {type(at).__name__} has no sharpness by itself; make an Objective(model, loss, data)")
+            raise InvalidType(f"a {type(at).__name__} has no sharpness by itself; make an Objective(model, loss, data)")
         return at if isinstance(at, Iterate) else cls(at, at.weights())
 
     @cached_property
@@ -73,7 +74,7 @@ class Iterate:
         joint = self.scale_groups.joint
         if joint.numel() == 0:
             least = min(self.scale_groups.defects.items(), key=lambda item: item[1], default=("", 1.0))
-            raise ValueError(
+            raise InvalidValue(
                 "no scale-invariant weights: the least Euler cosine is"
                 f" {least[1]:.2g} ({least[0]}); spherical measures need normalization, sharpness() does not"
             )
@@ -94,10 +95,10 @@ class Iterate:
         if self.stability is not None:
             return self.stability
         if self.rule is None:
-            raise ValueError("this measure needs an update rule: Iterate(..., rule=GD(learning_rate=...))")
+            raise InvalidValue("this measure needs an update rule: Iterate(..., rule=GD(learning_rate=...))")
         found = self.rule.stability(self.state)
         if found is None:
-            raise ValueError(f"{type(self.rule).__name__} has averaged no gradient yet: its steps have no length")
+            raise InvalidValue(f"{type(self.rule).__name__} has averaged no gradient yet: its steps have no length")
         return found
 
     @cached_property
@@ -126,7 +127,7 @@ class Iterate:
         """Of the Hessian in the invariant groups, each group at unit norm: ``Δ H Δ``, Δ = diag(‖w_g‖) [N12]."""
         groups = self.scale_groups.groups
         if not groups:
-            raise ValueError("no group of weights is scale-invariant on its own; use spherical_sharpness()")
+            raise InvalidValue("no group of weights is scale-invariant on its own; use spherical_sharpness()")
         inverse_square = self.w.new_ones(self.objective.size)
         for indices in groups.values():
             inverse_square[indices] = 1 / self.w[indices].square().sum()
@@ -144,4 +145,4 @@ class Iterate:
         return {name: memory for name, memory in solved.items() if memory is not None}
 
     def _solve(self, name: str, a: SymmetricOperator) -> Eigenpairs:
-        return track(a, self.start.get(name), min(self.k, a.size), rtol=self.rtol, seed=self.step)
+        return warm_started(a, self.start.get(name), min(self.k, a.size), rtol=self.rtol, seed=self.step)

@@ -4,6 +4,7 @@ Each takes an `Iterate`, or an `Objective` (then at its model's present weights)
 """
 
 from ..autodiff.objective import Objective
+from ..errors import InvalidValue
 from ..linalg.eigenpairs import Eigenpairs
 from ..optimizers.base import UpdateRule
 from .iterate import Iterate
@@ -58,7 +59,7 @@ def effective_learning_rate(at: Iterate) -> float:
     return _rule(at).effective_learning_rate(radius(at), at.state)
 
 
-def spherical_edge(at: Iterate) -> float:
+def eta_lambda(at: Iterate) -> float:
     """``η̃ λ1``: effective learning rate × spherical sharpness; 2 at the edge for gradient descent."""
     return effective_learning_rate(at) * spherical_sharpness(at)
 
@@ -81,5 +82,5 @@ def top_eigenpairs(at: Objective | Iterate, k: int = 1) -> Eigenpairs:
 
 def _rule(at: Iterate) -> UpdateRule:
     if at.rule is None:
-        raise ValueError("this measure needs an update rule: Iterate(..., rule=GD(learning_rate=...))")
+        raise InvalidValue("this measure needs an update rule: Iterate(..., rule=GD(learning_rate=...))")
     return at.rule

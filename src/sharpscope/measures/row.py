@@ -71,7 +71,7 @@ def curvature(it: Iterate, at: Setting, row: dict[str, Any], *, full: bool) -> N
         if full or (one and whole):
             row["spherical_sharpness"] = measures.spherical_sharpness(it)
             if at.on_sphere is not None:
-                row["edge"] = at.on_sphere(row["radius"]) * row["spherical_sharpness"]
+                row["eta_lambda"] = at.on_sphere(row["radius"]) * row["spherical_sharpness"]
     row |= _by_group(it, at)
 
 

@@ -1,1 +1,11 @@
-"""Watching a training loop: what to measure when, and what it means."""
+"""Watching a training loop: when to measure, what it means, and what to do."""
+
+from .diagnosis import Finding
+from .monitor import Monitor
+from .schedules import log_spaced
+
+__all__ = [
+    "Finding",
+    "Monitor",
+    "log_spaced",
+]

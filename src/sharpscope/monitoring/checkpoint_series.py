@@ -30,7 +30,7 @@ from ..measures.iterate import Iterate
 from ..optimizers.gd import GD
 from ..records import checkpoints
 from ..records.history import History, Value
-from ..records.run_log import Track
+from ..records.run_log import RunLog
 from ..report.html import write_report
 from ..symmetry.scale_groups import ScaleGroups, find_groups
 from .diagnosis import AT_THE_EDGE
@@ -203,12 +203,12 @@ class _Log:
                 raise Unusable(f"{out} holds a different analysis ({odd}); choose another --out")
         self.groups = None if there.get("invariant") is None else _groups_of(there["invariant"])
         try:
-            self.track = Track(out, RUN)
-            _cut_to_whole_lines(self.track.log)
+            self.log = RunLog(out, RUN)
+            _cut_to_whole_lines(self.log.path)
             self._save()
         except OSError as error:
             raise _unwritten(out, error) from error
-        self.known: dict[str, Mapping[str, Any]] = {row["digest"]: row for row in self.track.rows}
+        self.known: dict[str, Mapping[str, Any]] = {row["digest"]: row for row in self.log.rows}
 
     def append(self, digest: str, row: Mapping[str, Value], groups: ScaleGroups | None) -> None:
         self.known[digest] = {"digest": digest, **row}
@@ -216,7 +216,7 @@ class _Log:
             if self.groups is None and groups is not None:
                 self.groups = groups
                 self._save()
-            self.track.append(**self.known[digest])
+            self.log.append(**self.known[digest])
         except OSError as error:
             raise _unwritten(self.path.parent, error) from error
 
@@ -333,7 +333,7 @@ def _with_rule(row: Mapping[str, Any], rule: GD | None) -> dict[str, Any]:
     threshold = rule.threshold({})
     own |= {"threshold": threshold, "stability_ratio": own["sharpness"] / threshold}
     if own.get("spherical_sharpness") is not None:
-        own["edge"] = rule.effective_learning_rate(own["radius"], {}) * own["spherical_sharpness"]
+        own["eta_lambda"] = rule.effective_learning_rate(own["radius"], {}) * own["spherical_sharpness"]
     return own
 
 

@@ -52,7 +52,7 @@ class Finding:
         return self.text
 
 
-class Readings:
+class Measurements:
     """The columns of one run, and the facts beside them."""
 
     def __init__(self, history: History, run: str, facts: Facts) -> None:
@@ -93,11 +93,11 @@ class Readings:
 
 def diagnose(history: History, run: str, facts: Facts) -> list[Finding]:
     """What the readings of `run` say, most urgent first."""
-    readings = Readings(history, run, facts)
+    readings = Measurements(history, run, facts)
     return [finding for rule in RULES for finding in [rule(readings)] if finding is not None]
 
 
-def divergence(at: Readings) -> Finding | None:
+def divergence(at: Measurements) -> Finding | None:
     """The loss is not finite."""
     steps, losses = at.history.columns.get("step", []), at.history.columns.get("loss", [])
     rows = zip(at.history.columns.get("run", []), steps, losses, strict=True)
@@ -108,8 +108,8 @@ def divergence(at: Readings) -> Finding | None:
     return Finding("diverged", text, {"step": float(lost[0])})
 
 
-def gaps(at: Readings) -> Finding | None:
-    """Readings without curvature."""
+def gaps(at: Measurements) -> Finding | None:
+    """Measurements without curvature."""
     names = ("run", "step", "loss", "sharpness", "stability_ratio")
     rows = list(zip(*(at.history.columns.get(name, [None] * len(at.history)) for name in names), strict=True))
     finite = [row for row in rows if row[0] == at.run and row[2] is not None and np.isfinite(row[2])]
@@ -123,7 +123,7 @@ def gaps(at: Readings) -> Finding | None:
     return Finding("gaps", text, {"missing": float(len(missing)), "of": float(len(finite))})
 
 
-def regime(at: Readings) -> Finding:
+def regime(at: Measurements) -> Finding:
     """Where the run stands towards the edge of stability."""
     ratios, late = at.series("stability_ratio"), at.late("stability_ratio")
     if not len(ratios):
@@ -163,7 +163,7 @@ def regime(at: Readings) -> Finding:
     return found("below", f"Below the edge of stability: {seen}; it may grow {1 / r:.3g}-fold before steps overshoot.")
 
 
-def _blowing_up(at: Readings) -> bool:
+def _blowing_up(at: Measurements) -> bool:
     """The loss has grown at each of the late readings, and doubled: at the edge it goes up and down."""
     losses = at.late("loss")
     losses = losses[np.isfinite(losses)]
@@ -178,7 +178,7 @@ def _rising(ratios: np.ndarray) -> bool:
     return bool(np.median(ratios[-n:]) > 1.02 * np.median(ratios[-2 * n : -n]))
 
 
-def _by_norm(at: Readings) -> bool:
+def _by_norm(at: Measurements) -> bool:
     """The spherical sharpness explains less of the late rise than the norm does."""
     if "spherical_sharpness" not in at.history.columns:
         return False
@@ -189,7 +189,7 @@ def _by_norm(at: Readings) -> bool:
     return bool(math.log(spherical[-1] / spherical[-1 - n]) < 0.5 * math.log(ratio[-1] / ratio[-1 - n]))
 
 
-def place(at: Readings) -> Finding | None:
+def place(at: Measurements) -> Finding | None:
     """Where the curvature lives, in a network with invariant and other weights."""
     shares = at.each("share")
     other = at.facts.size - at.facts.invariant - sum(at.facts.null.values())
@@ -211,7 +211,7 @@ def place(at: Readings) -> Finding | None:
     return Finding("place", text, numbers, LYU)
 
 
-def largest_rate(at: Readings) -> Finding | None:
+def largest_rate(at: Measurements) -> Finding | None:
     """lr/r, the rate at which the present curvature is at the edge."""
     if not (at.last("learning_rate") > 0 and at.ratio > 0):
         return None
@@ -222,7 +222,7 @@ def largest_rate(at: Readings) -> Finding | None:
     return Finding("largest rate", text, {"largest": largest, "learning rate": lr}, COHEN)
 
 
-def twice_the_rate(at: Readings) -> Finding | None:
+def twice_the_rate(at: Measurements) -> Finding | None:
     """What doubling the learning rate would change."""
     r = at.ratio
     if not (r > 0 and at.last("learning_rate") > 0):
@@ -241,7 +241,7 @@ def twice_the_rate(at: Readings) -> Finding | None:
     return Finding("twice the rate", text, {"ratio": r, "doubled": 2 * r}, COHEN)
 
 
-def entry(at: Readings) -> Finding | None:
+def entry(at: Measurements) -> Finding | None:
     """½ ln(1/r) on the clock of weight decay: when shrinking norms reach the edge, where gradients have died."""
     r, clock = at.ratio, at.last("clock")
     if not (0 < r < AT_THE_EDGE[0] and clock > 0) or sum(at.each("share").values()) < 0.5 or eps(at):
@@ -256,7 +256,7 @@ def entry(at: Readings) -> Finding | None:
     return Finding("entry", text, {"ratio": r, "tau": tau, "steps": steps, "left": at.left}, LYU)
 
 
-def invariance(at: Readings) -> Finding:
+def invariance(at: Measurements) -> Finding:
     """How many weights are scale-invariant."""
     n = at.facts.invariant
     if not at.facts.asked:
@@ -271,7 +271,7 @@ def invariance(at: Readings) -> Finding:
     return Finding("invariance", text, {"weights": float(n), "defect": at.facts.defect}, LYU)
 
 
-def decay_rescales(at: Readings) -> Finding | None:
+def decay_rescales(at: Measurements) -> Finding | None:
     """On invariant weights weight decay is no penalty, and where nothing holds a weight it only shrinks it."""
     n, idle, pairs = at.facts.invariant, at.facts.decayed_null, at.facts.pairs
     if not at.last("clock") > 0 or not (n or idle or pairs):
@@ -292,7 +292,7 @@ def decay_rescales(at: Readings) -> Finding | None:
     return Finding("decay rescales", " ".join(parts), numbers, LYU)
 
 
-def clock(at: Readings) -> Finding | None:
+def clock(at: Measurements) -> Finding | None:
     """Whether weight decay has had time to act: τ so far and at the end."""
     rate, tau = at.last("clock"), at.last("tau")
     if at.facts.invariant == 0 or math.isnan(rate):
@@ -314,7 +314,7 @@ def clock(at: Readings) -> Finding | None:
     return Finding("clock", text, numbers | {"steps": more}, LYU)
 
 
-def settling(at: Readings) -> Finding | None:
+def settling(at: Measurements) -> Finding | None:
     """1/(2 clock) steps until norm and rotation balance, against the steps of the run."""
     rate, tau, steps = at.last("clock"), at.last("tau"), at.facts.steps
     if at.facts.invariant == 0 or not rate > 0 or steps is None or tau >= 1:
@@ -328,7 +328,7 @@ def settling(at: Readings) -> Finding | None:
     return Finding("settling", text, {"time": time, "steps": float(steps)}, KOSSON)
 
 
-def twice_the_decay(at: Readings) -> Finding | None:
+def twice_the_decay(at: Measurements) -> Finding | None:
     """What doubling weight decay would change."""
     rate = at.last("clock")
     if at.facts.invariant == 0 or not rate > 0:
@@ -344,7 +344,7 @@ def twice_the_decay(at: Readings) -> Finding | None:
     return Finding("twice the decay", text + ".", numbers, KOSSON)
 
 
-def rotation(at: Readings) -> Finding | None:
+def rotation(at: Measurements) -> Finding | None:
     """The angle per step of settled weights against its law."""
     angles, expected = at.each("rotation"), at.last("equilibrium")
     if not angles or not expected > 0 or not at.last("tau") >= 1 or eps(at):
@@ -362,7 +362,7 @@ def rotation(at: Readings) -> Finding | None:
     return Finding("rotation", text, {"least": relative[slow], "most": relative[fast], "law": expected}, KOSSON)
 
 
-def eps(at: Readings) -> Finding | None:
+def eps(at: Measurements) -> Finding | None:
     """A radial gradient that balances weight decay: eps of a normalization holds the norm up, not the edge."""
     held = {name: force for name, force in at.each("radial").items() if force >= 0.5}
     if not held or not at.ratio < AT_THE_EDGE[0]:
@@ -375,7 +375,7 @@ def eps(at: Readings) -> Finding | None:
     return Finding("eps", text, {"balanced": held[name], "ratio": at.ratio}, LYU)
 
 
-def clipping(at: Readings) -> Finding | None:
+def clipping(at: Measurements) -> Finding | None:
     """The norm of the gradients that were applied is the same at all late readings."""
     norms = at.late("applied_gradient")
     if len(norms) < 3 or not norms[-1] > 0 or np.ptp(norms) > 1e-4 * norms[-1]:
@@ -389,7 +389,7 @@ def clipping(at: Readings) -> Finding | None:
     return Finding("clipping", text, {"norm": float(norms[-1])})
 
 
-def cost(at: Readings) -> Finding | None:
+def cost(at: Measurements) -> Finding | None:
     """What the measuring has taken so far."""
     share = at.last("overhead") if at.facts.overhead is None else at.facts.overhead
     if math.isnan(share):
@@ -398,7 +398,7 @@ def cost(at: Readings) -> Finding | None:
     return Finding("cost", f"Measuring took {part} the time of training so far.", {"overhead": share})
 
 
-RULES: tuple[Callable[[Readings], Finding | None], ...] = (
+RULES: tuple[Callable[[Measurements], Finding | None], ...] = (
     *(divergence, gaps, regime, place, eps, clipping, largest_rate, twice_the_rate),
     *(invariance, decay_rescales, clock, settling, entry, twice_the_decay, rotation, cost),
 )

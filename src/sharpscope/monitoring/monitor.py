@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..autodiff.objective import Objective
-from ..errors import NotConverged, NotFinite
+from ..errors import InvalidValue, NotConverged, NotFinite
 from ..linalg.eigenpairs import Memory
 from ..measures import measures
 from ..measures.iterate import Iterate, midpoint
@@ -30,7 +30,7 @@ from ..measures.row import Setting, angles, curvature, setting_of
 from ..optimizers.base import Stability, UpdateRule
 from ..optimizers.from_torch import rules_of, stability_of
 from ..records.history import History
-from ..records.run_log import Track
+from ..records.run_log import RunLog
 from ..report.html import write_page
 from ..symmetry.scale_groups import ScaleGroups, find_groups
 from .diagnosis import Facts, Finding, diagnose
@@ -99,9 +99,9 @@ class Monitor:
         directory: str | Path | None = None,
     ) -> None:
         if every is not None and budget is not None:
-            raise ValueError("give either every= or budget=, not both")
+            raise InvalidValue("give either every= or budget=, not both")
         if steps is not None and steps < 1:
-            raise ValueError(f"steps={steps}: the number of steps that are planned is at least 1")
+            raise InvalidValue(f"steps={steps}: the number of steps that are planned is at least 1")
         _check_trains(optimizer, objective)
         began = perf_counter()
         self.objective, self.optimizer, self.point, self.k, self.sinks = objective, optimizer, point, k, tuple(sinks)
@@ -122,7 +122,7 @@ class Monitor:
         self._before: tuple[int, Tensor] | None = None  # weights after that many steps
         self._handled, self._idle = 0, 0.0  # steps that were looked at, seconds of training since
         self._taken: tuple[int, Setting] | None = None  # how the optimizer was set when it took that step
-        self._track = None if directory is None else _fresh_track(Path(directory))
+        self._log = None if directory is None else _fresh_log(Path(directory))
         self._hook = optimizer.register_step_post_hook(self._stepped)
         self._resumed = perf_counter()
         if self.budget is None:
@@ -141,8 +141,8 @@ class Monitor:
     def close(self, note: str = "") -> None:
         """Stop watching the optimizer; a run on disk is marked as finished."""
         self._hook.remove()
-        if self._track is not None and not self._track.finished:
-            self._track.finish(note)
+        if self._log is not None and not self._log.finished:
+            self._log.finish(note)
 
     @property
     def rule(self) -> UpdateRule | None:
@@ -194,7 +194,7 @@ class Monitor:
         began = perf_counter()
         self.steps += 1
         rule = self.rule
-        self.tau += rule.clock if rule and rule.clock > 0 else 0.0
+        self.tau += rule.intrinsic_time_per_step if rule and rule.intrinsic_time_per_step > 0 else 0.0
         if self._wanted((self.steps,)):
             self._taken = (self.steps, self._setting())
         spent = perf_counter() - began
@@ -272,7 +272,7 @@ class Monitor:
         it = Iterate(f, w, rule, {}, self.steps, groups, self.k, rtol, start=self._memories, stability=at.stability)
         row: dict[str, Any] = {"tau": self.tau, "loss": measures.loss(it), "learning_rate": at.learning_rate}
         if rule is not None:
-            row |= {"clock": rule.clock, "equilibrium": rule.equilibrium}
+            row |= {"clock": rule.intrinsic_time_per_step, "equilibrium": rule.equilibrium}
         if setting is not None and setting.gradient is not None:
             row["applied_gradient"] = setting.gradient
         if math.isfinite(row["loss"]):
@@ -287,10 +287,10 @@ class Monitor:
 
     def _append(self, row: dict[str, Any]) -> None:
         self.history.append(**row)
-        if self._track is not None:
+        if self._log is not None:
             if len(self.history) == 1 or self._groups is not self._described:
                 self._describe()
-            self._track.append(**{name: value for name, value in row.items() if name != "run"})
+            self._log.append(**{name: value for name, value in row.items() if name != "run"})
         numbers = {n: float(v) for n, v in row.items() if isinstance(v, float) and math.isfinite(v)}
         for sink in self.sinks:
             try:
@@ -358,8 +358,8 @@ class Monitor:
 
     def _describe(self) -> None:
         """What `page` needs beside the rows, written whole or not at all."""
-        assert self._track is not None
-        path = self._track.log.parent / "monitor.json"
+        assert self._log is not None
+        path = self._log.path.parent / "monitor.json"
         words = {"kind": "monitor", "title": type(self.objective.model).__name__}
         self._described = self._groups
         facts = asdict(replace(self.facts, overhead=None))  # that of the latest row
@@ -391,10 +391,10 @@ class Monitor:
         self._before = None if state["before"] is None else (state["before"][0], state["before"][1].to(like))
         self._groups = None if state["groups"] is None else ScaleGroups(**state["groups"])
         self.ledger = Ledger(*state["seconds"])
-        if self._track is not None:
-            self._track.log.write_bytes(b"")
+        if self._log is not None:
+            self._log.path.write_bytes(b"")
             for row in state["rows"]:
-                self._track.append(**{name: value for name, value in row.items() if name != "run"})
+                self._log.append(**{name: value for name, value in row.items() if name != "run"})
             self._describe()
 
     def _read_rules(self) -> None:
@@ -432,15 +432,15 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
 
 
-def _fresh_track(directory: Path) -> Track:
+def _fresh_log(directory: Path) -> RunLog:
     """An empty log; the one of an earlier run is moved aside."""
-    track = Track(directory, RUN)
-    if track.log.exists() and track.log.stat().st_size:
+    log = RunLog(directory, RUN)
+    if log.path.exists() and log.path.stat().st_size:
         n = 1
-        while (aside := track.log.with_suffix(f".{n}.jsonl")).exists():
+        while (aside := log.path.with_suffix(f".{n}.jsonl")).exists():
             n += 1
-        os.replace(track.log, aside)
-    return track
+        os.replace(log.path, aside)
+    return log
 
 
 def _check_trains(optimizer: Optimizer, objective: Objective) -> None:
@@ -448,7 +448,7 @@ def _check_trains(optimizer: Optimizer, objective: Objective) -> None:
     params = dict(objective.model.named_parameters())
     idle = [name for name in objective.slices if id(params[name]) not in trained]
     if idle:
-        raise ValueError(
+        raise InvalidValue(
             f"the optimizer does not train {', '.join(idle)}: pass the optimizer of this model, or freeze what is not"
             " trained by requires_grad_(False) before making the Objective"
         )

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from ..errors import InvalidValue
 from ..records.history import History
-from ..records.run_log import Track
+from ..records.run_log import RunLog
 from ..report.charts import Chart
 from ..report.html import number, render
-from .diagnosis import Facts, Finding, Readings, diagnose
+from .diagnosis import Facts, Finding, Measurements, diagnose
 
 RUN = "training"
 
@@ -82,15 +83,15 @@ def page(directory: Path) -> str:
     """
     description = Path(directory) / "monitor.json"
     if not description.exists():
-        raise ValueError(f"{directory} holds no monitored run (there is no monitor.json); pass directory= to Monitor")
+        raise InvalidValue(f"{directory} holds no monitored run (there is no monitor.json); pass directory= to Monitor")
     told = json.loads(description.read_text(encoding="utf-8"))
-    history = History({"run": RUN, **row} for row in Track(Path(directory), RUN).rows)
+    history = History({"run": RUN, **row} for row in RunLog(Path(directory), RUN).rows)
     return render_run(history, Facts(**told["facts"]), told["config"])
 
 
 def _by_group(history: History) -> tuple[list[Chart], list[dict[str, Any]]]:
     """Charts with a line for each of the groups that matter most, and the rows that they draw."""
-    shares = Readings(history, RUN, Facts()).each("share")
+    shares = Measurements(history, RUN, Facts()).each("share")
     groups = tuple(sorted(shares, key=lambda name: -shares[name])[:SHOWN])
     if not groups:
         return [], []

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from ..errors import InvalidValue
+
 Schedule = Callable[[int], bool]
 
 
@@ -13,7 +15,7 @@ def log_spaced(per_decade: int = 10) -> Schedule:
     [0, 1, 2, 5, 10, 22, 46, 100]
     """
     if per_decade < 1:
-        raise ValueError(f"per_decade={per_decade}: at least one reading in a decade")
+        raise InvalidValue(f"per_decade={per_decade}: at least one reading in a decade")
 
     def place(step: int) -> int:
         """How many of the values round(10^(i/per_decade)) are at most `step`."""
@@ -28,5 +30,5 @@ def log_spaced(per_decade: int = 10) -> Schedule:
 def every_nth(n: int) -> Schedule:
     """Steps 0, n, 2n, ..."""
     if n < 1:
-        raise ValueError(f"every={n}: the number of steps between measurements is at least 1")
+        raise InvalidValue(f"every={n}: the number of steps between measurements is at least 1")
     return lambda step: step % n == 0

@@ -1,6 +1,6 @@
 """When to measure a running training: at chosen steps, or as often as a share of its time allows.
 
-Readings are paid in seconds.  With a share b, and c seconds for the dearest reading so far, there is one when
+Measurements are paid in seconds.  With a share b, and c seconds for the dearest reading so far, there is one when
 
     measured + c ≤ b · trained
 
@@ -23,13 +23,13 @@ from torch import Tensor
 
 from ..autodiff.data import examples, head
 from ..autodiff.objective import Expand, Expansion, Objective
-from ..errors import OutOfTime
+from ..errors import InvalidValue, OutOfTime
 
 SAFETY = 0.9
 """Part of the share that is planned with."""
 
 READINGS = 24
-"""Readings that a plan wants to afford in the steps of the run (1000 where they are not known)."""
+"""Measurements that a plan wants to afford in the steps of the run (1000 where they are not known)."""
 
 LEAST, MOST = 16, 4096
 """Examples that a planned probe holds at least, if there are as many, and at most."""
@@ -52,7 +52,7 @@ def share_of(budget: float | str) -> float:
     except ValueError:
         share = -1.0
     if not 0 < share <= 1:
-        raise ValueError(f"budget={budget!r}: give the share of the training time as '5%' or .05, at most 1")
+        raise InvalidValue(f"budget={budget!r}: give the share of the training time as '5%' or .05, at most 1")
     return share
 
 

@@ -1,6 +1,31 @@
-"""Update rules of optimizers as values, with their thresholds of stability."""
+"""Update rules of optimizers as values, and the curvature at which each becomes unstable."""
 
-# rule_of finds them as the subclasses of UpdateRule
-from . import adaptive as adaptive
-from . import gd as gd
-from . import scalar as scalar
+from .adaptive import Adam, RMSprop
+from .base import Stability, UpdateRule
+from .descend import descend
+from .equivalences import ExponentialRate, ProjectedGD, as_decayed, as_exponential, as_projected, as_rmsprop, rescaled
+from .from_torch import rule_of, rules_of, stability_of, state_of
+from .gd import GD
+from .scalar import ScalarRMSprop, SphericalRMSprop
+
+__all__ = [
+    "GD",
+    "Adam",
+    "ExponentialRate",
+    "ProjectedGD",
+    "RMSprop",
+    "ScalarRMSprop",
+    "SphericalRMSprop",
+    "Stability",
+    "UpdateRule",
+    "as_decayed",
+    "as_exponential",
+    "as_projected",
+    "as_rmsprop",
+    "descend",
+    "rescaled",
+    "rule_of",
+    "rules_of",
+    "stability_of",
+    "state_of",
+]

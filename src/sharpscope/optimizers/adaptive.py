@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..errors import InvalidType
 from .base import Stability, State, UpdateRule, demand, described, heavy_ball
 
 
@@ -22,14 +23,14 @@ class PerWeight(UpdateRule):
     """A rule with a learning rate for every weight: its stability shows in ``P^-1/2 ∇²F P^-1/2`` alone."""
 
     def threshold(self, state: State) -> NoReturn:
-        raise TypeError(self._none("threshold on the eigenvalues of ∇²L"))
+        raise InvalidType(self._none("threshold on the eigenvalues of ∇²L"))
 
     def effective_learning_rate(self, radius: float, state: State) -> NoReturn:
-        raise TypeError(self._none("effective learning rate on the sphere"))
+        raise InvalidType(self._none("effective learning rate on the sphere"))
 
     @property
     def edge(self) -> NoReturn:
-        raise TypeError(self._none("effective learning rate on the sphere"))
+        raise InvalidType(self._none("effective learning rate on the sphere"))
 
     def stability(self, state: State) -> Stability | None:
         """In the metric ``bound·P``; None before the first gradient."""
@@ -71,7 +72,7 @@ class RMSprop(PerWeight):
         demand(0 <= self.momentum < 1, f"momentum is {self.momentum}; it lies in [0, 1)")
 
     @property
-    def clock(self) -> float:
+    def intrinsic_time_per_step(self) -> float:
         """0 without weight decay; with it not a number: g/√v decays weights by another rule than exp(-τ)."""
         return math.nan if self.weight_decay else 0.0
 
@@ -143,7 +144,7 @@ class Adam(PerWeight):
         demand(il < 1, f"decoupled weight decay takes lr·wd = {il:g} of the weights a step; it lies in [0, 1)")
 
     @property
-    def clock(self) -> float:
+    def intrinsic_time_per_step(self) -> float:
         """``lr·wd`` if decoupled or zero; otherwise not a number, as for `RMSprop`."""
         return math.nan if self.coupled_decay else self.decoupled_decay
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..errors import InvalidType, InvalidValue
+
 State = Mapping[str, Tensor]
 
 
@@ -75,7 +77,7 @@ class UpdateRule(ABC):
 
     @property
     @abstractmethod
-    def clock(self) -> float:
+    def intrinsic_time_per_step(self) -> float:
         """τ per step: the time in which weight decay acts (τ = 1 decays a weight that nothing else holds by e)."""
 
     def preconditioner(self, state: State) -> Tensor:
@@ -83,7 +85,7 @@ class UpdateRule(ABC):
 
         A momentum buffer does not enter: it has settled on the gradient, which changes little between steps.
         """
-        raise TypeError(
+        raise InvalidType(
             f"{type(self).__name__} says no preconditioner, which a flow needs; define preconditioner(state)"
         )
 
@@ -126,17 +128,17 @@ class UpdateRule(ABC):
     @classmethod
     def read(cls, optimizer: Optimizer) -> "UpdateRule":
         """The rule with the hyper-parameters of a live `optimizer`."""
-        raise TypeError(f"{cls.__name__} does not say how to read a {type(optimizer).__name__}")
+        raise InvalidType(f"{cls.__name__} does not say how to read a {type(optimizer).__name__}")
 
 
 def described(optimizer: Optimizer, *refused: str) -> Mapping[str, Any]:
     """The hyper-parameters of an optimizer's one parameter group, in which none of `refused` is on."""
     kind, groups = type(optimizer).__name__, optimizer.param_groups
     if len(groups) != 1:
-        raise TypeError(f"the optimizer has {len(groups)} parameter groups; a rule describes one: see rules_of")
+        raise InvalidType(f"the optimizer has {len(groups)} parameter groups; a rule describes one: see rules_of")
     odd = [name for name in refused if groups[0][name]]
     if odd:
-        raise TypeError(f"no update rule for {kind} with {', '.join(odd)}; subclass UpdateRule and pass rule=")
+        raise InvalidType(f"no update rule for {kind} with {', '.join(odd)}; subclass UpdateRule and pass rule=")
     return groups[0]
 
 
@@ -150,4 +152,4 @@ def heavy_ball(momentum: float, decoupled_decay: float = 0.0) -> float:
 
 def demand(ok: bool, sentence: str) -> None:
     if not ok:
-        raise ValueError(sentence)
+        raise InvalidValue(sentence)

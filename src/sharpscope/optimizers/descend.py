@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..autodiff.batched import Replicas, Slope
+from ..autodiff.batched import BatchedRuns, Slope
 from ..autodiff.objective import Objective
+from ..errors import InvalidType, InvalidValue
 from .base import UpdateRule
 
 MAY_DIFFER = ("learning_rate", "weight_decay")
@@ -38,7 +39,7 @@ def on_batches(f: Objective, x: Tensor, y: Tensor, size: int, seed: int) -> Slop
 
     def slope(W: Tensor, step: int) -> tuple[Tensor, Tensor]:
         pick = next(picks)
-        return Replicas.of(f.on([(x[pick], y[pick])])).value_and_grad(W)
+        return BatchedRuns.of(f.on([(x[pick], y[pick])])).value_and_grad(W)
 
     return slope
 
@@ -67,7 +68,7 @@ def descend(
     """At most `steps` steps of R runs from `W` ``(R, P)``; a run that is done stays where it is while others go on.
 
     Args:
-        slope: losses and gradients, `Replicas.slope` or what mini-batches and noise make of it.
+        slope: losses and gradients, `BatchedRuns.slope` or what mini-batches and noise make of it.
         rules: one for all, or one a run; these may differ in learning rate and weight decay.
         until: losses ``(R,)`` to booleans: which runs have arrived.
         watch: called with step t, W, losses and gradients at every iterate, before step t and after the last.
@@ -106,9 +107,9 @@ def stacked(rules: Sequence[UpdateRule], W: Tensor) -> UpdateRule:
     """One rule for all runs, whose learning rates and weight decays are columns ``(R, 1)`` where they differ."""
     first, *others = rules
     if len(rules) != len(W):
-        raise ValueError(f"{len(rules)} rules for {len(W)} runs; give one rule, or one a run")
+        raise InvalidValue(f"{len(rules)} rules for {len(W)} runs; give one rule, or one a run")
     if {type(rule) for rule in others} - {type(first)}:
-        raise TypeError(
+        raise InvalidType(
             f"runs side by side need one kind of rule; got {', '.join(sorted({type(r).__name__ for r in rules}))}"
         )
     rule = copy.copy(first)
@@ -116,7 +117,9 @@ def stacked(rules: Sequence[UpdateRule], W: Tensor) -> UpdateRule:
         values = [getattr(r, name) for r in rules]
         if any(v != values[0] for v in values):
             if name not in MAY_DIFFER:
-                raise ValueError(f"{name} is {values}; runs side by side may differ in {' and '.join(MAY_DIFFER)} only")
+                raise InvalidValue(
+                    f"{name} is {values}; runs side by side may differ in {' and '.join(MAY_DIFFER)} only"
+                )
             object.__setattr__(rule, name, torch.tensor(values, dtype=W.dtype, device=W.device)[:, None])
     return rule
 
@@ -132,4 +135,6 @@ def _check_rows(rule: UpdateRule, rules: UpdateRule | Sequence[UpdateRule], W: T
         except RuntimeError:  # of shapes that do not fit
             same = False
         if not same:
-            raise ValueError(f"a step of {type(own).__name__} mixes the runs: it reads a norm of all weights together")
+            raise InvalidValue(
+                f"a step of {type(own).__name__} mixes the runs: it reads a norm of all weights together"
+            )

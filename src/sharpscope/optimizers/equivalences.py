@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import InvalidValue
 from ..symmetry import sphere
 from .base import State, UpdateRule, demand
 from .gd import GD
@@ -52,7 +53,7 @@ class ProjectedGD(UpdateRule):
         return 2.0
 
     @property
-    def clock(self) -> float:
+    def intrinsic_time_per_step(self) -> float:
         return 0.0
 
     def init(self, w: Tensor) -> State:
@@ -95,7 +96,7 @@ class ExponentialRate(UpdateRule):
         return 2.0
 
     @property
-    def clock(self) -> float:
+    def intrinsic_time_per_step(self) -> float:
         """il, as of the weight decay that it replaces."""
         return self.intrinsic_rate
 
@@ -185,4 +186,4 @@ def rescaled(rule: GD, w: Tensor, c: float) -> tuple[GD, Tensor]:
 
 def _check_plain(rule: GD) -> None:
     if rule.momentum:
-        raise ValueError(f"momentum is {rule.momentum}: only plain gradient descent has this equivalent")
+        raise InvalidValue(f"momentum is {rule.momentum}: only plain gradient descent has this equivalent")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..errors import InvalidType
 from .base import Stability, State, UpdateRule, demand
 
 
@@ -22,7 +23,7 @@ def rule_of(optimizer: Optimizer) -> UpdateRule:
     kind = type(optimizer)
     if kind not in rules:
         known = ", ".join(sorted(k.__name__ for k in rules))
-        raise TypeError(f"no update rule for {kind.__name__}; subclass UpdateRule. Known: {known}")
+        raise InvalidType(f"no update rule for {kind.__name__}; subclass UpdateRule. Known: {known}")
     return rules[kind].read(optimizer)
 
 

@@ -59,7 +59,7 @@ class GD(UpdateRule):
         return 2 * (1 + self.momentum) / (1 + 2 * self.momentum if self.nesterov else self._undamped)
 
     @property
-    def clock(self) -> float:
+    def intrinsic_time_per_step(self) -> float:
         """``(1 - d) lr·wd/(1 - mom)``."""
         return self._undamped * self.intrinsic_rate / (1 - self.momentum)
 

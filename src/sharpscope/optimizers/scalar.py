@@ -34,7 +34,7 @@ class ScalarRMSprop(UpdateRule):
         return 2.0
 
     @property
-    def clock(self) -> float:
+    def intrinsic_time_per_step(self) -> float:
         return 0.0
 
     def init(self, w: Tensor) -> State:
@@ -102,7 +102,7 @@ class SphericalRMSprop(UpdateRule):
         return 2.0
 
     @property
-    def clock(self) -> float:
+    def intrinsic_time_per_step(self) -> float:
         """``(1 - β)/4``, the intrinsic rate of the gradient descent that this rule mimics."""
         return (1 - self.decay) / 4
 

@@ -1,1 +1,9 @@
 """Rows of a run in memory and on disk, and checkpoints."""
+
+from .history import History
+from .run_log import RunLog
+
+__all__ = [
+    "History",
+    "RunLog",
+]

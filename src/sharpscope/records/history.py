@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import NoSuchColumn
+
 Value = float | int | str | None
 
 
@@ -56,7 +58,7 @@ class History:
         """The named columns of one run as float arrays, over the rows that have all of them."""
         missing = [name for name in names if name not in self.columns]
         if missing or run not in self.runs:
-            raise KeyError(f"no run '{run}' with columns {', '.join(names)}; runs: {', '.join(self.runs)}")
+            raise NoSuchColumn(f"no run '{run}' with columns {', '.join(names)}; runs: {', '.join(self.runs)}")
         picked = [i for i, r in enumerate(self.columns["run"]) if r == run]
         arrays = [np.array([self.columns[n][i] for i in picked], dtype=float) for n in names]
         whole = ~np.isnan(np.array(arrays)).any(axis=0)

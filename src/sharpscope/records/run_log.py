@@ -13,7 +13,7 @@ from torch import Tensor
 from .history import Value
 
 
-class Track:
+class RunLog:
     """One run being written into `folder`: rows, checkpoints, and the note it ends with."""
 
     def __init__(self, folder: Path, run: str) -> None:
@@ -22,7 +22,7 @@ class Track:
         # Readable, but told apart by the digest: file systems differ in the letters and lengths they can tell apart.
         readable = "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "_" for c in run[:60])
         stem = f"{readable}-{hashlib.sha256(run.encode()).hexdigest()[:16]}"
-        self.log, self.state = folder / f"{stem}.jsonl", folder / f"{stem}.safetensors"
+        self.path, self.state = folder / f"{stem}.jsonl", folder / f"{stem}.safetensors"
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -45,16 +45,16 @@ class Track:
         """The last checkpoint's tensors, or an empty dict for a fresh start; cuts the log back to that moment."""
         from safetensors import safe_open
 
-        self.log.touch()
+        self.path.touch()
         if self.state.exists():
             with safe_open(self.state, framework="pt") as file:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
                 length = int(file.metadata()["log_bytes"])
-            if self.log.stat().st_size >= length:
-                os.truncate(self.log, length)
+            if self.path.stat().st_size >= length:
+                os.truncate(self.path, length)
                 return state
             self.state.unlink()  # its rows are lost
-        self.log.write_bytes(b"")
+        self.path.write_bytes(b"")
         return {}
 
     def append(self, **row: Value) -> None:
@@ -66,7 +66,7 @@ class Track:
         from safetensors.torch import save
 
         temporary = self.state.with_suffix(".tmp")
-        length = self.log.stat().st_size if self.log.exists() else 0
+        length = self.path.stat().st_size if self.path.exists() else 0
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}  # names may share memory
         temporary.write_bytes(save(tensors, metadata={"log_bytes": str(length)}))
         os.replace(temporary, self.state)
@@ -77,13 +77,13 @@ class Track:
         self.state.unlink(missing_ok=True)
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        with self.log.open("ab") as file:
+        with self.path.open("ab") as file:
             file.write(json.dumps(line).encode() + b"\n")
 
     def _lines(self) -> list[dict[str, Any]]:
-        if not self.log.exists():
+        if not self.path.exists():
             return []
-        return [json.loads(line) for line in self.log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        return [json.loads(line) for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def _plain(value: Value) -> Value:

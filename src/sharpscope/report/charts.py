@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
+from ..errors import InvalidType
+
 Columns = Mapping[str, Sequence[Any]]
 Point = tuple[float, ...]
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")  # Okabe & Ito, without yellow
@@ -73,7 +75,7 @@ def traces(chart: Any, columns: Columns) -> list[Trace]:
     >>> traces(chart, {"run": ["a", "a", "b"], "step": [1, 0, 0], "loss": [0.5, 2.0, None]})[0].points
     [(0.0, 2.0), (1.0, 0.5)]
     """
-    raise TypeError(f"no chart: {type(chart).__name__}; known: Chart, SphereChart")
+    raise InvalidType(f"no chart: {type(chart).__name__}; known: Chart, SphereChart")
 
 
 @traces.register(Chart)

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InvalidType, MissingExtra
 from .charts import (
     COLORS,
     DASHES,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 @singledispatch
 def figure(chart: Any, columns: Columns) -> "Figure":
     """The chart as a matplotlib figure (no pyplot, no global state); missing data become a sentence in it."""
-    raise TypeError(f"no figure of a {type(chart).__name__}; known: Chart, SphereChart")
+    raise InvalidType(f"no figure of a {type(chart).__name__}; known: Chart, SphereChart")
 
 
 @figure.register(Chart)
@@ -139,7 +140,7 @@ def _new_figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'sharpscope[studies]'") from error
+        raise MissingExtra("figures need matplotlib: pip install 'sharpscope[studies]'") from error
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 

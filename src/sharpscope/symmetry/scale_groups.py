@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 
 from ..autodiff.data import Batch
 from ..autodiff.objective import Objective
+from ..errors import InvalidValue
 from .relations import Sample, Sums, blocks, euler, joint_groups, rescaled_pairs, row_sums
 
 Candidates = Callable[[Objective], dict[str, Tensor]]
@@ -163,7 +164,7 @@ class _Hunt:
         self.start = _raised(f, self.w)
         self.base = [self._sample(_moved(f, self.start, 0.1, seed)) for seed in (1, 2)]
         if not all(bool(s.g.isfinite().all()) for s in self.base):
-            raise ValueError("the gradient near these weights is not finite: no telling what they are invariant to")
+            raise InvalidValue("the gradient near these weights is not finite: no telling what they are invariant to")
         self.floor, self.zero = DOUBLE if self._is_double() else SINGLE
         self.null = self._null()
         self.effective = torch.ones(f.size, dtype=torch.bool)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..autodiff.objective import Loss, Objective
+from ..errors import InvalidType, InvalidValue
 from .scale_groups import ScaleGroups, find_groups
 
 
@@ -45,7 +46,7 @@ def make_scale_invariant(
         f = cut(f, groups, said)
     groups = find_groups(f)
     if not groups.covers(f.size):
-        raise ValueError(f"what is left does not live on one sphere: {_least(groups)}; add normalization first")
+        raise InvalidValue(f"what is left does not live on one sphere: {_least(groups)}; add normalization first")
     return f.model, [*said, *(line for line in str(groups).splitlines() if "rescaled together" in line)]
 
 
@@ -53,7 +54,7 @@ def _copied(model: nn.Module | Objective, loss: Loss | None, data: Iterable[Any]
     if isinstance(model, Objective):
         return _again(model, copy.deepcopy(model.model))
     if loss is None or data is None:
-        raise TypeError(
+        raise InvalidType(
             "which weights are scale-invariant depends on loss and data: make_scale_invariant(model, loss, data) or"
             " make_scale_invariant(Objective(model, loss, data))"
         )
@@ -81,7 +82,7 @@ def _without_vectors(f: Objective, groups: ScaleGroups, said: list[str]) -> Obje
 
 def _with_the_rest_frozen(f: Objective, groups: ScaleGroups, said: list[str]) -> Objective:
     if not groups.groups:
-        raise ValueError(f"no weights are scale-invariant: {_least(groups)}; add normalization first")
+        raise InvalidValue(f"no weights are scale-invariant: {_least(groups)}; add normalization first")
     for name, outside in _in_the_way(f, groups).items():
         if len(outside) == f.shapes[name].numel():
             f = _frozen(f, name, _why(name, groups), said)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...errors import InvalidValue
 from ...records.history import History
 
 Observed = float | tuple[float, ...]
@@ -68,9 +69,9 @@ class Claim:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"kind '{self.kind}' of the claim '{self.sentence}' is none of {', '.join(KINDS)}")
+            raise InvalidValue(f"kind '{self.kind}' of the claim '{self.sentence}' is none of {', '.join(KINDS)}")
         if self.kind == WIDER and self.deciding:
-            raise ValueError(f"the wider claim '{self.sentence}' cannot decide; say deciding=False")
+            raise InvalidValue(f"the wider claim '{self.sentence}' cannot decide; say deciding=False")
 
     def decide(self, study: str, history: History, config: Any) -> "Verdict":
         """The verdict on this claim; a quantity that cannot be formed (a run that broke off) does not pass."""

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from ...errors import InvalidValue
+
 
 def demand_positive(config: Any, *free: str) -> None:
     """Numbers, and those in tuples, are positive, and ``seed`` is not negative; flags and the fields `free` are free.
@@ -13,6 +15,6 @@ def demand_positive(config: Any, *free: str) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if name == "seed":
             if value < 0:
-                raise ValueError(f"seed is {value}; it must not be negative")
+                raise InvalidValue(f"seed is {value}; it must not be negative")
         elif name not in free and not isinstance(value, bool) and not all(v > 0 for v in numbers):
-            raise ValueError(f"{name} is {value}; it must be positive")
+            raise InvalidValue(f"{name} is {value}; it must be positive")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ...errors import InvalidValue
 from ...records.history import History
 from .claims import Observed
 
@@ -37,7 +38,7 @@ def line(x: ArrayLike, y: ArrayLike) -> Fit:
     """
     a, b = np.asarray(x, float), np.asarray(y, float)
     if len(a) != len(b) or len(a) < 2 or not np.ptp(a) > 0:
-        raise ValueError(f"a line needs two points with different x; got x = {a.tolist()}, y = {b.tolist()}")
+        raise InvalidValue(f"a line needs two points with different x; got x = {a.tolist()}, y = {b.tolist()}")
     u, v = a - a.mean(), b - b.mean()
     slope = float(u @ v / (u @ u))
     rest = float(np.square(v - slope * u).sum())

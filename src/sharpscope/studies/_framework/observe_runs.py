@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import InvalidValue
 from ...records.history import History
 
 Reading = Callable[[History, str], float]
@@ -20,7 +21,7 @@ def at(h: History, run: str, column: str, tau: float) -> float:
     taus, values = h.table(run, "tau", column)
     i = int(np.abs(taus - tau).argmin())
     if abs(taus[i] - tau) > 0.05 * tau:
-        raise ValueError(f"'{run}' has no reading near τ = {tau}")
+        raise InvalidValue(f"'{run}' has no reading near τ = {tau}")
     return float(values[i])
 
 
@@ -105,7 +106,7 @@ def peak(run: str, column: str) -> Reading:
     return lambda h, s: float(h.series(run + s, column).max())
 
 
-def farthest(run: str, *taus: float, column: str = "edge", centre: float = 2.0) -> Reading:
+def farthest(run: str, *taus: float, column: str = "eta_lambda", centre: float = 2.0) -> Reading:
     """Of the values at those τ the one farthest from `centre`."""
 
     def read(h: History, s: str) -> float:
@@ -130,7 +131,7 @@ def around(h: History, run: str, column: str, tau: float) -> float:
     taus, values = h.table(run, "tau", column)
     near = values[np.abs(taus - tau) <= 0.05 * tau]
     if not len(near):
-        raise ValueError(f"'{run}' has no reading near τ = {tau}")
+        raise InvalidValue(f"'{run}' has no reading near τ = {tau}")
     return float(np.median(near))
 
 
@@ -148,7 +149,7 @@ def balance(run: str, start: float) -> Reading:
 
     def read(h: History, s: str) -> float:
         means = []
-        for column in (c for c in h.columns if c.startswith("balance:")):
+        for column in (c for c in h.columns if c.startswith("balance/")):
             tau, values = h.table(run + s, "tau", column)
             if len(values):
                 means.append(float(values[tau >= start].mean()))

@@ -32,7 +32,7 @@ NEWS = 0.2
 
 @dataclass(frozen=True)
 class Task:
-    """``call(report, *arguments)``, a module-level function that tells `report` the share that is done.
+    """``call(progress, *arguments)``, a module-level function that tells `progress` the share that is done.
 
     `cost` is its rough duration in seconds, for the order and the progress bar.
     """
@@ -140,11 +140,11 @@ def _here(plan: _Plan, show: Callable[[], None]) -> None:
     while (item := plan.take()) is not None:
         name, task = item
 
-        def report(share: float, key: tuple[str, str] = (name, task.name)) -> None:
+        def progress(share: float, key: tuple[str, str] = (name, task.name)) -> None:
             plan.running[key] = share
             show()
 
-        plan.end(name, task, _attempt(task, report))
+        plan.end(name, task, _attempt(task, progress))
 
 
 @dataclass
@@ -245,7 +245,7 @@ def _serve(connection: "Connection[Any, Any]") -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     told = 0.0
 
-    def report(share: float) -> None:
+    def progress(share: float) -> None:
         nonlocal told
         if time.monotonic() - told > NEWS:
             told = time.monotonic()
@@ -262,7 +262,7 @@ def _serve(connection: "Connection[Any, Any]") -> None:
             continue
         if task is None:
             return
-        connection.send((True, _attempt(task, report)))
+        connection.send((True, _attempt(task, progress)))
 
 
 def _end_with_parent() -> None:
@@ -273,9 +273,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _attempt(task: Task, report: Callable[[float], None]) -> Any:
+def _attempt(task: Task, progress: Callable[[float], None]) -> Any:
     try:
-        return task.call(report, *task.arguments)
+        return task.call(progress, *task.arguments)
     except Exception as error:
         return failed(f"'{task.name}'", error)
 

@@ -21,13 +21,14 @@ from typing import Any
 
 from ...errors import Unusable as Unusable
 from ...records.history import History
-from ...records.run_log import Track
+from ...records.run_log import RunLog
 from ...report.figures import save_figures
 from ...report.html import render, write_report
 from .claims import Verdict
+from .old_names import columns_of_today, fields_of_today
 from .pages import claims_section
 from .pool import KILLED, Failed, Group, Task, failed, work_off
-from .study import Job, Report, Study, find, headings
+from .study import Job, Progress, Study, find, headings
 
 PACKAGES = ("sharpscope", "torch", "numpy", "scikit-learn", "pyarrow", "matplotlib", "safetensors")
 ERROR = "error.txt"
@@ -100,39 +101,39 @@ def _group(run: Run, locks: ExitStack) -> Group:
         tasks: list[Task] = []
         if not (run.out / "history.parquet").exists():
             locks.enter_context(_alone(run.out))
-            jobs = [job for job in study.jobs(run.config) if not Track(log, job.name).finished]
+            jobs = [job for job in study.jobs(run.config) if not RunLog(log, job.name).finished]
             tasks = [Task(job.name, _work, (job, run.out), job.cost) for job in jobs]
     return Group(tuple(tasks), Task("verdicts and figures", _close, (run,), 1 + SECONDS_PER_CHART * len(study.CHARTS)))
 
 
-def _work(report: Report, job: Job, out: Path) -> None:
+def _work(progress: Progress, job: Job, out: Path) -> None:
     with explained(out):
-        track = Track(out / "log", job.name)
+        log = RunLog(out / "log", job.name)
         began = time.process_time()
-        job.work(track, report, **job.arguments)
-        if not track.finished:
-            track.finish()
-        _spent(track).write_text(f"{time.process_time() - began:.2f}\n")
-        report(1.0)
+        job.work(log, progress, **job.arguments)
+        if not log.finished:
+            log.finish()
+        _spent(log).write_text(f"{time.process_time() - began:.2f}\n")
+        progress(1.0)
 
 
-def _spent(track: Track) -> Path:
+def _spent(log: RunLog) -> Path:
     """Where the processor seconds of a job are noted."""
-    return track.log.with_suffix(".seconds")
+    return log.path.with_suffix(".seconds")
 
 
-def _close(report: Report, run: Run) -> list[Verdict]:
+def _close(progress: Progress, run: Run) -> list[Verdict]:
     """Gather the rows of all jobs, if need be, and conclude."""
     study = find(run.study)
     with explained(run.out):
         if not (run.out / "history.parquet").exists():
-            tracks = [Track(run.out / "log", job.name) for job in study.jobs(run.config)]
-            spent = [float(_spent(t).read_text() or 0) for t in tracks if _spent(t).exists()]
-            stopped = {track.run: track.note for track in tracks if track.note}
+            logs = [RunLog(run.out / "log", job.name) for job in study.jobs(run.config)]
+            spent = [float(_spent(t).read_text() or 0) for t in logs if _spent(t).exists()]
+            stopped = {log.run: log.note for log in logs if log.note}
             facts = environment() | {"seconds": round(sum(spent), 1), "stopped": stopped}
             write_json(run.out / "environment.json", facts)
-            History(row for track in tracks for row in track.rows).save(run.out / "history.parquet")
-        return conclude(study, run.study, run.config, run.out, report)
+            History(row for log in logs for row in log.rows).save(run.out / "history.parquet")
+        return conclude(study, run.study, run.config, run.out, progress)
 
 
 def _unusable(failure: Failed, out: Path) -> Unusable:
@@ -146,9 +147,9 @@ def _unusable(failure: Failed, out: Path) -> Unusable:
     return Unusable(f"{failure.sentence}{where}; what is in {out} is kept, and the same command goes on from it")
 
 
-def conclude(study: Study, name: str, config: Any, out: Path, report: Report = lambda share: None) -> list[Verdict]:
+def conclude(study: Study, name: str, config: Any, out: Path, progress: Progress = lambda share: None) -> list[Verdict]:
     """Verdicts, figures and report from the history in `out`."""
-    history = History.load(out / "history.parquet")
+    history = columns_of_today(study, History.load(out / "history.parquet"))
     ran = set(history.runs)
     verdicts = [c.decide(name, history, config) for c in study.CLAIMS if set(c.runs) <= ran]
     left_out = [c.sentence for c in study.CLAIMS if not set(c.runs) <= ran]
@@ -157,7 +158,7 @@ def conclude(study: Study, name: str, config: Any, out: Path, report: Report = l
     charts = [chart for chart in study.CHARTS if _has_runs(chart, ran)]
     for i, chart in enumerate(charts, 1):
         save_figures([chart], history.columns, out / "figures")
-        report(i / (1 + len(charts)))
+        progress(i / (1 + len(charts)))
     title, lead = headings(study)
     write_report(
         out / "report.html",
@@ -181,11 +182,11 @@ def page(out: Path) -> str | None:
     asked = asked_of(out)
     study = find(asked["study"])
     jobs = study.jobs(config_from(study, asked["config"]))
-    tracks = [Track(out / "log", job.name) for job in jobs] if (out / "log").exists() else []
-    history = History(row for track in tracks for row in track.rows)
+    logs = [RunLog(out / "log", job.name) for job in jobs] if (out / "log").exists() else []
+    history = History(row for log in logs for row in log.rows)
     if not len(history):
         return None
-    done = sum(track.finished for track in tracks)
+    done = sum(log.finished for log in logs)
     return render(
         title=headings(study)[0],
         subtitle=study.PAPER,
@@ -218,8 +219,8 @@ def run_in(out: Path) -> Run:
     if not (out / "config.json").exists():
         raise Unusable(f"{out} holds no run: there is no config.json; give the directory of a `sharpscope run`")
     asked = asked_of(out)
-    study = find(asked["study"])
-    return Run(asked["study"], config_from(study, asked["config"]), out)
+    name, study = asked["study"], find(asked["study"])
+    return Run(name, config_from(study, fields_of_today(study, asked["config"])), out)
 
 
 def stopped(out: Path) -> dict[str, str]:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ...records.run_log import Track
+from ...errors import NotFound
+from ...records.run_log import RunLog
 from ...report.charts import Chart, SphereChart
 from .claims import Claim
 
@@ -28,9 +29,9 @@ STUDIES = "sharpscope.studies"
 
 @dataclass(frozen=True)
 class Job:
-    """One independent run: ``work(track, report, **arguments)`` in a process of its own.
+    """One independent run: ``work(log, progress, **arguments)`` in a process of its own.
 
-    `work` is a module-level function.  It appends rows to the track, leaves checkpoints, and calls ``report(share)``
+    `work` is a module-level function.  It appends rows to the log, leaves checkpoints, and calls ``report(share)``
     with the share of its work that is done.  `cost` is its rough duration in seconds, for the order of execution and
     the progress bar.
     """
@@ -41,8 +42,8 @@ class Job:
     cost: float = 1.0
 
 
-Report = Callable[[float], None]
-Work = Callable[[Track, Report], None]
+Progress = Callable[[float], None]
+Work = Callable[[RunLog, Progress], None]
 
 
 class Study(Protocol):
@@ -81,7 +82,7 @@ def find(name: str) -> Study:
     if name not in names:
         near = difflib.get_close_matches(name, names, 1, 0.3)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
-        raise LookupError(f"there is no study '{name}'; {hint}")
+        raise NotFound(f"there is no study '{name}'; {hint}")
     module: Any = importlib.import_module(f"{STUDIES}.{name}")
     return module
 

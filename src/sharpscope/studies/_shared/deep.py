@@ -16,8 +16,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ...autodiff.batched import Replicas, jacobian
-from ...linalg.lanczos import ends
+from ...autodiff.batched import BatchedRuns, jacobian
+from ...linalg.lanczos import both_ends
 from ...linalg.operators import restricted
 
 
@@ -121,10 +121,10 @@ def two_ways(stack: Stack, W: Tensor, x: Tensor) -> float:
     return ((automatic - stack.jacobian(W, x)[0]).abs().max() / automatic.abs().max()).item()
 
 
-def largest(f: Replicas, w: Tensor, fixed: int = 0) -> float:
+def largest(f: BatchedRuns, w: Tensor, fixed: int = 0) -> float:
     """Largest |eigenvalue| of the Hessian at w ``(P,)`` in all weights but the last `fixed`, to a few percent."""
     free = restricted(f.operator(w), torch.arange(len(w) - fixed))
-    top, low = ends(free, rtol=3e-2)
+    top, low = both_ends(free, rtol=3e-2)
     return max(abs(top.values[0].item()), abs(low[0].item()))
 
 

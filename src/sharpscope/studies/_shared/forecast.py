@@ -13,10 +13,10 @@ from ...flows.path import Method
 from ...optimizers.base import UpdateRule
 from ...optimizers.gd import GD
 from ...records.history import History
-from ...records.run_log import Track
+from ...records.run_log import RunLog
 from ...symmetry.sphere import effective_learning_rate
 from .._framework.claims import Claim, at_least, at_most, within
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .networks import SECONDS_PER_STEP, Variant, task_of
 from .recorded import recorded
 
@@ -46,9 +46,9 @@ def runs(name: str) -> tuple[str, ...]:
     return tuple(f"{name}: {run}" for run in RUNS)
 
 
-def run_forecast(track: Track, report: Report, name: str, forecast: Forecast) -> None:
+def run_forecast(log: RunLog, progress: Progress, name: str, forecast: Forecast) -> None:
     """Train, then compare; a run whose flow gets stuck ends with a note that says so."""
-    track.resume()
+    log.resume()
     variant = forecast.variant
     task = task_of(variant)
     f = recorded(Objective(task.net, task.loss, [(task.x, task.y)]), forecast.start + forecast.steps)
@@ -58,7 +58,7 @@ def run_forecast(track: Track, report: Report, name: str, forecast: Forecast) ->
     for step in range(forecast.start):
         w, state = rule.step(w, f.grad(w), state)
         if step % 100 == 0:
-            report(0.1 * step / forecast.start)
+            progress(0.1 * step / forecast.start)
 
     def evaluate(w: Tensor) -> Mapping[str, float]:
         f.load(w)
@@ -78,16 +78,16 @@ def run_forecast(track: Track, report: Report, name: str, forecast: Forecast) ->
             points=forecast.points,
             evaluate=evaluate,
             method=forecast.method,
-            report=lambda share: report(0.1 + 0.9 * share),
+            report=lambda share: progress(0.1 + 0.9 * share),
         )
     except (ArithmeticError, NotConverged, NotFinite, ValueError) as error:
-        track.finish(f"stopped after step {forecast.start}: {error}")
+        log.finish(f"stopped after step {forecast.start}: {error}")
         return
     columns = p.history.columns
     for i in range(len(p.history)):
         row = {key: values[i] for key, values in columns.items() if values[i] is not None}
         sharpness = row["sharpness"] * row["radius"] ** 2
-        track.append(**(row | {"run": f"{name}: {row['run']}", "spherical_sharpness": sharpness}))
+        log.append(**(row | {"run": f"{name}: {row['run']}", "spherical_sharpness": sharpness}))
 
 
 def ends(name: str, flow: str = "central flow") -> Observer:

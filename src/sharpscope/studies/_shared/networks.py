@@ -8,8 +8,8 @@ import torch
 from ...optimizers.base import UpdateRule
 from ...optimizers.gd import GD
 from ...optimizers.scalar import SphericalRMSprop
-from ...records.run_log import Track
-from .._framework.study import Job, Report
+from ...records.run_log import RunLog
+from .._framework.study import Job, Progress
 from . import data as bundled
 from . import nets
 from .train import Schedule, Task, judge, train
@@ -63,7 +63,7 @@ class Variant:
         return Job(name, run_variant, {"variant": self}, SECONDS_PER_STEP[self.net] * self.num_steps)
 
 
-def run_variant(track: Track, report: Report, variant: Variant) -> None:
+def run_variant(log: RunLog, progress: Progress, variant: Variant) -> None:
     """Train one variant."""
     task = task_of(variant)
     rule: UpdateRule = GD(variant.learning_rate, variant.weight_decay, variant.momentum)
@@ -71,7 +71,7 @@ def run_variant(track: Track, report: Report, variant: Variant) -> None:
         norm = torch.cat([p.detach().flatten() for p in task.net.parameters()]).norm().item()
         rule = SphericalRMSprop.like(GD(variant.learning_rate, variant.weight_decay), norm)
     schedule = Schedule(variant.num_steps, variant.every, batch=variant.batch, seed=variant.seed)
-    train(track, report, task, rule, schedule, unit_start=variant.rmsprop)
+    train(log, progress, task, rule, schedule, unit_start=variant.rmsprop)
 
 
 def task_of(variant: Variant) -> Task:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import FlowStuck
+
 Array = NDArray[np.float64]
 
 
@@ -57,7 +59,7 @@ def flow(
         lambda t, y: field(y), (0.0, until), start, method, t_eval=at, events=events, rtol=rtol, atol=atol
     )
     if found.status < 0 or not np.isfinite(found.y).all():
-        raise ArithmeticError(f"the flow stopped at t = {found.t[-1] if len(found.t) else 0:g}: {found.message}")
+        raise FlowStuck(f"the flow stopped at t = {found.t[-1] if len(found.t) else 0:g}: {found.message}")
     times, states = found.t, found.y.T
     if found.status == 1 and (not len(times) or found.t_events[0][-1] > times[-1]):
         times = np.append(times, found.t_events[0][-1])

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import Unsolvable
+
 Array = NDArray[np.float64]
 
 
@@ -15,7 +17,7 @@ def basis_pursuit(a: Array, y: Array) -> Array:
     d = a.shape[1]
     found = linprog(np.ones(2 * d), A_eq=np.hstack([a, -a]), b_eq=y, bounds=(0, None), method="highs")
     if found.status != 0:
-        raise ArithmeticError(f"basis pursuit has no answer: {found.message}")
+        raise Unsolvable(f"basis pursuit has no answer: {found.message}")
     return found.x[:d] - found.x[d:]
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import InvalidValue
+
 Array = NDArray[Any]
 Real = Any  # a float or an array of floats: the equations below are the same for both
 Particle = tuple[float, ...]  # the coordinates of one replica
@@ -190,7 +192,7 @@ def rmsprop_step(toy: Toy, theta_v: Particle, eta: float, C: float, update_first
 
 
 @dataclass(frozen=True)
-class Replicas:
+class ToyRuns:
     """B particles under B rules: ``start``, ``advance``, ``measure``. The state is a dict of arrays, ready to be saved.
 
     Each particle walks alone on Python floats: with three coordinates, arrays over replicas are slower below B = 20.
@@ -226,26 +228,26 @@ class Replicas:
             "h": np.sum((theta - minimizer(self.toy, phi)) * top_direction(self.toy, phi), axis=-1),
             "loss": loss(self.toy, w),
             "spherical_sharpness": sharpness,
-            "edge": self.effective_rate(state["particle"]) * sharpness,
+            "eta_lambda": self.effective_rate(state["particle"]) * sharpness,
             "radius": np.linalg.norm(w, axis=-1),
         }
         return {name: np.broadcast_to(column, len(w)) for name, column in columns.items()}
 
 
-def descent(toy: Toy, phi: Real, lr: float, il: float, edge: Real = 2.0, h: Real = None) -> Replicas:
+def descent(toy: Toy, phi: Real, lr: float, il: float, edge: Real = 2.0, h: Real = None) -> ToyRuns:
     """GD with weight decay from ``edge_start``; ``lr_eff = lr/((1-il)‖w‖²)``; il = 0 is GD without weight decay."""
     w = np.atleast_2d(edge_start(toy, phi, lr, il, edge, h))
     rules = tuple(partial(gd_step, one, lr=lr, wd=il / lr) for one in toy.replicas(len(w)))
-    return Replicas(toy, w, rules, lambda w: lr / ((1 - il) * np.sum(w * w, axis=-1)), il)
+    return ToyRuns(toy, w, rules, lambda w: lr / ((1 - il) * np.sum(w * w, axis=-1)), il)
 
 
-def scalar_rmsprop(toy: Toy, phi: Real, eta: float, C: Array, update_first: Array) -> Replicas:
+def scalar_rmsprop(toy: Toy, phi: Real, eta: float, C: Array, update_first: Array) -> ToyRuns:
     """Scalar RMSprop on the sphere from its fixed point ``h = η √(C/(4C + 2K²))``, ``√v = η λ1/2``; τ = η² t/2."""
     theta = unit(edge_start(toy, phi, 1.0, 0.0, h=eta * np.sqrt(C / (4 * C + 2 * log_slope(toy, phi) ** 2))))
     v = np.broadcast_to((eta * top_eigenvalue(toy, phi) / 2) ** 2, len(theta))
     each = zip(toy.replicas(len(theta)), C.tolist(), update_first.tolist(), strict=True)
     rules = tuple(partial(rmsprop_step, one, eta=eta, C=c, update_first=first) for one, c, first in each)
-    return Replicas(toy, np.column_stack([theta, v]), rules, lambda p: eta / np.sqrt(p[:, 3]), eta**2 / 2)
+    return ToyRuns(toy, np.column_stack([theta, v]), rules, lambda p: eta / np.sqrt(p[:, 3]), eta**2 / 2)
 
 
 def trace(run: Any, steps: Iterable[int]) -> Columns:
@@ -282,7 +284,7 @@ def entry_time(tau: Array, edge: Array) -> float:
     """τ at which one replica's lr_eff·λ1 first passes 2, log-linear between two readings."""
     i = int(np.argmax(edge > 2))
     if i == 0:
-        raise ValueError(
+        raise InvalidValue(
             f"lr_eff·λ1 does not pass 2: it starts at {edge[0]:.4g} and its largest value is {edge.max():.4g}"
         )
     return float(np.interp(math.log(2), np.log(edge[i - 1 : i + 1]), tau[i - 1 : i + 1]))
@@ -297,7 +299,7 @@ def portrait(il: float = 1e-3, end: float = 2.3) -> dict[str, Columns]:
     every = trace(descent(toy, 1.0, 0.1, il, edge=1.9, h=0.02), range(round(end / il)))
     seen = (np.abs(every["h"]) > 0.01) | (every["step"] % 15 == 0)
     gd = {name: column[seen] for name, column in every.items()}
-    tau = np.linspace(0, end - entry_time(gd["tau"], gd["edge"]), 200)
+    tau = np.linspace(0, end - entry_time(gd["tau"], gd["eta_lambda"]), 200)
     curves = {"minimizers": np.linspace(-math.pi, math.pi, 361), "flow": flow(toy, 1.0, tau)[:, 0]}
     return {"gd": gd} | {
         run: dict(zip("xyz", minimizer(toy, phi).T, strict=True), phi=phi, spherical_sharpness=top_eigenvalue(toy, phi))

@@ -14,10 +14,10 @@ from ...measures import measures
 from ...measures.iterate import Iterate, midpoint
 from ...optimizers.base import State, UpdateRule
 from ...optimizers.gd import GD
-from ...records.run_log import Track
+from ...records.run_log import RunLog
 from ...symmetry.scale_groups import find_groups
 from ...symmetry.sphere import angle
-from .._framework.study import Report
+from .._framework.study import Progress
 from .recorded import recorded
 
 EARLY = {1, 2, 5, 10, 20, 30, 50, 70, 100, 150, 200, 300}
@@ -57,13 +57,13 @@ class Schedule:
 
 
 def train(
-    track: Track, report: Report, task: Task, rule: UpdateRule, schedule: Schedule, *, unit_start: bool = False
+    log: RunLog, progress: Progress, task: Task, rule: UpdateRule, schedule: Schedule, *, unit_start: bool = False
 ) -> None:
     """Run `rule` on `task`; rows at midpoints ``(w_{t-1} + w_t)/2``, resumable.
 
     A run that diverges, or whose eigenvalues cannot be found, ends there with a note that says so.
     `loss` is that of the iterate w_{t-1}, `midpoint_loss` that of the midpoint, as are all columns about curvature,
-    accuracy and test loss.  `balance:g` is ``⟨lr²‖∇_g‖²⟩ / ⟨(2il - il²)‖w_g‖²⟩`` over the steps since the last row.
+    accuracy and test loss.  `balance/g` is ``⟨lr²‖∇_g‖²⟩ / ⟨(2il - il²)‖w_g‖²⟩`` over the steps since the last row.
     """
     f = Objective(task.net, task.loss, [(task.x, task.y)])
     groups = find_groups(f)
@@ -72,7 +72,7 @@ def train(
     if unit_start:
         first = first / first.norm()
     first_norm = first.norm().item()
-    saved = track.resume()
+    saved = log.resume()
     if saved:
         done, w = int(saved["step"]), saved["w"]
         state: State = {name[2:]: t for name, t in saved.items() if name.startswith("r:")}
@@ -89,16 +89,20 @@ def train(
         """Add a row; False where the run ends because its curvature could not be measured."""
         it = Iterate(f, w, rule, state, step, groups, schedule.k, schedule.rtol, memories)
         try:
-            row = {"tau": step * rule.clock, "midpoint_loss": measures.loss(it), **_curvature(it, rule)}
+            row = {
+                "tau": step * rule.intrinsic_time_per_step,
+                "midpoint_loss": measures.loss(it),
+                **_curvature(it, rule),
+            }
         except (NotConverged, NotFinite) as error:
-            track.finish(f"stopped at step {step}: {error}")
+            log.finish(f"stopped at step {step}: {error}")
             return False
-        row |= {f"radius:{name}": w[s].norm().item() for name, s in f.slices.items()}
+        row |= {f"radius/{name}": w[s].norm().item() for name, s in f.slices.items()}
         f.load(w)
         with torch.no_grad():
             row |= task.evaluate(task.net.train())
         task.net.train()
-        track.append(step=step, radius=w.norm().item(), **row, **more)
+        log.append(step=step, radius=w.norm().item(), **row, **more)
         memories.update(it.memories)
         return True
 
@@ -116,7 +120,7 @@ def train(
         new, state = rule.step(w, g, state)
         size = new.norm().item()
         if not (loss.isfinite() and size < DIVERGED * first_norm):
-            track.finish(f"diverged at step {step}: loss {loss.item():.3g}, ‖w‖ {size:.3g} from {first_norm:.3g}")
+            log.finish(f"diverged at step {step}: loss {loss.item():.3g}, ‖w‖ {size:.3g} from {first_norm:.3g}")
             return
         sums += torch.stack([torch.stack([part.square().sum() for part in v.split(sizes)]) for v in (g, w)])
         if step % schedule.every == 0 or step in EARLY or step == schedule.steps:
@@ -129,10 +133,10 @@ def train(
                 for name, memory in memories.items()
                 for key, t in memory.tensors().items()
             }
-            track.checkpoint(step=torch.tensor(step), w=new, draw=draw.get_state(), **named)
-            report(step / schedule.steps)
+            log.checkpoint(step=torch.tensor(step), w=new, draw=draw.get_state(), **named)
+            progress(step / schedule.steps)
         w = new
-    track.finish()
+    log.finish()
 
 
 def _curvature(it: Iterate, rule: UpdateRule) -> dict[str, float]:
@@ -140,11 +144,11 @@ def _curvature(it: Iterate, rule: UpdateRule) -> dict[str, float]:
     row = {"sharpness": measures.sharpness(it)}
     if it.scale_groups.joint.numel():
         row["spherical_sharpness"] = measures.spherical_sharpness(it)
-        row["edge"] = measures.spherical_edge(it)
+        row["eta_lambda"] = measures.eta_lambda(it)
         row["threshold"] = rule.edge / measures.effective_learning_rate(it)
-        row |= {f"lambda{i + 1}": v for i, v in enumerate(it.spherical_top.values.tolist())}
+        row |= {f"spherical_sharpness{i}": v for i, v in enumerate(it.spherical_top.values[1:].tolist(), start=2)}
     else:
-        row["edge"] = measures.stability_ratio(it) * rule.edge
+        row["eta_lambda"] = measures.stability_ratio(it) * rule.edge
     row["residual"] = (pairs.residuals[0] / pairs.values[0].abs()).item()
     return row
 
@@ -155,7 +159,7 @@ def _balance(f: Objective, rule: UpdateRule, sums: Tensor) -> dict[str, float]:
         return {}
     il, lr = rule.intrinsic_rate, rule.learning_rate
     ratio = lr**2 * sums[0] / ((2 * il - il**2) * sums[1])
-    return {f"balance:{name}": r for name, r in zip(f.slices, ratio.tolist(), strict=True)}
+    return {f"balance/{name}": r for name, r in zip(f.slices, ratio.tolist(), strict=True)}
 
 
 def judge(

@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ...records.run_log import Track
-from .._framework.study import Report
+from ...records.run_log import RunLog
+from .._framework.study import Progress
 from .toys import Columns, State
 
 
@@ -18,22 +18,22 @@ class Process(Protocol):
     def measure(self, state: State) -> Columns: ...
 
 
-def walk(track: Track, report: Report, process: Process, names: Sequence[str], steps: Sequence[int]) -> None:
+def walk(log: RunLog, progress: Progress, process: Process, names: Sequence[str], steps: Sequence[int]) -> None:
     """Read the replicas `names` at `steps` (0 first), a row each, resumable."""
-    saved = track.resume()
+    saved = log.resume()
     done = int(saved["step"]) if saved else -1
     state = {name: t.numpy() for name, t in saved.items()} or process.start()
     for i, step in enumerate(steps):
         if step <= done:
             continue
         state = process.advance(state, step - int(state["step"]))
-        write(track, names, process.measure(state))
-        track.checkpoint(**{name: torch.as_tensor(value) for name, value in state.items()})
-        report((i + 1) / len(steps))
+        write(log, names, process.measure(state))
+        log.checkpoint(**{name: torch.as_tensor(value) for name, value in state.items()})
+        progress((i + 1) / len(steps))
 
 
-def write(track: Track, names: Sequence[str], columns: Mapping[str, Any]) -> None:
+def write(log: RunLog, names: Sequence[str], columns: Mapping[str, Any]) -> None:
     """One row per replica."""
     for i, name in enumerate(names):
         row = {column: values[i].item() for column, values in columns.items()}
-        track.append(**(row | {"run": name, "step": int(row["step"])}))
+        log.append(**(row | {"run": name, "step": int(row["step"])}))

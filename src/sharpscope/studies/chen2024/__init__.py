@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ...records.run_log import Track
+from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import Claim, at_least, at_most, within
 from .._framework.config import demand_positive
 from .._framework.observe import Observer, by_seed, power
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .meanfield import ResidualNet
 from .particles import Flow, examples, starts, stretching
 
@@ -74,65 +74,65 @@ def _shown(seed: int, config: Config, **row: float) -> dict[str, float]:
     return row | {f"shown_{name}": value for name, value in row.items() if seed == config.seed}
 
 
-def _strengths(track: Track, report: Report, seed: int, config: Config) -> None:
+def _strengths(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
     """One network under every β; the kernel by autograd, and the divergence as the trace of a Jacobian."""
-    track.resume()
+    log.resume()
     x, y = examples(EXAMPLES, INPUTS, (seed, EXAMPLES))
     net = ResidualNet.scaled(INPUTS, *BASE, torch.tensor(config.strengths, dtype=torch.float64)[:, None])
     start = starts(net, seed)
     one = Flow(replace(net, strength=STRENGTH), x, y, start, 3e-3, volumes=True).run()
-    report(0.3)
+    progress(0.3)
     flow = Flow(net, x, y, start.expand(len(config.strengths), -1), 3e-3).run()
-    track.append(run=EVERY, seed=seed, **flow.evidence)
-    track.append(run=STRENGTHS, seed=seed, by_volume=one.by_volume, **flow.gaps)
+    log.append(run=EVERY, seed=seed, **flow.evidence)
+    log.append(run=STRENGTHS, seed=seed, by_volume=one.by_volume, **flow.gaps)
     kl, msd = flow.movement()
     for i, beta in enumerate(config.strengths):
         row = {"KL": float(kl[i]), "MSD": float(msd[i]), "time": float(flow.times[i])} if flow.arrived else {}
-        track.append(run=STRENGTHS, seed=seed, **_shown(seed, config, beta=beta, **row))
+        log.append(run=STRENGTHS, seed=seed, **_shown(seed, config, beta=beta, **row))
         guide = float(msd[-1]) * (beta / config.strengths[-1]) ** -2
-        track.append(run="∝ β⁻²", seed=seed, **_shown(seed, config, beta=beta, KL=guide))
+        log.append(run="∝ β⁻²", seed=seed, **_shown(seed, config, beta=beta, KL=guide))
         for point in flow.curves(i) if seed == config.seed else ():
-            track.append(run=f"β = {beta:g}", **point)
+            log.append(run=f"β = {beta:g}", **point)
     for t in np.linspace(0, flow.longest, 50):
-        track.append(run="bound", t=float(t), loss=float(np.exp(-t)))
+        log.append(run="bound", t=float(t), loss=float(np.exp(-t)))
 
 
-def _shape(track: Track, report: Report, shape: tuple[int, int, int], seed: int, config: Config) -> None:
+def _shape(log: RunLog, progress: Progress, shape: tuple[int, int, int], seed: int, config: Config) -> None:
     """Distances in networks of one shape, and where only K differs, under a β that grows with √K, too."""
-    track.resume()
+    log.resume()
     x, y = examples(EXAMPLES, INPUTS, (seed, EXAMPLES))
     (L, M, K), net = shape, ResidualNet.scaled(INPUTS, *shape, STRENGTH)
     lazy = {LAZY: STRENGTH * (K / min(config.outputs)) ** 0.5} if BASE[:2] == (L, M) and K in config.outputs else {}
     for run, beta in {SHAPES: STRENGTH, **lazy}.items():
         flow = Flow(replace(net, strength=beta), x, y, starts(net, seed, *shape, count=DRAWS), 3e-3).run()
-        track.append(run=EVERY, seed=seed, **flow.evidence)
+        log.append(run=EVERY, seed=seed, **flow.evidence)
         row = {"K": K, "distance": float(flow.movement(raw=True)[1].mean()) if flow.arrived else np.nan}
-        track.append(run=run, seed=seed, L=L, M=M, **(_shown(seed, config, **row) if lazy else row))
+        log.append(run=run, seed=seed, L=L, M=M, **(_shown(seed, config, **row) if lazy else row))
 
 
-def _gap(track: Track, report: Report, count: int, seed: int, config: Config) -> None:
+def _gap(log: RunLog, progress: Progress, count: int, seed: int, config: Config) -> None:
     """Test loss minus training loss of one network, at a training loss of 1e-3."""
-    track.resume()
+    log.resume()
     x, y = examples(count, INPUTS, (seed, count))
     net = ResidualNet.scaled(INPUTS, *BASE[:2], 128, 2 * STRENGTH)
     flow = Flow(net, x, y, starts(net, seed, 1), 2e-3 / float(y.square().mean())).run()
-    track.append(run=EVERY, seed=seed, **flow.evidence)
+    log.append(run=EVERY, seed=seed, **flow.evidence)
     unseen = net.evaluate(flow.weights, *examples(TESTS, INPUTS, (seed, TESTS, 1))).losses
     gap = float(unseen - flow.losses) if flow.arrived else np.nan
-    track.append(run=GAPS, seed=seed, **_shown(seed, config, n=count, gap=gap))
+    log.append(run=GAPS, seed=seed, **_shown(seed, config, n=count, gap=gap))
     for n in config.sizes if count == min(config.sizes) else ():
-        track.append(run="∝ n^-½", seed=seed, **_shown(seed, config, n=n, gap=gap * (n / count) ** -0.5))
+        log.append(run="∝ n^-½", seed=seed, **_shown(seed, config, n=n, gap=gap * (n / count) ** -0.5))
 
 
-def _stretch(track: Track, report: Report, seed: int, config: Config) -> None:
+def _stretch(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
     """Spectral norms of ``∂z_L/∂x`` at the start, the median over inputs, under three divisors of a block."""
-    track.resume()
+    log.resume()
     x, _ = examples(TESTS // 20, INPUTS, (seed, TESTS, 2))
     for L in (4, 16, 64):
         for run, share in (("scaled", 1 / (L * BASE[1])), ("1/M", 1 / BASE[1]), ("1/√M", BASE[1] ** -0.5)):
             net = ResidualNet(INPUTS, L, *BASE[1:], 1.0, share)
             lipschitz, gap = stretching(net, starts(net, seed, 2, L)[0], x)
-            track.append(run=run, seed=seed, L=L, lipschitz=lipschitz, gap=gap)
+            log.append(run=run, seed=seed, L=L, lipschitz=lipschitz, gap=gap)
 
 
 claim, CONTROL = claiming(PART), "negative control"

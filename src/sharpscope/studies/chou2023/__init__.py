@@ -20,12 +20,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...records.run_log import Track
+from ...errors import InvalidValue
+from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import WIDER, Claim, at_least, at_most, median
 from .._framework.config import demand_positive
 from .._framework.observe import Observer, by_seed
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .._shared.diagonal import Array, Sensing, normalized, plain, shrinkage
 from .._shared.oracles import basis_pursuit
 
@@ -51,7 +52,7 @@ class Config:
     def __post_init__(self) -> None:
         demand_positive(self)
         if not self.sparsity <= self.equations < self.unknowns:
-            raise ValueError(f"equations is {self.equations}; it must be at least sparsity and below unknowns")
+            raise InvalidValue(f"equations is {self.equations}; it must be at least sparsity and below unknowns")
 
 
 QUICK = Config(radii=(0.05, 0.2, 0.6, 1.5, 2.5), rates=(0.5, 0.1), cubic=False)
@@ -73,36 +74,36 @@ def draw(config: Config, seed: int) -> Sensing:
     return Sensing.draw(config.equations, config.unknowns, config.sparsity, np.random.default_rng([106, seed]))
 
 
-def _recover(track: Track, report: Report, radius: float, seed: int, config: Config) -> None:
+def _recover(log: RunLog, progress: Progress, radius: float, seed: int, config: Config) -> None:
     """Both flows from equal entries with r_0² = radius·‖x*‖₁, two layers."""
-    track.resume()
+    log.resume()
     s, first = draw(config, seed), seed == config.seed
     scale, d, flat = float(s.truth.sum()), config.unknowns, s.kernel.sum(1)  # P1, P the projection on ker A
     start = np.full(d, np.sqrt(radius * scale / d))
     r0, own = float(np.linalg.norm(start)), {"seed": seed, "radius": radius}
 
     def write(run: str, x: Array, **more: float) -> None:
-        track.append(run=run, error=s.error(x), drawn=s.error(x) if first else None, **own, **more)
+        log.append(run=run, error=s.error(x), drawn=s.error(x) if first else None, **own, **more)
         if first and radius == SHOWN:
             for i, value in enumerate(x):
-                track.append(run=run, coordinate=i + 1, weight=float(value))
+                log.append(run=run, coordinate=i + 1, weight=float(value))
 
     base = plain(s, start, 2, config.time)
     write(PLAIN, base.x)
     write(LINEAR, basis_pursuit(s.a, s.a @ s.truth))
-    report(0.2)
+    progress(0.2)
     for rate in config.rates:
         end = normalized(s, start, 2, rate * scale, config.time)
         kappa, gain = shrinkage(r0, end.radius, rate * scale), s.error(end.x) / s.error(base.x)
         seen = float(np.exp(flat @ np.log(np.sqrt(end.x) / start) / flat.sum()))  # P1 is as long as 1ᵀP1
         write(_named(rate), end.x, kappa=kappa, seen=seen, gain=gain)
         right = (kappa < 1) == (gain < 1)
-        track.append(run="all starts", moved=end.moved, right=float(right), **own)
+        log.append(run="all starts", moved=end.moved, right=float(right), **own)
 
 
-def _compare(track: Track, report: Report, depth: int, seed: int, config: Config) -> None:
+def _compare(log: RunLog, progress: Progress, depth: int, seed: int, config: Config) -> None:
     """The normalized flow from u_0 against the plain one from κ·u_0, where both have solved the equations."""
-    track.resume()
+    log.resume()
     s, rng = draw(config, seed), np.random.default_rng([107, seed])
     scale, d = float(s.truth.sum()), config.unknowns
     cells = [(radius * scale / d, rate * scale) for radius in (0.2, 1.5) for rate in config.rates]
@@ -115,8 +116,8 @@ def _compare(track: Track, report: Report, depth: int, seed: int, config: Config
         other = plain(s, kappa * start, depth, 5 * config.time)
         apart = float(np.linalg.norm(end.x - other.x) / np.linalg.norm(other.x))
         settled = end.settled and other.settled
-        track.append(run=f"L = {depth}", seed=seed, apart=apart if settled else None, settled=float(settled))
-        report((done + 1) / len(cells))
+        log.append(run=f"L = {depth}", seed=seed, apart=apart if settled else None, settled=float(settled))
+        progress((done + 1) / len(cells))
 
 
 def _named(rate: float) -> str:

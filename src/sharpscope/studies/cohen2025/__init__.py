@@ -15,17 +15,17 @@ import numpy as np
 
 from ...autodiff.curvature import hessian
 from ...autodiff.objective import Objective
-from ...flows.central import central_flow
+from ...flows.central import central
 from ...flows.implicit import implicit
 from ...flows.integrate import integrate
-from ...linalg.warm_start import track as track_pairs
+from ...linalg.warm_start import warm_started
 from ...optimizers.gd import GD
 from ...records.history import History
-from ...records.run_log import Track
+from ...records.run_log import RunLog
 from ...report.charts import Chart
 from .._framework.claims import Claim, at_least, at_most, within
 from .._framework.config import demand_positive
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .._shared.forecast import Forecast, Observer, beside, claims, ends, runs
 from .._shared.networks import SECONDS_PER_STEP, Variant, task_of
 from .._shared.recorded import recorded
@@ -93,9 +93,9 @@ def _cost_job(config: Config, il: float) -> Job:
     return Job(f"cost, il {il:g}", _cost, arguments, 3 + 0.6 * SECONDS_PER_STEP["regression"] * steps)
 
 
-def _cost(track: Track, report: Report, il: float, walk: bool, seed: int) -> None:
+def _cost(log: RunLog, progress: Progress, il: float, walk: bool, seed: int) -> None:
     """Flows and optimizer over τ = 1 from step 5000 (20 000 for il ≤ 1e-5), regression network with 40 examples."""
-    track.resume()
+    log.resume()
     variant = Variant("regression", "BN", "squares", 0.5, il / 0.5, train=40, seed=seed)
     task = task_of(variant)
     early, steps = max(round(0.2 / max(il, 1e-5)), 5000), round(1 / il)
@@ -106,7 +106,7 @@ def _cost(track: Track, report: Report, il: float, walk: bool, seed: int) -> Non
         for step in range(steps):
             w, _ = rule.step(w, f.grad(w), {})
             if step % 1000 == 0:
-                report(low + (high - low) * step / steps)
+                progress(low + (high - low) * step / steps)
         return w
 
     def average(w: Any) -> Any:
@@ -117,25 +117,25 @@ def _cost(track: Track, report: Report, il: float, walk: bool, seed: int) -> Non
         f.load(w)
         judged = task.evaluate(task.net.train())
         task.net.train()
-        sharpness = track_pairs(hessian(f, w)).values[0].item() * (w @ w).item()
+        sharpness = warm_started(hessian(f, w)).values[0].item() * (w @ w).item()
         row = {"il": il, "spherical_sharpness": sharpness, "gradients": gradients, "step": steps, **judged}
         distance = (w - start).norm().item()
-        track.append(**({"run": name, "moved": distance} | row))
+        log.append(**({"run": name, "moved": distance} | row))
 
     w = walked(w, early, 0.0, 0.1)
     start = average(w)
-    path = integrate(central_flow(f, rule), start, steps, method=implicit())
+    path = integrate(central(f, rule), start, steps, method=implicit())
     read("cost: implicit flow", path.weights[-1], path.gradients)
     if il >= EXPLICIT_RATE:
-        slow = integrate(central_flow(f, rule), start, steps)
+        slow = integrate(central(f, rule), start, steps)
         read("cost: explicit flow", slow.weights[-1], slow.gradients)
     if walk:
         end = average(walked(w, steps, 0.2, 1.0))
         read("cost: gradient descent", end, steps)
         apart = (path.weights[-1] - end).norm().item() / (end - start).norm().item()
-        track.append(run="cost: distance of the ends", il=il, error=apart, step=steps)
+        log.append(run="cost: distance of the ends", il=il, error=apart, step=steps)
     else:
-        track.append(run="cost: gradient descent", il=il, gradients=steps, step=steps)
+        log.append(run="cost: gradient descent", il=il, gradients=steps, step=steps)
 
 
 def _held(name: str, flow: str) -> Observer:

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...autodiff.batched import gram
-from ...records.run_log import Track
+from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import WIDER, Claim, at_least, at_most, within
 from .._framework.config import demand_positive
 from .._framework.observe import Observer, by_seed, over, power
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .weightnorm import MOST, ReluNet, apart
 
 PAPER = (
@@ -64,9 +64,9 @@ def jobs(config: Config) -> list[Job]:
     return found
 
 
-def _converge(track: Track, report: Report, seed: int, config: Config) -> None:
+def _converge(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
     """Every α, and no normalization, at 1/λ_max: kernels, the bound, and steps to 1e-4 of the first loss."""
-    track.resume()
+    log.resume()
     plain = ReluNet.draw(config.width, (seed,), None)
     unnormalized = gram(plain.outputs, plain.start[None])[0]
     for done, scale in enumerate((None, *config.scales)):
@@ -78,17 +78,17 @@ def _converge(track: Track, report: Report, seed: int, config: Config) -> None:
         row = {"steps": float(len(loss) - 1), "kept": net.ends(end)[0] / low}
         row |= {"over_bound": float((loss / bound)[1:].max()), "sum": apart(V + G, unnormalized)}
         row["autograd"] = max(apart(net.kernel(w), gram(net.outputs, w[None])[0]) for w in (net.start, end))
-        track.append(run=WN if scale else PLAIN, seed=seed, scale=scale, **row)
+        log.append(run=WN if scale else PLAIN, seed=seed, scale=scale, **row)
         for t, value, most in zip(time[1:], loss[1:], bound[1:], strict=True):
             if seed == config.seed and scale in SHOWN:
-                track.append(run=_named(scale), time=float(t), loss=float(value))
-                track.append(run=f"{_named(scale)}, bound", time=float(t), loss=float(most))
-        report((done + 1) / (len(config.scales) + 1))
+                log.append(run=_named(scale), time=float(t), loss=float(value))
+                log.append(run=f"{_named(scale)}, bound", time=float(t), loss=float(most))
+        progress((done + 1) / (len(config.scales) + 1))
 
 
-def _time(track: Track, report: Report, seed: int, config: Config) -> None:
+def _time(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
     """Steps times step size to 1e-4 of the first loss, with steps a fifth as long; larger α beside the small."""
-    track.resume()
+    log.resume()
     times, scales = list[float](), sorted({*config.small, *config.scales})
     for scale in scales:
         net = ReluNet.draw(config.width, (seed,), scale)
@@ -97,28 +97,28 @@ def _time(track: Track, report: Report, seed: int, config: Config) -> None:
         times.append(end.steps * rate if end.converged else np.nan)
         law = times[0] * (scale / scales[0]) ** 2
         for run, time in (("small α" if scale in config.small else "larger α", times[-1]), ("∝ α²", law)):
-            track.append(run=run, seed=seed, scale=scale, **_shown(seed, config, time=time))
-        report(len(times) / len(scales))
+            log.append(run=run, seed=seed, scale=scale, **_shown(seed, config, time=time))
+        progress(len(times) / len(scales))
 
 
-def _drift(track: Track, report: Report, width: int, seed: int, config: Config) -> None:
+def _drift(log: RunLog, progress: Progress, width: int, seed: int, config: Config) -> None:
     """``‖Λ_end - Λ_0‖₂ / λ_max(Λ_0)`` at 1e-3 of the first loss, the mean of several networks."""
-    track.resume()
+    log.resume()
     for scale in TRIED:
         drift = float(np.mean([ReluNet.draw(width, (seed, width, i), scale).drift(1e-3) for i in range(3)]))
-        track.append(run=_named(scale), seed=seed, m=width, **_shown(seed, config, drift=drift))
+        log.append(run=_named(scale), seed=seed, m=width, **_shown(seed, config, drift=drift))
 
 
-def _steps(track: Track, report: Report, scale: float | None, seed: int, config: Config) -> None:
+def _steps(log: RunLog, progress: Progress, scale: float | None, seed: int, config: Config) -> None:
     """Steps to 1e-4 of the first loss at k·2/λ_max, and how ‖v‖² has grown; at k = 2, the law of its growth."""
-    track.resume()
+    log.resume()
     net = ReluNet.draw(config.width, (seed,), scale)
     edge = 2 / net.ends(net.start)[1]
     for k, end in zip(config.factors, net.swept([k * edge for k in config.factors], 1e-4), strict=True):
         row = {"needed": end.steps, "growth": end.growth} if end.converged else {"needed": MOST}
-        track.append(run=_named(scale), seed=seed, k=k, converged=float(end.converged), **_shown(seed, config, **row))
+        log.append(run=_named(scale), seed=seed, k=k, converged=float(end.converged), **_shown(seed, config, **row))
     if scale:
-        track.append(run=_named(scale), seed=seed, lengths=net.lengthened(2 * edge, 50))
+        log.append(run=_named(scale), seed=seed, lengths=net.lengthened(2 * edge, 50))
 
 
 def _shown(seed: int, config: Config, **row: float) -> dict[str, float]:

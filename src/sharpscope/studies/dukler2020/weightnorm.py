@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...autodiff.batched import Replicas
+from ...autodiff.batched import BatchedRuns
 from ...optimizers.descend import descend
 from ...optimizers.gd import GD
 
@@ -118,7 +118,7 @@ class ReluNet:
 
     def swept(self, rates: Sequence[float], share: float, most: int = MOST) -> list[End]:
         """One descent for each rate, to ``loss ≤ share·first``, in stretches: those that ended are left out."""
-        f, w = Replicas(self.losses), self.start
+        f, w = BatchedRuns(self.losses), self.start
         first = float(f.value(w[None]))
         found: dict[int, End] = {}
         index, W, taken, length = list(range(len(rates))), w.expand(len(rates), -1), 0, 50
@@ -138,7 +138,7 @@ class ReluNet:
 
     def followed(self, rate: float, share: float, most: int = MOST) -> tuple[Array, Tensor]:
         """Losses over the first of a descent to `share`, one for each iterate, and the weights ``(P,)`` at its end."""
-        f, w = Replicas(self.losses), self.start
+        f, w = BatchedRuns(self.losses), self.start
         first, curve = float(f.value(w[None])), list[float]()
 
         def watch(t: int, W: Tensor, losses: Tensor, g: Tensor) -> None:
@@ -164,7 +164,7 @@ class ReluNet:
                 gap.append(float(((squares - expected.pop()) / squares).abs().max()))
             expected.append(squares + rate**2 * slopes)
 
-        descend(Replicas(self.losses).slope, self.start[None], GD(rate), steps, watch=watch)
+        descend(BatchedRuns(self.losses).slope, self.start[None], GD(rate), steps, watch=watch)
         return max(gap)
 
 

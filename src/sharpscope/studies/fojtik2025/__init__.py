@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...autodiff.batched import Replicas
+from ...autodiff.batched import BatchedRuns
 from ...linalg.lanczos import lanczos
 from ...optimizers.descend import descend
 from ...optimizers.gd import GD
-from ...records.run_log import Track
+from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import WIDER, Claim, at_least, at_most, within
 from .._framework.config import demand_positive
 from .._framework.observe import Observer, by_seed, spearman
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .._shared.data import flat_digits
 from .._shared.deep import Stack, losses
 from .datum import Array, X, dense, errors, gain, product, sharpness, summary, sweep
@@ -67,27 +67,27 @@ def jobs(config: Config) -> list[Job]:
     return [Job(f"{name}, seed {s}", w, {"seed": s, "config": config}, cost) for s in seeds for name, w, cost in works]
 
 
-def _toy(track: Track, report: Report, seed: int, config: Config) -> None:
+def _toy(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
     """Gradient descent from all starts at all rates side by side, against the flow from the same starts."""
-    track.resume()
+    log.resume()
     starts = 0.05 + 1e-3 * np.random.default_rng([921, seed]).standard_normal((config.starts, 2 * len(X)))
     shares = np.linspace(0.1, 1.95, config.rates)
     runs = sweep(starts, shares, config.steps)
     for i in np.flatnonzero(2 * runs.kept.sum(0) > len(starts)):  # rates at which most converge
-        columns = {"norm_over": runs.norm, "sharp_over": runs.sharp, "edge": runs.edge}
+        columns = {"norm_over": runs.norm, "sharp_over": runs.sharp, "stability_ratio": runs.stability_ratio}
         row = {name: float(np.median(v[runs.kept[:, i], i])) for name, v in columns.items()}
-        track.append(run="toy", seed=seed, share=float(shares[i]), **row, **_shown(row, shares[i], seed, config))
+        log.append(run="toy", seed=seed, share=float(shares[i]), **row, **_shown(row, shares[i], seed, config))
         for name, column in OVER.items():
-            track.append(run=name, **_shown({"over": row[column]}, shares[i], seed, config))
+            log.append(run=name, **_shown({"over": row[column]}, shares[i], seed, config))
     draws = np.random.default_rng([922, seed]).dirichlet(np.ones(len(X)), config.teachers) / X
     for k, start in enumerate(starts):
         apart = float(abs(sharpness(start) / dense(start) - 1))
-        track.append(run="starts", seed=seed, apart=apart, **summary(runs, k, shares, draws))
+        log.append(run="starts", seed=seed, apart=apart, **summary(runs, k, shares, draws))
     ok = runs.kept[0]
     for name, j in TEACHERS.items():
         for share, e in zip(shares[ok], errors(product(runs.ends[0, ok]), np.eye(len(X))[j] / X[j]), strict=True):
-            track.append(run=name, **_shown({"error": float(e)}, share, seed, config))
-    report(1.0)
+            log.append(run=name, **_shown({"error": float(e)}, share, seed, config))
+    progress(1.0)
 
 
 def _shown(row: dict[str, float], share: float, seed: int, config: Config) -> dict[str, float]:
@@ -95,18 +95,18 @@ def _shown(row: dict[str, float], share: float, seed: int, config: Config) -> di
     return {f"shown_{name}": v for name, v in {"share": float(share), **row}.items() if seed == config.seed}
 
 
-def _network(track: Track, report: Report, seed: int, config: Config) -> None:
+def _network(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
     """64→24→24→10 with tanh on 150 digits to a training loss of .01, from one start at all rates."""
-    track.resume()
+    log.resume()
     data, stack = flat_digits(150, 1000, 4.0, seed), Stack(64, 24, 2, 10, activation="tanh")
-    f = Replicas(partial(losses, stack, data.x, data.y))
+    f = BatchedRuns(partial(losses, stack, data.x, data.y))
     start = stack.draw(1, [923, seed], variance=1.0)
     along = list[float]()
 
     def watch(t: int, W: Tensor, loss: Tensor, g: Tensor) -> None:
         if t % 400 == 0:
             along.append(_top(f, W[0], 1e-2))
-            report(min(t / 7000, 1) / 2)
+            progress(min(t / 7000, 1) / 2)
 
     until = partial(torch.ge, torch.tensor(config.target))
     slow = descend(f.recorded(start), start, GD(0.06), config.steps, until=until, watch=watch)
@@ -114,15 +114,16 @@ def _network(track: Track, report: Report, seed: int, config: Config) -> None:
     critical = 2 / max(*along, sharp)
     W = start.repeat(len(config.shares), 1)
     done = descend(f.recorded(W), W, [GD(s * critical) for s in config.shares], 6000, until=until)
-    tests = Replicas(partial(losses, stack, data.test_x, data.test_y)).value(done.weights).tolist()
+    tests = BatchedRuns(partial(losses, stack, data.test_x, data.test_y)).value(done.weights).tolist()
     for share, w, ok, test in zip(config.shares, done.weights, done.reached, tests, strict=True):
         if ok:
             top = _top(f, w)
-            row = {"norm": w.norm().item(), "sharp_over": top / sharp, "edge": top * share * critical / 2, "test": test}
-            track.append(run="network", seed=seed, share=share, **row, **_shown(row, share, seed, config))
+            row = {"norm": w.norm().item(), "sharp_over": top / sharp, "test": test}
+            row["stability_ratio"] = top * share * critical / 2
+            log.append(run="network", seed=seed, share=share, **row, **_shown(row, share, seed, config))
 
 
-def _top(f: Replicas, w: Tensor, rtol: float = 1e-3) -> float:
+def _top(f: BatchedRuns, w: Tensor, rtol: float = 1e-3) -> float:
     """λ1 of the Hessian; its error is of order rtol²."""
     return lanczos(f.operator(w), rtol=rtol).values[0].item()
 
@@ -147,7 +148,9 @@ def _claims() -> Iterator[Claim]:
     sentence = "Beyond η_c the sharpness falls with the rate (rank correlation)"
     yield claim(sentence, by_seed(run, max, "sharp_order"), at_most(-0.9), "comparison", run)
     sentence = "Beyond η_c runs end at the edge of stability (sharpness·η/2, median of the starts, farthest from .955)"
-    yield claim(sentence, _beyond("toy", _farthest(0.955), "edge", 1.03), within(0.9, 1.01), "inequality", "toy")
+    yield claim(
+        sentence, _beyond("toy", _farthest(0.955), "stability_ratio", 1.03), within(0.9, 1.01), "inequality", "toy"
+    )
     sentence = "Single runs beyond η_c that end at the edge (share)"
     yield claim(sentence, by_seed(run, np.mean, "at_edge"), at_least(0.9), "comparison", run, aside=True, note=JUMP)
     sentence = "Random teachers for whom a rate in between is better than both ends by a tenth (share)"
@@ -158,7 +161,7 @@ def _claims() -> Iterator[Claim]:
     yield claim(sentence, by_seed(run, min, "least_norm"), at_least(1), "negative control", run)
     claim, run = claiming(NET), "network"
     sentence = "Beyond η_c training ends at the edge of stability (sharpness·η/2, the farthest from 1)"
-    yield claim(sentence, _beyond(run, _farthest(1), "edge", 1), within(0.9, 1.1), "inequality", run)
+    yield claim(sentence, _beyond(run, _farthest(1), "stability_ratio", 1), within(0.9, 1.1), "inequality", run)
     sentence = "The larger the rate, the larger the norm (rank correlation)"
     yield claim(sentence, by_seed(run, spearman, "share", "norm"), at_least(0.9), "comparison", run)
     sentence = "Below η_c the sharpness is that of the flow (greatest relative distance)"
@@ -175,7 +178,7 @@ LABELS = {
     "shown_share": "learning rate over η_c",
     "shown_norm": "norm",
     "shown_over": "over the flow's",
-    "shown_edge": "sharpness·η/2",
+    "shown_stability_ratio": "sharpness·η/2",
     "shown_error": "‖β - β*‖²",
     "shown_test": "test loss",
 }
@@ -190,10 +193,12 @@ CAPTIONS = {
 AT, toy, net = "shown_share", charting(TOY, LABELS, CAPTIONS), charting(NET, LABELS, CAPTIONS)
 FLOW, EDGE = ((1.0, "gradient flow"),), ((1.0, "edge of stability"),)
 
+OLD_COLUMNS = {"edge": "stability_ratio", "shown_edge": "shown_stability_ratio"}
+
 CHARTS = (
     toy("conflict", "Norm and sharpness against the rate", AT, "shown_over", tuple(OVER), lines=FLOW, markers=True),
     toy("teachers", "Error for three teachers", AT, "shown_error", tuple(TEACHERS), markers=True),
-    net("edge", "Distance to the edge", AT, "shown_edge", ("network", "toy"), lines=EDGE, markers=True),
+    net("edge", "Distance to the edge", AT, "shown_stability_ratio", ("network", "toy"), lines=EDGE, markers=True),
     net("net-norm", "Norm of the network", AT, "shown_norm", ("network",), markers=True),
     net("net-test", "Test loss of the network", AT, "shown_test", ("network",), markers=True),
 )

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...autodiff.batched import Replicas
+from ...autodiff.batched import BatchedRuns
 from ...optimizers.descend import descend
 from ...optimizers.gd import GD
 from .._framework.observe import spearman
@@ -63,21 +63,21 @@ def by_flow(start: Array) -> tuple[Array, float]:
 
 def dense(w: Array) -> float:
     """λ1 from automatic second derivatives."""
-    return torch.linalg.eigvalsh(Replicas(losses).hessian(torch.as_tensor(w)[None])[0])[-1].item()
+    return torch.linalg.eigvalsh(BatchedRuns(losses).hessian(torch.as_tensor(w)[None])[0])[-1].item()
 
 
 @dataclass(frozen=True)
 class Sweep:
     """Gradient descent from starts (rows) at rates (columns): which runs converged, and where they ended.
 
-    `norm` and `sharp` are ‖w‖² and λ1 over those of the flow from the same start, `edge` is λ1·η/2.
+    `norm` and `sharp` are ‖w‖² and λ1 over those of the flow from the same start, `stability_ratio` is λ1·η/2.
     """
 
     kept: NDArray[np.bool_]
     ends: Array
     norm: Array
     sharp: Array
-    edge: Array
+    stability_ratio: Array
 
 
 def sweep(starts: Array, shares: Array, steps: int) -> Sweep:
@@ -87,7 +87,7 @@ def sweep(starts: Array, shares: Array, steps: int) -> Sweep:
     rates = critical * shares
     W = torch.as_tensor(starts).repeat_interleave(len(shares), 0)
     rules = [GD(float(rate)) for rate in rates.ravel()]
-    done = descend(Replicas(losses).recorded(W), W, rules, steps, until=lambda loss: loss < 0.5e-18)
+    done = descend(BatchedRuns(losses).recorded(W), W, rules, steps, until=lambda loss: loss < 0.5e-18)
     kept = done.reached.numpy().reshape(rates.shape)
     ends = np.where(kept[..., None], done.weights.numpy().reshape(*rates.shape, -1), 0)
     norm, sharp = np.square(ends).sum(2), sharpness(ends)
@@ -99,7 +99,7 @@ def summary(runs: Sweep, k: int, shares: Array, teachers: Array) -> dict[str, fl
 
     `least_norm` is the least error over that at the smallest rate, for the teacher that has the least norm.
     """
-    ok, norm, sharp, edge = runs.kept[k], runs.norm[k], runs.sharp[k], runs.edge[k]
+    ok, norm, sharp, edge = runs.kept[k], runs.norm[k], runs.sharp[k], runs.stability_ratio[k]
     beta, low, high = product(runs.ends[k, ok]), ok & (shares < 0.9), ok & (shares > 1.03)
     simple = errors(beta, np.eye(len(X))[-1] / X[-1])
     return {

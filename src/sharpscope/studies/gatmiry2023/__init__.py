@@ -22,14 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import InvalidValue
 from ...optimizers.descend import descend
 from ...optimizers.gd import GD
-from ...records.run_log import Track
+from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import WIDER, Claim, at_least, at_most, median, within
 from .._framework.config import demand_positive
 from .._framework.observe import Observer, by_seed, last, over, together, worst
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .._shared.oracles import least_nuclear_norm
 from .factors import MATRICES, Solved, distance, entrywise, gaussian, nuclear, plain, relabelled, solved, start
 
@@ -60,9 +61,9 @@ class Config:
     def __post_init__(self) -> None:
         demand_positive(self)
         if min(self.depths) < 2:
-            raise ValueError(f"depths is {self.depths}; a factorization has two layers at least")
+            raise InvalidValue(f"depths is {self.depths}; a factorization has two layers at least")
         if self.entries > self.dimension**2:
-            raise ValueError(f"entries is {self.entries}; the matrix has {self.dimension**2}")
+            raise InvalidValue(f"entries is {self.entries}; the matrix has {self.dimension**2}")
 
 
 QUICK = Config(depths=(2,), sizes=(40,), more=False)
@@ -83,53 +84,53 @@ def jobs(config: Config) -> list[Job]:
     return found
 
 
-def _gaussian(track: Track, report: Report, n: int, depth: int, seed: int, config: Config) -> None:
+def _gaussian(log: RunLog, progress: Progress, n: int, depth: int, seed: int, config: Config) -> None:
     """Gaussian measurements; of the first repeat also what charts show."""
-    track.resume()
+    log.resume()
     p = gaussian(n, config.dimension, depth, seed)
-    found = solved(p, start(p, seed), config.penalties, report)
-    _write(track, found, FEW if n == TOO_FEW else "", seed)
+    found = solved(p, start(p, seed), config.penalties, progress)
+    _write(log, found, FEW if n == TOO_FEW else "", seed)
     if seed == config.seed and n == SHOWN:
         for penalty, end in zip(config.penalties, found.path, strict=True):
             error = distance(p.matrix_of(end.weights), p.truth.numpy())
-            track.append(run=f"path, {depth} layers", penalty=penalty, error=error)
+            log.append(run=f"path, {depth} layers", penalty=penalty, error=error)
         for name, m in found.matrices.items() if depth == 2 else ():
             for i, s in enumerate(np.linalg.svd(m, compute_uv=False), 1):
-                track.append(run=f"{name}: singular values", number=i, singular=float(s))
+                log.append(run=f"{name}: singular values", number=i, singular=float(s))
     if seed == config.seed and n == max(config.sizes) and depth == max(config.depths):
         for x in np.geomspace(50, 1000, 60):
-            track.append(run="F_L", least=float(x), trace=float(x))
+            log.append(run="F_L", least=float(x), trace=float(x))
 
 
-def _entries(track: Track, report: Report, draw: int, seed: int, config: Config) -> None:
+def _entries(log: RunLog, progress: Progress, draw: int, seed: int, config: Config) -> None:
     """Single entries; one has 1/d² of the mean square of a Gaussian matrix, so the penalties start higher."""
-    track.resume()
+    log.resume()
     p = entrywise(config.entries, config.dimension, min(config.depths), seed, draw)
-    _write(track, solved(p, start(p, seed), (10 * max(config.penalties), *config.penalties), report), ENTRIES, seed)
+    _write(log, solved(p, start(p, seed), (10 * max(config.penalties), *config.penalties), progress), ENTRIES, seed)
 
 
-def _write(track: Track, found: Solved, setting: str, seed: int) -> None:
+def _write(log: RunLog, found: Solved, setting: str, seed: int) -> None:
     for name, row in found.rows().items():
-        track.append(run=f"{name}{setting}", **row, seed=seed, depth=found.p.depth, n=len(found.p.a))
+        log.append(run=f"{name}{setting}", **row, seed=seed, depth=found.p.depth, n=len(found.p.a))
 
 
-def _label_noise(track: Track, report: Report, seed: int, config: Config) -> None:
+def _label_noise(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
     """SGD from a plain solution of two layers, with noise on the labels and without, side by side."""
-    track.resume()
+    log.resume()
     p, steps = gaussian(SHOWN, config.dimension, 2, seed), config.noise_steps
     w, noise = plain(p, start(p, seed)).weights, torch.tensor([1.0, 0.0], dtype=torch.float64)
     least = nuclear(least_nuclear_norm(p.a.numpy(), p.labels.numpy(), (config.dimension,) * 2))
 
     def watch(step: int, W: Tensor, losses: Tensor, g: Tensor) -> None:
         if step % max(steps // 100, 1) == 0:
-            report(step / steps)
+            progress(step / steps)
             for name, trace in zip(SGD, p.trace(W).tolist() if seed == config.seed else (), strict=False):
-                track.append(run=name, step=step, sgd_trace=trace)
+                log.append(run=name, step=step, sgd_trace=trace)
 
     slope = relabelled(p, noise, 10, lambda step: 0.1 if step >= 0.9 * steps else 1.0, round(0.95 * steps), seed)
     W = descend(slope, w.expand(2, -1).clone(), GD(2e-3), steps, watch=watch).weights
     for name, trace, norm in zip(SGD, p.trace(W).tolist(), map(nuclear, p.matrix(W).numpy()), strict=True):
-        track.append(run=f"{name}: end", seed=seed, nuclear_ratio=norm / least, trace=trace, nuclear=norm)
+        log.append(run=f"{name}: end", seed=seed, nuclear_ratio=norm / least, trace=trace, nuclear=norm)
 
 
 def _draws(run: str, column: str) -> Observer:

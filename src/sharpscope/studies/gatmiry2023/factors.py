@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...autodiff.batched import Replicas, Slope
+from ...autodiff.batched import BatchedRuns, Slope
 from .._shared.minimize import Minimum, minimize
 from .._shared.oracles import least_frobenius_norm, least_nuclear_norm
 
@@ -71,7 +71,7 @@ class Measured:
 
     def dense_trace(self, W: Tensor) -> Tensor:
         """The same ``(R,)`` from all second derivatives."""
-        return Replicas(self.losses).hessian(W).diagonal(dim1=1, dim2=2).sum(1)
+        return BatchedRuns(self.losses).hessian(W).diagonal(dim1=1, dim2=2).sum(1)
 
     def mean_trace(self, W: Tensor) -> Tensor:
         """``2 Σ_l ‖W_{L:l+1}‖²_F ‖W_{l-1:1}‖²_F`` ``(R,)``: the trace in the mean over Gaussian measurements."""
@@ -149,14 +149,14 @@ def balanced(m: Array, depth: int) -> Tensor:
 
 def plain(p: Measured, w: Tensor) -> Minimum:
     """A zero of the loss by L-BFGS, from w ``(L·d·d,)``."""
-    return minimize(Replicas(p.losses).recorded(w[None]), w, below=1e-24)
+    return minimize(BatchedRuns(p.losses).recorded(w[None]), w, below=1e-24)
 
 
 def flat(p: Measured, w: Tensor, penalties: Sequence[float]) -> list[Minimum]:
     """``argmin loss + λ tr ∇²`` for each penalty λ, from where the last one ended."""
     found = []
     for penalty in penalties:
-        f = Replicas(lambda W, penalty=penalty: p.losses(W) + penalty * p.trace(W))
+        f = BatchedRuns(lambda W, penalty=penalty: p.losses(W) + penalty * p.trace(W))
         found.append(minimize(f.recorded(w[None]), w))
         w = found[-1].weights
     return found
@@ -212,15 +212,15 @@ class Solved:
         return rows
 
 
-def solved(p: Measured, w: Tensor, penalties: Sequence[float], report: Callable[[float], None]) -> Solved:
+def solved(p: Measured, w: Tensor, penalties: Sequence[float], progress: Callable[[float], None]) -> Solved:
     """All solutions, the factorizations from w ``(L·d·d,)``; it reports the share that is done."""
     a, b, (d, _) = p.a.numpy(), p.labels.numpy(), p.truth.shape
     convex, square = least_nuclear_norm(a, b, (d, d)), least_frobenius_norm(a, b, (d, d))
-    report(0.05)
+    progress(0.05)
     fitted = plain(p, w)
-    report(0.2)
+    progress(0.2)
     path = flat(p, w, penalties)
-    report(0.9)
+    progress(0.9)
     return Solved(p, w, fitted, path, convex, square)
 
 
@@ -232,7 +232,7 @@ def relabelled(p: Measured, noise: Tensor, batch: int, rates: Callable[[int], fl
     def slope(W: Tensor, step: int) -> tuple[Tensor, Tensor]:
         pick = torch.randperm(len(labels), generator=draw)[:batch]
         noisy = labels[pick] + noise[:, None] * (step < loud) * torch.randn(batch, generator=draw, dtype=W.dtype)
-        f = Replicas(lambda W: (p.matrix(W).flatten(1) @ p.a[pick].T - noisy).square().mean(1))
+        f = BatchedRuns(lambda W: (p.matrix(W).flatten(1) @ p.a[pick].T - noisy).square().mean(1))
         losses, g = f.value_and_grad(W)
         return losses, rates(step) * g
 

@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...autodiff.batched import Replicas
+from ...autodiff.batched import BatchedRuns
+from ...errors import InvalidValue
 from ...optimizers.descend import noisy
-from ...records.run_log import Track
+from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import WIDER, Claim, at_least, at_most, median, within
 from .._framework.config import demand_positive
 from .._framework.observe import Observer, Reduce, by_seed, spearman
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .margins import Relabelled
 from .stagnation import Fit, Minimum
 
@@ -63,7 +64,7 @@ class Config:
     def __post_init__(self) -> None:
         demand_positive(self, "fractions")
         if not all(0 <= fraction <= 1 for fraction in self.fractions):
-            raise ValueError(f"fractions is {self.fractions}; a fraction is between 0 and 1")
+            raise InvalidValue(f"fractions is {self.fractions}; a fraction is between 0 and 1")
 
 
 QUICK = Config(repeats=1, widths=(8, 32), sizes=(32, 128, 256))
@@ -84,43 +85,43 @@ def jobs(config: Config) -> list[Job]:
     return found
 
 
-def _near(track: Track, report: Report, seed: int, width: int, config: Config) -> None:
+def _near(log: RunLog, progress: Progress, seed: int, width: int, config: Config) -> None:
     """A minimum, its curvatures, and what noise in the gradients and in the labels makes of it."""
-    track.resume()
+    log.resume()
     fit, first = Fit.drawn(width, config.examples, seed), seed == config.seed
     at = Minimum.near(fit, fit.start(seed))
     own = {"seed": seed, "width": width, "weights": fit.size, "examples": config.examples}
     row = {"lowest": at.loss, "sharpness": 1 / at.rate, "hessian_off": at.off(), "rank": at.rank}
-    track.append(run="minimum", **row, **own)
-    report(0.1)
+    log.append(run="minimum", **row, **own)
+    progress(0.1)
     asked = (config.noises, config.replicas, config.steps, BASIN, seed)
-    for row in at.shaken(*asked, lambda done: report(0.1 + 0.7 * done)):
-        track.append(run=NOISE, **row, **own)
+    for row in at.shaken(*asked, lambda done: progress(0.1 + 0.7 * done)):
+        log.append(run=NOISE, **row, **own)
         if first:
             run, noise, predicted = f"{width} neurons", row["noise"], row["predicted"]
-            track.append(run=run, sigma=noise, rises=row["excess"], depth=predicted / BASIN, stays=row["stay"])
-            track.append(run=f"{run}: predicted", sigma=noise, rises=predicted)
-    report(0.85)
-    alike = noisy(Replicas(fit.losses).slope, at.alike(config.label_noise), seed)
+            log.append(run=run, sigma=noise, rises=row["excess"], depth=predicted / BASIN, stays=row["stay"])
+            log.append(run=f"{run}: predicted", sigma=noise, rises=predicted)
+    progress(0.85)
+    alike = noisy(BatchedRuns(fit.losses).slope, at.alike(config.label_noise), seed)
     for run, slope in {LABELS: fit.relabelled(config.label_noise, seed), ISOTROPIC: alike}.items():
         seen = at.shares(slope)
-        track.append(run=run, even=config.examples / fit.size, **seen[-1][1], **own)
+        log.append(run=run, even=config.examples / fit.size, **seen[-1][1], **own)
         for step, row in seen if first else ():
-            track.append(run=f"{run} (w = {width})", step=step, curved=row["share"], spread=row["around"])
+            log.append(run=f"{run} (w = {width})", step=step, curved=row["share"], spread=row["around"])
 
 
-def _digits(track: Track, report: Report, seed: int, size: int, fractions: tuple[float, ...], steps: int) -> None:
+def _digits(log: RunLog, progress: Progress, seed: int, size: int, fractions: tuple[float, ...], steps: int) -> None:
     """Networks of one width on digits, one for each fraction of random labels, side by side."""
-    track.resume()
+    log.resume()
     draw = torch.Generator().manual_seed(seed)
     digits = Relabelled.drawn(fractions, seed, draw)
-    W = digits.trained(size, steps, draw, report)
+    W = digits.trained(size, steps, draw, progress)
     for fraction, row in zip(fractions, digits.measured(W, size), strict=True):
         if not row["train_loss"] < FITTED:
             del row["gap"], row["complexity"]
         row |= {"seed": seed, "size": size, "weights": W.shape[1], "fraction": fraction}
         for run in ("widths",) * (fraction == SOME) + (RANDOM,) * (size == MIDDLE):
-            track.append(run=run, **row)
+            log.append(run=run, **row)
 
 
 def _where(name: str, low: float, high: float, reduce: Reduce, *columns: str) -> Observer:

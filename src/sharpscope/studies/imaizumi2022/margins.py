@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ...autodiff.batched import Replicas
+from ...autodiff.batched import BatchedRuns
 from ...optimizers.descend import descend
 from ...optimizers.gd import GD
 from .._shared.data import flat_digits
@@ -73,7 +73,7 @@ class Relabelled:
         each = cross_entropy(s.flatten(0, 1), self.y[:, pick].flatten(), reduction="none")
         return each.view(len(W), -1).mean(1)
 
-    def trained(self, width: int, steps: int, draw: torch.Generator, report: Callable[[float], None]) -> Tensor:
+    def trained(self, width: int, steps: int, draw: torch.Generator, progress: Callable[[float], None]) -> Tensor:
         """Weights ``(R, P)`` after SGD at rate 0.02 with momentum 0.9, from N(0, 2/fan-in)."""
         w = torch.cat([torch.randn(a * b, generator=draw) * (2 / b) ** 0.5 for a, b in shapes(width)])
 
@@ -85,11 +85,11 @@ class Relabelled:
 
         def slope(W: Tensor, step: int) -> tuple[Tensor, Tensor]:
             pick = next(batches)
-            return Replicas(lambda W: self.losses(W, pick, width)).value_and_grad(W)
+            return BatchedRuns(lambda W: self.losses(W, pick, width)).value_and_grad(W)
 
         def watch(step: int, W: Tensor, losses: Tensor, g: Tensor) -> None:
             if step % 50 == 0:
-                report(step / steps)
+                progress(step / steps)
 
         return descend(slope, w.repeat(len(self.y), 1), GD(0.02, momentum=0.9), steps, watch=watch).weights
 
@@ -99,7 +99,7 @@ class Relabelled:
         right, unseen = ((s.argmax(2) == y).double().mean(1) for s, y in ((fit, self.y), (test, self.test_y)))
         norms = torch.stack([torch.linalg.matrix_norm(m, 2) for m in matrices(W, width)]).prod(0)
         columns = {
-            "train_loss": Replicas(lambda W: self.losses(W, torch.arange(TRAIN), width)).value(W),
+            "train_loss": BatchedRuns(lambda W: self.losses(W, torch.arange(TRAIN), width)).value(W),
             "train_accuracy": right,
             "test_accuracy": unseen,
             "norms": norms,

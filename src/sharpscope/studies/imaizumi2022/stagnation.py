@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...autodiff.batched import Replicas, Slope, jacobian
+from ...autodiff.batched import BatchedRuns, Slope, jacobian
 from ...optimizers.descend import descend, noisy
 from ...optimizers.gd import GD
 from .._shared.minimize import minimize
@@ -72,7 +72,7 @@ class Fit:
 
         def slope(W: Tensor, step: int) -> tuple[Tensor, Tensor]:
             noise = deviation * torch.randn(len(W), len(self.y), generator=draw, dtype=W.dtype)
-            f = Replicas(lambda W: 0.5 * (self.outputs(W) - self.y - noise).square().mean(1))
+            f = BatchedRuns(lambda W: 0.5 * (self.outputs(W) - self.y - noise).square().mean(1))
             return f.value_and_grad(W)
 
         return slope
@@ -91,7 +91,7 @@ class Minimum:
     @classmethod
     def near(cls, fit: Fit, w: Tensor, below: float = 1e-15) -> "Minimum":
         """Where L-BFGS ends from w ``(P,)``, once its loss is at most `below`."""
-        f = Replicas(fit.losses)
+        f = BatchedRuns(fit.losses)
         best = minimize(f.recorded(w[None]), w, below=below)
         return cls(fit, best.weights, best.loss, *torch.linalg.eigh(f.hessian(best.weights[None])[0]))
 
@@ -127,7 +127,7 @@ class Minimum:
         steps: int,
         basin: float,
         seed: int,
-        report: Callable[[float], None],
+        progress: Callable[[float], None],
     ) -> Iterator[dict[str, float]]:
         """For each σ what becomes of so many runs: the mean rise of the loss, its prediction, and the share that stays.
 
@@ -140,9 +140,9 @@ class Minimum:
         def watch(step: int, W: Tensor, losses: Tensor, g: Tensor) -> None:
             torch.maximum(highest, losses - self.loss, out=highest)
             if step % 50 == 0:
-                report(step / steps)
+                progress(step / steps)
 
-        slope = noisy(Replicas(self.fit.losses).recorded(W), sigma, seed)
+        slope = noisy(BatchedRuns(self.fit.losses).recorded(W), sigma, seed)
         end = descend(slope, W, GD(self.rate), steps, watch=watch)
         parts = (v.split(runs) for v in (end.losses - self.loss, highest, end.weights - self.weights))
         for noise, rise, height, moved in zip(noises, *parts, strict=True):

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...records.run_log import Track
+from ...errors import InvalidValue
+from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import Claim, at_least, at_most, within
 from .._framework.config import demand_positive
 from .._framework.observe import Observer, by_seed, power, together, worst
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .._shared.deep import hash_of
 from .shallow import BEND, slope, start, two_ways
 from .sphere_data import FRESH, INPUTS, RATE, REPLACED, TIMES, WIDTH, along, draw, replaced, risks, singly
@@ -50,9 +51,9 @@ class Config:
     def __post_init__(self) -> None:
         demand_positive(self)
         if min(self.sizes) < REPLACED:
-            raise ValueError(f"sizes is {self.sizes}; {REPLACED} examples are replaced one by one")
+            raise InvalidValue(f"sizes is {self.sizes}; {REPLACED} examples are replaced one by one")
         if any(m % 2 for m in self.widths):
-            raise ValueError(f"widths is {self.widths}; units come in pairs")
+            raise InvalidValue(f"widths is {self.widths}; units come in pairs")
 
 
 QUICK = Config(draws=3, sizes=(16, 32, 64, 128), sgd=False)
@@ -68,14 +69,14 @@ def jobs(config: Config) -> list[Job]:
     return out
 
 
-def _stability(track: Track, report: Report, n: int, seed: int, config: Config) -> None:
+def _stability(log: RunLog, progress: Progress, n: int, seed: int, config: Config) -> None:
     """Means over draws at each time, and the bound on the gap that they give."""
-    track.resume()
+    log.resume()
     draws = []
     many = config.draws * max(2, 96 // n)  # few examples are cheap
     for number in range(many):
         draws.append(replaced(n, torch.Generator().manual_seed(hash_of([931, seed, n, number]))))
-        report((number + 1) / many)
+        progress((number + 1) / many)
     mean = {t: {name: float(np.mean([d[t][name] for d in draws])) for name in draws[0][t]} for t in TIMES}
     for t, row in mean.items():
         rho = 1 + BEND * max(d[t]["residual"] for d in draws) / WIDTH**0.5
@@ -83,12 +84,12 @@ def _stability(track: Track, report: Report, n: int, seed: int, config: Config) 
         row |= {"walked": max(d[t]["walked"] for d in draws), "over": row["gap"] / row["bound"]}
         row["growth"] = row["stability"] / mean[100]["stability"]
         shown = {f"shown_{name}": row[name] for name in ("stability", "gap") if seed == config.seed}
-        track.append(run=f"ηt = {RATE * t:g}", seed=seed, n=n, **row, **shown)
+        log.append(run=f"ηt = {RATE * t:g}", seed=seed, n=n, **row, **shown)
 
 
-def _stopping(track: Track, report: Report, n: int, seed: int, config: Config) -> None:
+def _stopping(log: RunLog, progress: Progress, n: int, seed: int, config: Config) -> None:
     """Excess risk of runs side by side, each on data of its own, at each one's best time and at the last."""
-    track.resume()
+    log.resume()
     generator, runs = torch.Generator().manual_seed(hash_of([933, seed, n])), max(256 // n, 1) * config.draws
     (x, y), (fresh, _) = draw(n, generator, runs), draw(FRESH, generator)
     first = torch.stack([start(WIDTH, INPUTS, generator) for _ in range(runs)])
@@ -97,17 +98,17 @@ def _stopping(track: Track, report: Report, n: int, seed: int, config: Config) -
     row = {"best": best, "late": mean[-1].item() / best, "late_of_mean": (mean[-1] / mean.min()).item()}
     if config.sgd and n == 64:
         row["sgd"] = risks(singly(x, y, hash_of([934, seed])), first, fresh).min(0).values.mean().item() / best
-        track.append(run="SGD", seed=seed, **row)
-    track.append(run="best time", seed=seed, n=n, **row)
+        log.append(run="SGD", seed=seed, **row)
+    log.append(run="best time", seed=seed, n=n, **row)
     if seed == config.seed:
         for t, risk in zip(TIMES, mean.tolist(), strict=True):
-            track.append(run=f"n = {n}", shown_time=RATE * t, shown_risk=risk)
-    report(1.0)
+            log.append(run=f"n = {n}", shown_time=RATE * t, shown_risk=risk)
+    progress(1.0)
 
 
-def _eigenvalue(track: Track, report: Report, m: int, seed: int, config: Config) -> None:
+def _eigenvalue(log: RunLog, progress: Progress, m: int, seed: int, config: Config) -> None:
     """Least eigenvalue of the Hessian over its bound along training on 32 examples, three draws or more."""
-    track.resume()
+    log.resume()
     at_start: list[float] = []
     for number in range(3 * max(1, 128 // m)):
         generator = torch.Generator().manual_seed(hash_of([932, seed, m, number]))
@@ -116,12 +117,12 @@ def _eigenvalue(track: Track, report: Report, m: int, seed: int, config: Config)
         for t, H, bound in along(W, x, y):
             least = torch.linalg.eigvalsh(H)[0].item()
             at_start += [-least] if t == 0 else []
-            track.append(run="least eigenvalue", seed=seed, m=m, over=-least / bound)
+            log.append(run="least eigenvalue", seed=seed, m=m, over=-least / bound)
             if seed == config.seed and number == 0:
-                track.append(run=f"m = {m}", shown_time=RATE * t, shown_least=least, shown_limit=-bound)
+                log.append(run=f"m = {m}", shown_time=RATE * t, shown_least=least, shown_limit=-bound)
         if m == min(config.widths) and number == 0:
-            track.append(run="two ways", seed=seed, apart=two_ways(W, x, y))
-    track.append(run="start", seed=seed, m=m, least=float(np.mean(at_start)))
+            log.append(run="two ways", seed=seed, apart=two_ways(W, x, y))
+    log.append(run="start", seed=seed, m=m, least=float(np.mean(at_start)))
 
 
 def _power(run: str, column: str, x: str = "n") -> Observer:

@@ -12,7 +12,7 @@ R runs with weights W ``(R, m·d)``; inputs ``(R, n, d)`` or ``(n, d)``, targets
 import torch
 from torch import Tensor
 
-from ...autodiff.batched import Replicas
+from ...autodiff.batched import BatchedRuns
 
 BEND = 4 / (3 * 3**0.5)
 """B, the largest |tanh''|."""
@@ -66,6 +66,6 @@ def hessian(W: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def two_ways(W: Tensor, x: Tensor, y: Tensor) -> float:
     """Gradient and Hessian in closed form against automatic ones (largest difference over the largest entry)."""
-    f = Replicas(lambda W: 0.5 * (output(W, x) - y).square().mean(1))
+    f = BatchedRuns(lambda W: 0.5 * (output(W, x) - y).square().mean(1))
     pairs = ((f.grad(W), slope(W, x, y)[1]), (f.hessian(W), hessian(W, x, y)))
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)

@@ -20,12 +20,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...records.run_log import Track
+from ...errors import InvalidValue
+from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import Claim, at_least, at_most, within
 from .._framework.config import demand_positive
 from .._framework.observe import by_seed, power
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .._shared.diagonal import Array, balanced, drift, flow_of_layers, flow_of_product, growth_by_descent, quasi, spread
 from .fisher import Classes
 
@@ -50,7 +51,7 @@ class Config:
     def __post_init__(self) -> None:
         demand_positive(self)
         if self.dimension < 4:
-            raise ValueError(f"dimension is {self.dimension}; four coordinates tell the classes apart")
+            raise InvalidValue(f"dimension is {self.dimension}; four coordinates tell the classes apart")
 
 
 QUICK = Config(repeats=1, depths=(1, 2, 3))
@@ -61,9 +62,9 @@ def jobs(config: Config) -> list[Job]:
     return [Job(f"depth {L}, seed {s}", _depth, {"depth": L, "seed": s, "config": config}, 0.3 * L) for L, s in cells]
 
 
-def _depth(track: Track, report: Report, depth: int, seed: int, config: Config) -> None:
+def _depth(log: RunLog, progress: Progress, depth: int, seed: int, config: Config) -> None:
     """All that is seen of one depth, on one sample."""
-    track.resume()
+    log.resume()
     rng, d = np.random.default_rng([103, seed]), config.dimension
     c = Classes.draw((1.0, -0.8, 0.6, 0.5), d, config.examples, rng)
     signs = np.concatenate([[1, -1, 1, 1], rng.choice([-1.0, 1.0], d - 4)])
@@ -75,7 +76,7 @@ def _depth(track: Track, report: Report, depth: int, seed: int, config: Config) 
     def curve(name: str, times: Array, values: Array) -> None:
         for t, value in zip(times, values / values[0], strict=True):
             if seed == config.seed:
-                track.append(run=f"L = {depth}, {name}", time=float(t), ratio=float(value))
+                log.append(run=f"L = {depth}, {name}", time=float(t), ratio=float(value))
 
     w = flow_of_layers(c.fisher, layers, at).states.prod(1)
     wrong = {name: quasi(w, q) for name, q in EXPONENTS.items() if abs(q - p) > 1e-9}
@@ -83,40 +84,40 @@ def _depth(track: Track, report: Report, depth: int, seed: int, config: Config) 
     if depth > 1:
         away = np.linalg.norm(flow_of_product(c.fisher, w0, depth, config.time, at).states - w, axis=1)
         row["apart"] = float((away / np.linalg.norm(w, axis=1)).max())
-    track.append(run="flow", **row, **own)
+    log.append(run="flow", **row, **own)
     for name, values in ({f"{p:g}" if depth < 3 else f"2/{depth}": quasi(w, p)} | wrong).items():
         curve(f"p = {name}", at, values)
-    report(0.2)
+    progress(0.2)
     if depth > 1:
         u = flow_of_layers(c.fisher, layers * skew / np.prod(skew, axis=0) ** (1 / depth), at).states
         total, norms = quasi(u.prod(1), p), np.square(u).sum(2)
-        track.append(run="unbalanced", drift=drift(total), layers=drift(norms), **own)
+        log.append(run="unbalanced", drift=drift(total), layers=drift(norms), **own)
         curve("unbalanced: Σ|w|^(2/L)", at, total)
         curve("unbalanced: ‖u_1‖²", at, norms[:, 0])
     most = 10 * float(quasi(w0, p))  # the difference loss has no minimum, and w may be infinite before the end
     for name, gradient, until in (("square loss", c.squares, config.time), ("difference loss", c.difference, 1.0)):
         found = flow_of_layers(gradient, layers, np.linspace(0, until, 201), most)
         total = quasi(found.states.prod(1), p)
-        track.append(run=name, drift=drift(total), **own)
+        log.append(run=name, drift=drift(total), **own)
         if name == "square loss":
             curve(f"{name}: Σ|w|^(2/L)", found.times, total)
-    _descend(track, c, layers, config, own)
-    report(0.7)
-    _end(track, depth, config, own)
+    _descend(log, c, layers, config, own)
+    progress(0.7)
+    _end(log, depth, config, own)
 
 
-def _descend(track: Track, c: Classes, layers: Array, config: Config, own: dict[str, int]) -> None:
+def _descend(log: RunLog, c: Classes, layers: Array, config: Config, own: dict[str, int]) -> None:
     """Gradient descent to time 5 at several rates: how far the norms drift, and the law of a single step."""
     drifts, worst = list[float](), 0.0
     for rate in config.rates:
         grown, off = growth_by_descent(c.fisher, layers, rate, round(5 / rate))
         drifts, worst = [*drifts, grown], max(worst, off)
         if own["seed"] == config.seed:
-            track.append(run=f"L = {len(layers)}", rate=rate, drift=grown)
-    track.append(run="gradient descent", slope=power(config.rates, drifts).slope, step=worst, **own)
+            log.append(run=f"L = {len(layers)}", rate=rate, drift=grown)
+    log.append(run="gradient descent", slope=power(config.rates, drifts).slope, step=worst, **own)
 
 
-def _end(track: Track, depth: int, config: Config, own: dict[str, int]) -> None:
+def _end(log: RunLog, depth: int, config: Config, own: dict[str, int]) -> None:
     """From equal weights: the best ratio of the orthant against that of all, and how sparse w is on the way."""
     rng, d = np.random.default_rng([104, own["seed"]]), config.dimension
     c, start = Classes.draw((1.0, 0.8, 0.6, 0.5), d, config.examples, rng), np.full(d, 0.3)
@@ -124,12 +125,12 @@ def _end(track: Track, depth: int, config: Config, own: dict[str, int]) -> None:
     ended = flow_of_product(c.fisher, start, depth, config.end, times)
     near = flow_of_product(c.fisher, start, depth, config.end, residual=lambda w: 0.9 * best - c.ratio(w))
     last, wide = c.ratio(ended.end), spread(near.end) if near.settled else None
-    track.append(run="end", spread=wide, best=last / best, free=last / c.greatest(), **own)
+    log.append(run="end", spread=wide, best=last / best, free=last / c.greatest(), **own)
     if own["seed"] == config.seed:
         for i, value in enumerate(near.end / np.linalg.norm(near.end)):
-            track.append(run=f"L = {depth}", coordinate=i + 1, weight=float(value))
+            log.append(run=f"L = {depth}", coordinate=i + 1, weight=float(value))
         for t, w in zip(times, ended.states, strict=True):
-            track.append(run=f"L = {depth}", time=float(t), share=c.ratio(w) / best)
+            log.append(run=f"L = {depth}", time=float(t), share=c.ratio(w) / best)
 
 
 def _farthest(v: Array) -> float:

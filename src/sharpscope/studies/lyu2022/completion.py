@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from ...optimizers.gd import GD
-from ...records.run_log import Track
+from ...records.run_log import RunLog
 from ...report.charts import Chart
 from .._framework.claims import Claim, at_least, at_most, within
 from .._framework.observe_runs import balance, over_seeds, ratio, span, value
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .._shared.nets import Product, squares
 from .._shared.train import Schedule, Task, train
 from .config import Config
@@ -33,7 +33,7 @@ def jobs(config: Config) -> list[Job]:
     return out
 
 
-def _complete(track: Track, report: Report, weight_decay: float, steps: int, every: int, seed: int) -> None:
+def _complete(log: RunLog, progress: Progress, weight_decay: float, steps: int, every: int, seed: int) -> None:
     """Complete a matrix of rank 2 from some of its entries by a normalized product U Vᵀ."""
     g = torch.Generator().manual_seed(seed)
     draw = partial(torch.randn, generator=g, dtype=torch.float64)
@@ -50,7 +50,7 @@ def _complete(track: Track, report: Report, weight_decay: float, steps: int, eve
         return {"test_rmse": error.item(), "effective_rank": rank.item()}
 
     task = Task(net, squares, seen, truth[seen], evaluate)
-    train(track, report, task, GD(LR, weight_decay), Schedule(steps, every, k=1))
+    train(log, progress, task, GD(LR, weight_decay), Schedule(steps, every, k=1))
 
 
 def _gain(sentence: str, column: str, factor: float) -> Claim:
@@ -65,7 +65,7 @@ CLAIMS = (
     _gain("Weight decay lowers the effective rank (without it, over with it)", "effective_rank", 2),
     Claim(
         "η̃λ1 stays at the edge after τ = 5",
-        span("completion", "edge", 5),
+        span("completion", "eta_lambda", 5),
         within(1.9, 2.2),
         "inequality",
         PART,
@@ -81,7 +81,7 @@ CLAIMS = (
     ),
     Claim(
         "Without weight decay the run stays off the edge (η̃λ1 at the end)",
-        over_seeds(value("completion, no decay", "edge"), "completion, no decay"),
+        over_seeds(value("completion, no decay", "eta_lambda"), "completion, no decay"),
         at_most(1.9),
         "negative control",
         PART,

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ...errors import InvalidValue
+
 LR_CLOSED = 0.1
 """Learning rate of the toys and of the linear regression."""
 
@@ -33,13 +35,13 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must not be negative")
+            raise InvalidValue(f"seed is {self.seed}; it must not be negative")
         for name, value in vars(self).items():
             for v in value if isinstance(value, tuple) else (value,):
                 if name != "seed" and not isinstance(v, bool) and not v > 0:
-                    raise ValueError(f"{name} is {v}; it must be positive")
+                    raise InvalidValue(f"{name} is {v}; it must be positive")
         if self.learning_rate * self.weight_decay >= 1:
-            raise ValueError(f"lr·wd is {self.learning_rate * self.weight_decay:g}; it must be below one")
+            raise InvalidValue(f"lr·wd is {self.learning_rate * self.weight_decay:g}; it must be below one")
 
     @property
     def first_seed(self) -> int:

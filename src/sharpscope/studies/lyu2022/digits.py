@@ -84,7 +84,7 @@ FALLS = (
 CLAIMS = (
     Claim(
         "BN: the run sits at the edge from τ = 0.02 on (η̃λ1)",
-        span("digits BN", "edge", 0.02),
+        span("digits BN", "eta_lambda", 0.02),
         within(1.9, 2.5),
         "inequality",
         PART,
@@ -142,7 +142,7 @@ CLAIMS = (
     ),
     _claim(
         "Without normalization the run stays off the edge (greatest lr·λ1)",
-        peak("digits no normalization", "edge"),
+        peak("digits no normalization", "eta_lambda"),
         at_most(1.9),
         "negative control",
         "digits no normalization",
@@ -195,7 +195,7 @@ CHARTS = (
         "digits-edge",
         "Distance to the edge",
         "tau",
-        "edge",
+        "eta_lambda",
         "η̃ λ1",
         "BN",
         "BN, larger il",

@@ -174,7 +174,7 @@ class Descent:
             "loss": (loss(p, w) + loss(p, after)) / 2,
             "midpoint_loss": loss(p, middle),
             "spherical_sharpness": sharpness,
-            "edge": self.lr / ((1 - self.il) * np.sum(middle**2, axis=-1)) * sharpness,
+            "eta_lambda": self.lr / ((1 - self.il) * np.sum(middle**2, axis=-1)) * sharpness,
             "cosine": unit(middle) @ unit(p.w_star),
         }
         return {name: np.broadcast_to(column, len(w)) for name, column in columns.items()}

@@ -109,7 +109,7 @@ def _norm_claims(norm: str) -> tuple[Claim, ...]:
 CLAIMS = (
     _claim(
         "With BN and weight decay the run sits at the edge (η̃λ1 over τ from 1 to 6, the farthest from 2.2)",
-        extreme("BN", "edge", 1, 6, centre=2.2),
+        extreme("BN", "eta_lambda", 1, 6, centre=2.2),
         within(1.9, 2.5),
         "inequality",
         "BN",
@@ -172,7 +172,7 @@ CLAIMS = (
     ),
     _claim(
         "Cross-entropy on hard labels: η̃λ1 at τ = 4, as the loss and its sharpness vanish together",
-        value("hard labels", "edge", 4),
+        value("hard labels", "eta_lambda", 4),
         within(1.8, 2.6),
         "inequality",
         "hard labels",
@@ -206,7 +206,7 @@ CLAIMS = (
     ),
     _claim(
         "Mini-batches of 40 stay below the edge (η̃λ1 at τ = 4)",
-        value("batches of 40", "edge", 4),
+        value("batches of 40", "eta_lambda", 4),
         at_most(2),
         "inequality",
         "batches of 40",
@@ -214,7 +214,7 @@ CLAIMS = (
     ),
     _claim(
         "Mini-batches of 20 stay further below (η̃λ1 at τ = 4 over that of batches of 40)",
-        ratio(value("batches of 20", "edge", 4), value("batches of 40", "edge", 4)),
+        ratio(value("batches of 20", "eta_lambda", 4), value("batches of 40", "eta_lambda", 4)),
         at_most(1),
         "comparison",
         "batches of 20",
@@ -223,7 +223,7 @@ CLAIMS = (
     ),
     _claim(
         "Without normalization the run stays off the edge (greatest lr·λ1)",
-        peak("no normalization", "edge"),
+        peak("no normalization", "eta_lambda"),
         at_most(1),
         "negative control",
         "no normalization",
@@ -270,7 +270,7 @@ CHARTS = (
         "network-edge",
         "Distance to the edge",
         "tau",
-        "edge",
+        "eta_lambda",
         "η̃ λ1",
         "BN",
         "BN, smaller il",

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from ...records.history import History
-from ...records.run_log import Track
+from ...records.run_log import RunLog
 from ...report.charts import Chart
 from .._framework.claims import Claim, at_least, at_most, within
 from .._framework.observe_runs import last
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .._shared.toys import Columns, State, reading_steps, unit
 from .._shared.walk import walk
 from . import linear_regression as reg
@@ -39,11 +39,11 @@ def _on(name: str, data: int) -> str:
     return f"{name}, data {data}" if data else name
 
 
-def _angle(track: Track, report: Report, il: float, seed: int) -> None:
+def _angle(log: RunLog, progress: Progress, il: float, seed: int) -> None:
     """From α = 1.2 at the edge to τ = 3."""
     p = reg.random_problem(seed)
     process = reg.Descent(p, reg.edge_start(p, 1.2, LR_CLOSED, il), LR_CLOSED, il)
-    walk(track, report, process, [track.run], reading_steps(il, 3.0))
+    walk(log, progress, process, [log.run], reading_steps(il, 3.0))
 
 
 class _Pair(reg.Descent):
@@ -61,17 +61,17 @@ class _Pair(reg.Descent):
         }
 
 
-def _random_starts(track: Track, report: Report, data: int, first: int) -> None:
+def _random_starts(log: RunLog, progress: Progress, data: int, first: int) -> None:
     """Two random starts, to τ = 12, where they should have met."""
     p = reg.random_problem(first + data)
     process = _Pair(p, reg.random_starts(p, first + 5, 2), LR_CLOSED, IL)
-    walk(track, report, process, [_on(f"start {i}", data) for i in (1, 2)], range(0, round(12 / IL) + 1, 100))
+    walk(log, progress, process, [_on(f"start {i}", data) for i in (1, 2)], range(0, round(12 / IL) + 1, 100))
 
 
-def _control(track: Track, report: Report, name: str, first: int) -> None:
+def _control(log: RunLog, progress: Progress, name: str, first: int) -> None:
     p = reg.random_problem(first)
     process = _Pair(p, reg.random_starts(p, first + 5, 1), LR_CLOSED, 0.0, CONTROLS[name])
-    walk(track, report, process, [name], [0, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000])
+    walk(log, progress, process, [name], [0, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000])
 
 
 def _angle_error(h: History, il: float, data: int) -> float:

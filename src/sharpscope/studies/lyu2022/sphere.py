@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from ...records.history import History
-from ...records.run_log import Track
+from ...records.run_log import RunLog
 from ...report.charts import Chart, SphereChart
 from .._framework.claims import Claim, at_least, at_most
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .._shared import toys
 from .._shared.walk import walk, write
 from .config import LR_CLOSED, Config
@@ -38,55 +38,55 @@ def jobs(config: Config) -> list[Job]:
     ]
 
 
-def _paths(track: Track, report: Report, il: float) -> None:
+def _paths(log: RunLog, progress: Progress, il: float) -> None:
     process = toys.descent(toys.named(*toys.NAMED), 1.0, LR_CLOSED, il)
-    walk(track, report, process, [f"{toy}, il {il:g}" for toy in toys.NAMED], toys.reading_steps(il))
+    walk(log, progress, process, [f"{toy}, il {il:g}" for toy in toys.NAMED], toys.reading_steps(il))
 
 
-def _speeds(track: Track, report: Report, il: float) -> None:
+def _speeds(log: RunLog, progress: Progress, il: float) -> None:
     process = toys.descent(toys.Toy(SPEEDS), 1.0, LR_CLOSED, il)
-    walk(track, report, process, [f"A1 with K {k:g}" for k in SPEEDS], _evenly(0.5 / il, 10))
+    walk(log, progress, process, [f"A1 with K {k:g}" for k in SPEEDS], _evenly(0.5 / il, 10))
 
 
-def _entry(track: Track, report: Report, il: float) -> None:
+def _entry(log: RunLog, progress: Progress, il: float) -> None:
     process = toys.descent(toys.named("A3"), 1.0, LR_CLOSED, il, edge=1.0, h=1e-2)
-    walk(track, report, process, ["A3 from below the edge"], _evenly(0.4 / il, 400))
+    walk(log, progress, process, ["A3 from below the edge"], _evenly(0.4 / il, 400))
 
 
-def _below(track: Track, report: Report, steps: int) -> None:
+def _below(log: RunLog, progress: Progress, steps: int) -> None:
     process = toys.descent(toys.named("A3", "A3"), 1.0, LR_CLOSED, 0.0, edge=np.array(BELOW), h=1e-2)
     walk(
-        track,
-        report,
+        log,
+        progress,
         process,
         [f"A3 without decay from {e}" for e in BELOW],
         [0, *np.geomspace(1000, steps, 4).round().astype(int).tolist()],
     )
 
 
-def _catapults(track: Track, report: Report) -> None:
+def _catapults(log: RunLog, progress: Progress) -> None:
     process = toys.descent(toys.Toy(KICKED), 1.0, LR_CLOSED, 0.0, edge=2 + ABOVE, h=1e-6)
-    walk(track, report, process, [f"catapult, K {k:g}" for k in KICKED], range(0, 40_001, 400))
+    walk(log, progress, process, [f"catapult, K {k:g}" for k in KICKED], range(0, 40_001, 400))
 
 
-def _rmsprop(track: Track, report: Report, steps: int) -> None:
+def _rmsprop(log: RunLog, progress: Progress, steps: int) -> None:
     c, k, first = (np.array(column) for column in zip(*RMSPROP, strict=True))
     process = toys.scalar_rmsprop(toys.Toy(k), 1.0, ETA, c, first)
-    walk(track, report, process, [_rmsprop_name(*row) for row in RMSPROP], _evenly(steps, 10))
+    walk(log, progress, process, [_rmsprop_name(*row) for row in RMSPROP], _evenly(steps, 10))
 
 
 def _rmsprop_name(c: float, k: float, first: bool) -> str:
     return f"RMSprop C {c:g}, K {k:g}, {'update, use' if first else 'use, update'}"
 
 
-def _portrait(track: Track, report: Report) -> None:
+def _portrait(log: RunLog, progress: Progress) -> None:
     names = {"minimizers": "minimizers", "gd": "gradient descent", "flow": "sharpness-reduction flow"}
-    track.resume()
+    log.resume()
     for run, columns in toys.portrait().items():
         flat = {name: np.ravel(values) for name, values in columns.items()}
         for i in range(len(flat["phi"])):
             write(
-                track,
+                log,
                 [names[run]],
                 {"step": np.array([i])} | {name: values[i : i + 1] for name, values in flat.items()},
             )
@@ -128,7 +128,7 @@ def speed_constants(h: History) -> tuple[float, float]:
 
 
 def _entry_error(h: History, config: Config) -> float:
-    return float(abs(toys.entry_time(*h.table("A3 from below the edge", "tau", "edge")) / (0.5 * np.log(2)) - 1))
+    return float(abs(toys.entry_time(*h.table("A3 from below the edge", "tau", "eta_lambda")) / (0.5 * np.log(2)) - 1))
 
 
 def _rmsprop_error(h: History, config: Config) -> float:

@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...autodiff.batched import Replicas
+from ...autodiff.batched import BatchedRuns
 from ...optimizers.adaptive import Adam
 from ...optimizers.base import UpdateRule
 from ...optimizers.descend import descend
 from ...optimizers.gd import GD
-from ...records.run_log import Track
+from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import WIDER, Claim, at_least, at_most, within
 from .._framework.config import demand_positive
 from .._framework.observe import Observer, by_seed, last, line, over, together
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .._shared.deep import Stack, hash_of, largest, losses
 from .normalized_gd import NormalizedGD
 from .starts import chain_derivatives, chain_losses, chain_two_ways, forward, forward_two_ways, law, sample
@@ -93,15 +93,15 @@ def jobs(config: Config) -> list[Job]:
     return out
 
 
-def _row(track: Track, run: str, seed: int, config: Config, **values: float) -> None:
+def _row(log: RunLog, run: str, seed: int, config: Config, **values: float) -> None:
     """A row for the claims; those of the first repeat are drawn as well (columns ``shown_…``)."""
     shown = {f"shown_{name}": value for name, value in values.items() if seed == config.seed}
-    track.append(run=run, seed=seed, **values, **shown)
+    log.append(run=run, seed=seed, **values, **shown)
 
 
-def _chains(track: Track, report: Report, seed: int, config: Config) -> None:
+def _chains(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
     """Medians at the start, of closed forms; at the least depth also against automatic derivatives."""
-    track.resume()
+    log.resume()
     for L in (4, 8, 16, 24, 32, 48):
         draw = torch.Generator().manual_seed(hash_of([901, seed, L]))
         W = torch.randn(config.chains, L, generator=draw, dtype=torch.float64)
@@ -110,15 +110,15 @@ def _chains(track: Track, report: Report, seed: int, config: Config) -> None:
         g = (f - 1)[:, None] * slope
         sizes = (f.abs(), g.norm(dim=1), torch.linalg.eigvalsh(H[:few]).abs().amax(1))
         for name, v in zip(CHAIN, sizes, strict=True):
-            _row(track, f"chain, {name}", seed, config, depth=L, size=v.log().median().item())
+            _row(log, f"chain, {name}", seed, config, depth=L, size=v.log().median().item())
         if L == 4:
-            track.append(run="chain, derivatives", seed=seed, apart=chain_two_ways(W[:few]))
-        report(L / 48)
+            log.append(run="chain, derivatives", seed=seed, apart=chain_two_ways(W[:few]))
+        progress(L / 48)
 
 
-def _forward(track: Track, report: Report, seed: int, config: Config) -> None:
+def _forward(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
     """Median and variance of log ‖h_L‖² over sets of weights; for one width and depth also with matrices."""
-    track.resume()
+    log.resume()
     rng = np.random.default_rng([902, seed])
     for run, d in FORWARD.items():
         mean, variance = law(d)
@@ -126,58 +126,58 @@ def _forward(track: Track, report: Report, seed: int, config: Config) -> None:
             alive = logs[np.isfinite(logs)]
             size = float(np.median(logs))
             row = {"median": size, "variance": float(alive.var()), "law": mean, "law2": variance}
-            _row(track, run, seed, config, share=L / d, **row)
+            _row(log, run, seed, config, share=L / d, **row)
     apart = forward_two_ways(config.forward // 10, seed, rng)
-    track.append(run="forward, two ways", seed=seed, apart=apart)
+    log.append(run="forward, two ways", seed=seed, apart=apart)
 
 
-def _net(track: Track, report: Report, name: str, seed: int, config: Config) -> None:
+def _net(log: RunLog, progress: Progress, name: str, seed: int, config: Config) -> None:
     """Medians over starts: gradient of the middle layer, and largest |eigenvalue| in the hidden weights."""
-    track.resume()
+    log.resume()
     x, y = sample(seed)
     for L in (8, 16, 32, 64):
         stack = Stack(**vars(NETS[name]) | {"depth": L})
         W = stack.draw(config.nets, [905, seed, L, stack.width])
-        f = Replicas(partial(losses, stack, x, y))
+        f = BatchedRuns(partial(losses, stack, x, y))
         middle = f.grad(W)[:, stack.place(L // 2 - 1)].norm(dim=1).median().item()
         curved = [largest(f, w, stack.width) for w in W[: -(-config.nets // 2)]]
         with np.errstate(divide="ignore"):  # a dead network: minus infinity
             logs = {"log_middle": float(np.log(middle)), "curvature": float(np.median(np.log(curved)))}
-        _row(track, name, seed, config, depth=L, share=L / stack.width, middle=middle, **logs)
-        report(L / 64)
+        _row(log, name, seed, config, depth=L, share=L / stack.width, middle=middle, **logs)
+        progress(L / 64)
 
 
-def _escape(track: Track, report: Report, depth: int, seed: int, config: Config) -> None:
+def _escape(log: RunLog, progress: Progress, depth: int, seed: int, config: Config) -> None:
     """200 chains until their loss is below .05, with each method at the rate by which most escape."""
-    track.resume()
+    log.resume()
     draw = torch.Generator().manual_seed(hash_of([906, seed, depth]))
     W = torch.randn(200, depth, generator=draw, dtype=torch.float64)
     for i, (name, (kind, rates)) in enumerate(RATES.items()):
         every = W.repeat(len(rates), 1)
         rules = [kind(rate) for rate in rates for _ in W]  # type: ignore[call-arg]  # each takes its rate first
-        slope = Replicas(chain_losses).recorded(every)
+        slope = BatchedRuns(chain_losses).recorded(every)
         found = descend(slope, every, rules, config.steps, until=lambda loss: loss < 0.05)
         took = torch.where(found.reached, found.steps, config.steps + 1).double().view(len(rates), -1)
         shares = found.reached.double().view(len(rates), -1).mean(1)
         best = max(range(len(rates)), key=lambda r: (shares[r].item(), -took[r].median().item()))
         row = {"steps": took[best].median().item(), "escaped": shares[best].item(), "rate": rates[best]}
-        _row(track, name, seed, config, depth=depth, **row)
+        _row(log, name, seed, config, depth=depth, **row)
         if depth == 24:
-            track.append(run=f"{name}, L = 24", seed=seed, escaped=row["escaped"])
-        report((i + 1) / 3)
+            log.append(run=f"{name}, L = 24", seed=seed, escaped=row["escaped"])
+        progress((i + 1) / 3)
 
 
-def _train(track: Track, report: Report, depth: int, seed: int, config: Config) -> None:
+def _train(log: RunLog, progress: Progress, depth: int, seed: int, config: Config) -> None:
     """A network of width 12 for 200 full-batch steps: the least loss over rates, in variances of the target."""
-    track.resume()
+    log.resume()
     x, y = sample(seed)
     stack = Stack(8, 12, depth, 1)
     for name, kind, rates in (("GD", GD, (0.01, 0.03, 0.1, 0.3)), ("Adam", Adam, (1e-3, 3e-3, 1e-2))):
         W = stack.draw(1, [907, seed, depth]).repeat(len(rates), 1)
         rules = [kind(rate) for rate in rates]
-        found = descend(Replicas(partial(losses, stack, x, y)).slope, W, rules, 200)
+        found = descend(BatchedRuns(partial(losses, stack, x, y)).slope, W, rules, 200)
         least = found.losses.where(~found.diverged, torch.inf).min().item() / (0.5 * y.var(correction=0).item())
-        _row(track, f"{name}, width 12", seed, config, depth=depth, loss=least)
+        _row(log, f"{name}, width 12", seed, config, depth=depth, loss=least)
 
 
 def _slope(run: str, x: str, y: str) -> Observer:

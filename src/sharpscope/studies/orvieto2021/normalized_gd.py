@@ -6,6 +6,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ...errors import InvalidType
 from ...optimizers.base import State, UpdateRule
 
 
@@ -23,15 +24,15 @@ class NormalizedGD(UpdateRule):
         return w - self.learning_rate * g / size, state
 
     def threshold(self, state: State) -> NoReturn:
-        raise TypeError("NormalizedGD has no threshold: near a minimum it oscillates whatever the curvature")
+        raise InvalidType("NormalizedGD has no threshold: near a minimum it oscillates whatever the curvature")
 
     def effective_learning_rate(self, radius: float, state: State) -> float:
         return self.learning_rate / radius
 
     @property
     def edge(self) -> NoReturn:
-        raise TypeError("NormalizedGD has no edge of stability")
+        raise InvalidType("NormalizedGD has no edge of stability")
 
     @property
-    def clock(self) -> float:
+    def intrinsic_time_per_step(self) -> float:
         return 0.0

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...autodiff.batched import Replicas
+from ...autodiff.batched import BatchedRuns
 from .._shared.deep import Stack, hash_of
 
 Array = NDArray[np.float64]
@@ -36,7 +36,7 @@ def chain_derivatives(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def chain_two_ways(W: Tensor) -> float:
     """Gradient and Hessian of a chain in closed form against automatic ones (relative to the largest entry)."""
-    (f, slope, H), automatic = chain_derivatives(W), Replicas(chain_losses)
+    (f, slope, H), automatic = chain_derivatives(W), BatchedRuns(chain_losses)
     pairs = ((automatic.grad(W), (f - 1)[:, None] * slope), (automatic.hessian(W), H))
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 

@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...autodiff.batched import Replicas
+from ...autodiff.batched import BatchedRuns
 from ...optimizers.adaptive import Adam
 from ...optimizers.descend import descend
-from ...records.run_log import Track
+from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import WIDER, Claim, at_least, at_most, within
 from .._framework.config import demand_positive
 from .._framework.observe import Observer, by_seed, less, line, worst
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .._shared.data import flat_digits
 from .._shared.deep import Stack, hash_of, largest, log_norms, losses, two_ways
 
@@ -80,31 +80,31 @@ def jobs(config: Config) -> list[Job]:
     return out
 
 
-def _row(track: Track, run: str, seed: int, config: Config, place: float, norms: Tensor, bound: Tensor) -> None:
+def _row(log: RunLog, run: str, seed: int, config: Config, place: float, norms: Tensor, bound: Tensor) -> None:
     """Median over inputs, mean over weights; those of the first repeat are drawn."""
     size, upper = (v.median(dim=1).values.mean().item() for v in (norms, bound))
     shown = {"at": place, "shown": size, "shown_bound": upper} if seed == config.seed else {}
-    track.append(run=run, seed=seed, place=place, size=size, bound=upper, above=(norms - bound).max().item(), **shown)
+    log.append(run=run, seed=seed, place=place, size=size, bound=upper, above=(norms - bound).max().item(), **shown)
 
 
-def _prefix(track: Track, report: Report, activation: str, seed: int, config: Config) -> None:
+def _prefix(log: RunLog, progress: Progress, activation: str, seed: int, config: Config) -> None:
     """Normalizers in the first k layers, k = 0.. depth; for ReLU at gain 2 also in k random ones."""
-    track.resume()
+    log.resume()
     x = _inputs(seed, config)
     rng = np.random.default_rng([911, seed])
     for gain in GAINS:
         for k in range(config.depth + 1):
             stack = _stack(config, range(1, k + 1), activation)
             W = stack.draw(config.weights, [912, seed, round(10 * gain)], gain)
-            _row(track, f"{activation}, c = {gain:g}", seed, config, k, *log_norms(stack, W, x))
+            _row(log, f"{activation}, c = {gain:g}", seed, config, k, *log_norms(stack, W, x))
             if activation == "relu" and gain == 2:
                 others = [_stack(config, (rng.permutation(config.depth)[:k] + 1).tolist()) for _ in W]
                 each = [log_norms(other, w[None], x) for other, w in zip(others, W, strict=True)]
                 norms, bound = (torch.cat(v) for v in zip(*each, strict=True))
-                _row(track, "random places, c = 2", seed, config, k, norms, bound)
+                _row(log, "random places, c = 2", seed, config, k, norms, bound)
                 if k == config.depth // 2:
-                    track.append(run="two ways", seed=seed, apart=two_ways(others[0], W[:1], x[:4]))
-        report(GAINS.index(gain) / 4)
+                    log.append(run="two ways", seed=seed, apart=two_ways(others[0], W[:1], x[:4]))
+        progress(GAINS.index(gain) / 4)
 
 
 def _stack(config: Config, normalized: object, activation: str = "relu") -> Stack:
@@ -117,25 +117,25 @@ def _inputs(seed: int, config: Config) -> Tensor:
     return torch.randn(32, config.width, generator=draw, dtype=torch.float64)
 
 
-def _depth(track: Track, report: Report, seed: int, config: Config) -> None:
+def _depth(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
     """Depth by depth, without normalizers and with one in every layer."""
-    track.resume()
+    log.resume()
     x = _inputs(seed, config)
     for gain in GAINS:
         for depth in DEPTHS:
             for kind, places in (("plain", ()), ("LN", range(1, depth + 1))):
                 stack = replace(_stack(config, places), depth=depth)
                 W = stack.draw(config.weights, [913, seed, depth, round(10 * gain)], gain)
-                _row(track, f"{kind}, c = {gain:g}", seed, config, depth, *log_norms(stack, W, x))
+                _row(log, f"{kind}, c = {gain:g}", seed, config, depth, *log_norms(stack, W, x))
 
 
-def _curvature(track: Track, report: Report, gain: float, kind: str, seed: int, config: Config) -> None:
+def _curvature(log: RunLog, progress: Progress, gain: float, kind: str, seed: int, config: Config) -> None:
     """Largest |eigenvalue| of the Hessian at the start on 300 digits, to a few percent, and the gradient."""
-    track.resume()
+    log.resume()
     data = flat_digits(300, 1000, 8.0, seed)
     for depth in config.curved:
         stack = Stack(64, 48, depth, 10, norm=KINDS[kind])
-        f = Replicas(partial(losses, stack, data.x, data.y))
+        f = BatchedRuns(partial(losses, stack, data.x, data.y))
         W = stack.draw(2, [914, seed, depth], gain)
         logs = []
         for w in W:
@@ -143,29 +143,29 @@ def _curvature(track: Track, report: Report, gain: float, kind: str, seed: int, 
         size = float(np.mean(logs))
         row = {"curvature": size, "gradient": f.grad(W).norm(dim=1).log().mean().item()}
         shown = {"at": depth, "shown_curvature": size} if seed == config.seed else {}
-        track.append(run=f"curvature, {kind}, c = {gain:g}", seed=seed, place=depth, **row, **shown)
+        log.append(run=f"curvature, {kind}, c = {gain:g}", seed=seed, place=depth, **row, **shown)
 
 
-def _train(track: Track, report: Report, depth: int, gain: float, seed: int, config: Config) -> None:
+def _train(log: RunLog, progress: Progress, depth: int, gain: float, seed: int, config: Config) -> None:
     """300 full-batch steps of Adam, at the rate of least training loss: deviations and Jacobians after it."""
-    track.resume()
+    log.resume()
     data = flat_digits(300, 1000, 8.0, seed)
     row = {"seed": seed, "place": depth, "gain": gain}
     sizes = {}
     for kind, norm in KINDS.items():
         stack = Stack(64, 48, depth, 10, norm=norm)
         W = stack.draw(1, [915, seed, depth], gain).repeat(len(RATES), 1)
-        found = descend(Replicas(partial(losses, stack, data.x, data.y)).slope, W, [Adam(r) for r in RATES], 300)
+        found = descend(BatchedRuns(partial(losses, stack, data.x, data.y)).slope, W, [Adam(r) for r in RATES], 300)
         best = found.weights[found.losses.nan_to_num(torch.inf).argmin()][None]
         norms = torch.linalg.matrix_norm(stack.jacobian(best, data.test_x[:100]), 2)
         hits = (stack(best, data.test_x)[0].argmax(1) == data.test_labels).double().mean().item()
         sizes[kind] = norms.median().item(), norms.max().item()
-        track.append(run=f"trained, {kind}", accuracy=hits, median=sizes[kind][0], largest=sizes[kind][1], **row)
+        log.append(run=f"trained, {kind}", accuracy=hits, median=sizes[kind][0], largest=sizes[kind][1], **row)
         if norm == "LN":
             row["deviation"] = stack.deviations(best, data.x).mean((1, 2)).min().item()
-        report(0.5)
+        progress(0.5)
     ratios = [a / b for a, b in zip(sizes["LN"], sizes["plain"], strict=True)]
-    track.append(run="trained", median=ratios[0], largest=ratios[1], **row)
+    log.append(run="trained", median=ratios[0], largest=ratios[1], **row)
 
 
 def _slope(run: str, column: str = "size", plus: float = 0.0) -> Observer:

@@ -21,13 +21,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...records.run_log import Track
+from ...errors import InvalidValue
+from ...records.run_log import RunLog
 from ...report.charts import Chart
 from .._framework.claiming import charting, claiming
 from .._framework.claims import Claim, at_least, at_most, within
 from .._framework.config import demand_positive
 from .._framework.observe import Observer, by_seed, over, power
-from .._framework.study import Job, Report
+from .._framework.study import Job, Progress
 from .linear_sgd import SPECTRA, Problem, averaged, bound, effective_dimension, expected, expected_tail, peers
 
 PAPER = (
@@ -57,10 +58,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for odd in set(self.spectra) - set(SPECTRA):
-            raise ValueError(f"spectra has '{odd}'; known: {', '.join(SPECTRA)}")
+            raise InvalidValue(f"spectra has '{odd}'; known: {', '.join(SPECTRA)}")
         demand_positive(self, "spectra")
         if not self.step < 1 / 3:
-            raise ValueError(f"step is {self.step}; the bound needs 3·step·tr H below one, and tr H is 1")
+            raise InvalidValue(f"step is {self.step}; the bound needs 3·step·tr H below one, and tr H is 1")
 
 
 QUICK = Config(repeats=1, spectra=("1/(i log²)", STEEP, FLAT), sizes=(50, 100, 200, 400), replicas=500)
@@ -77,58 +78,58 @@ def jobs(config: Config) -> list[Job]:
     return found
 
 
-def _exact(track: Track, report: Report, spectrum: str, config: Config) -> None:
+def _exact(log: RunLog, progress: Progress, spectrum: str, config: Config) -> None:
     """What needs no draw: exact risk, its bias and variance, the bound, and the average over the second half."""
-    track.resume()
+    log.resume()
     p = Problem.of(spectrum, config.dimension, config.noise, config.step)
     bias, variance = (expected(q, config.sizes) for q in (replace(p, noise=0.0), replace(p, start=0 * p.start)))
     for n, b, v in zip(sorted(config.sizes), bias, variance, strict=True):
         own, half, tail = {"seed": config.seed, "N": n}, bound(p, n), expected_tail(p, n)
         share = v / (p.noise**2 * effective_dimension(p, n) / 2)
-        track.append(run=f"{spectrum}: exact", excess=b + v, drawn=b + v, bias=b, variance=v, share=share, **own)
-        track.append(run=f"{spectrum}: bound", drawn=2 * half, slack=half / (b + v), **own)
-        track.append(run=f"{spectrum}: {HALF}", excess=tail, over_exact=tail / (b + v), **own)
+        log.append(run=f"{spectrum}: exact", excess=b + v, drawn=b + v, bias=b, variance=v, share=share, **own)
+        log.append(run=f"{spectrum}: bound", drawn=2 * half, slack=half / (b + v), **own)
+        log.append(run=f"{spectrum}: {HALF}", excess=tail, over_exact=tail / (b + v), **own)
 
 
-def _others(track: Track, report: Report, spectrum: str, seed: int, config: Config) -> None:
+def _others(log: RunLog, progress: Progress, spectrum: str, seed: int, config: Config) -> None:
     """Minimum-norm least squares and ridge, its penalty chosen by the excess risk itself."""
-    track.resume()
+    log.resume()
     p = Problem.of(spectrum, config.dimension, config.noise, config.step)
     rng = np.random.default_rng([101, seed, list(SPECTRA).index(spectrum)])
     sizes = [n for n in sorted(config.sizes) if 2 * n <= config.dimension]  # beyond, the cut of the spectrum shows
     for done, (n, sgd) in enumerate(zip(sizes, expected(p, sizes), strict=True)):
         least, best = peers(p, n, max(config.examples // n, 1), rng)
         own, first = {"seed": seed, "N": n}, seed == config.seed  # a chart shows one repeat
-        track.append(run=f"{spectrum}: least squares", excess=least, drawn=least if first else None, **own)
-        track.append(run=f"{spectrum}: ridge", excess=best, drawn=best if first else None, behind=sgd / best, **own)
-        report((done + 1) / len(sizes))
+        log.append(run=f"{spectrum}: least squares", excess=least, drawn=least if first else None, **own)
+        log.append(run=f"{spectrum}: ridge", excess=best, drawn=best if first else None, behind=sgd / best, **own)
+        progress((done + 1) / len(sizes))
 
 
-def _sample(track: Track, report: Report, spectrum: str, seed: int, config: Config) -> None:
+def _sample(log: RunLog, progress: Progress, spectrum: str, seed: int, config: Config) -> None:
     """SGD itself: many replicas in few dimensions against the recursion, few in all dimensions for the charts."""
-    track.resume()
+    log.resume()
     rng = np.random.default_rng([102, seed, list(SPECTRA).index(spectrum)])
     sizes = [n for n in sorted(config.sizes) if n <= 200] or [min(config.sizes)]
     p = Problem.of(spectrum, config.small, config.noise, config.step)
     for n, risk, exact in zip(sizes, averaged(p, sizes, config.replicas, rng), expected(p, sizes), strict=True):
         mean, error = float(risk.mean()), float(risk.std(ddof=1)) / len(risk) ** 0.5
         row = {"N": n, "mean": mean, "exact": exact, "off": abs(mean - exact) / error}
-        track.append(run=f"{spectrum}: SGD against the recursion", seed=seed, **row)
-    report(0.7)
+        log.append(run=f"{spectrum}: SGD against the recursion", seed=seed, **row)
+    progress(0.7)
     if seed == config.seed:
         sizes = [n for n in sorted(config.sizes) if n <= 800] or sizes
         p = Problem.of(spectrum, config.dimension, config.noise, config.step)
         for n, risk in zip(sizes, averaged(p, sizes, config.shown, rng), strict=True):
-            track.append(run=f"{spectrum}: SGD", seed=seed, N=n, drawn=float(risk.mean()))
+            log.append(run=f"{spectrum}: SGD", seed=seed, N=n, drawn=float(risk.mean()))
 
 
-def _grow(track: Track, report: Report, config: Config) -> None:
+def _grow(log: RunLog, progress: Progress, config: Config) -> None:
     """The variance on a flat spectrum of N/4 dimensions."""
-    track.resume()
+    log.resume()
     for n in (n for n in sorted(config.sizes) if n % 4 == 0):
         p = Problem.of(FLAT, n // 4, config.noise, config.step)
         (variance,) = expected(replace(p, start=0 * p.start), [n])
-        track.append(run=GROWING, seed=config.seed, N=n, variance=variance, dimension=effective_dimension(p, n))
+        log.append(run=GROWING, seed=config.seed, N=n, variance=variance, dimension=effective_dimension(p, n))
 
 
 def _at(size: int, run: str, column: str = "excess") -> Observer:
