@@ -20,6 +20,7 @@ from sharpscope.studies._framework.claims import (
     at_most,
     within,
 )
+from sharpscope.studies._framework.observe import run
 from sharpscope.studies._framework.run import _finite
 
 CRITERIA = [at_most(2.0), at_least(2.0), within(1.9, 2.5)]
@@ -99,9 +100,17 @@ def test_mistakes_of_the_study_are_not_hidden() -> None:
 
 
 def test_kinds_are_checked() -> None:
-    assert [Claim("s", lambda h, c: 0.0, at_most(1), kind, "", (), kind != WIDER).kind for kind in KINDS] == list(KINDS)
+    made = [Claim("s", lambda h, c: 0.0, at_most(1), kind, runs=("a",)) for kind in KINDS]
+    assert [claim.kind for claim in made] == list(KINDS)
+    assert [claim.deciding for claim in made] == [kind != WIDER for kind in KINDS]
     with pytest.raises(ValueError, match="kind 'law' of the claim 'a sentence' is none of identity, inequality"):
-        Claim("a sentence", lambda h, c: 0.0, at_most(1), "law", "", ())
+        Claim("a sentence", lambda h, c: 0.0, at_most(1), "law", runs=("a",))
+
+
+def test_a_claim_says_which_runs_it_reads() -> None:
+    assert Claim("s", run("a")["x"].last() / run("b")["x"].last(), at_most(1), "identity").runs == ("a", "b")
+    with pytest.raises(ValueError, match="the claim 's' does not say which runs it reads"):
+        Claim("s", lambda h, c: 0.0, at_most(1), "identity")
 
 
 @pytest.mark.parametrize("observed", [0.1 + 0.2, (1e-300, 2.0), math.nan, (1.0, math.nan), (2.0,), math.inf])

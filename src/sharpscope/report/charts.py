@@ -33,8 +33,8 @@ class Chart:
     x: str  # column name
     y: str  # column name
     runs: tuple[str, ...]  # which runs, in this order (colours are assigned in this order)
-    x_label: str
-    y_label: str
+    x_label: str = ""
+    y_label: str = ""
     log_x: bool = False
     log_y: bool = False
     lines: tuple[tuple[float, str], ...] = ()  # horizontal: (value, label), e.g. (2.0, "edge of stability")

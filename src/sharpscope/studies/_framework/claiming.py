@@ -5,7 +5,7 @@ from typing import Any
 
 from ...report.charts import Chart
 from .claims import WIDER, Claim, Criterion
-from .observe import Observer
+from .observe_old import Observer
 
 
 def claiming(part: str) -> Callable[..., Claim]:

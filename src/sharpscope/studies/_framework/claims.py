@@ -7,11 +7,12 @@
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from ...errors import InvalidValue
 from ...records.history import History
+from ...report.charts import Chart, SphereChart
 
 Observed = float | tuple[float, ...]
 WIDER = "wider claim"  # of the paper, beyond what decides: where it fails, a report says "not supported here"
@@ -54,24 +55,28 @@ def median(criterion: Criterion) -> Criterion:
 class Claim:
     """A sentence, the number that decides it, and the criterion the number has to meet.
 
-    `observe` takes the history and the configuration as it was run.  `runs` are the runs it reads: where a
-    configuration leaves one of them out, the claim is not decided, and the report says so.
+    `observe` takes the history and the configuration as it was run: a `Quantity` of `observe`, or a function.  `runs`
+    are the runs it reads, which a quantity knows itself: where a configuration leaves one of them out, the claim is not
+    decided, and the report says so.  A wider claim never decides.
     """
 
     sentence: str
     observe: Callable[[History, Any], Observed]
     criterion: Criterion
     kind: str
-    part: str
-    runs: tuple[str, ...]
+    part: str = ""  # heading under which the report groups it
+    runs: tuple[str, ...] = ()
     deciding: bool = True
-    note: str = ""
+    note: str = ""  # one sentence on how to read it
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InvalidValue(f"kind '{self.kind}' of the claim '{self.sentence}' is none of {', '.join(KINDS)}")
-        if self.kind == WIDER and self.deciding:
-            raise InvalidValue(f"the wider claim '{self.sentence}' cannot decide; say deciding=False")
+        runs = self.runs or tuple(getattr(self.observe, "runs", ()))
+        if not runs:
+            raise InvalidValue(f"the claim '{self.sentence}' does not say which runs it reads; give runs=")
+        object.__setattr__(self, "runs", runs)
+        object.__setattr__(self, "deciding", self.deciding and self.kind != WIDER)
 
     def decide(self, study: str, history: History, config: Any) -> "Verdict":
         """The verdict on this claim; a quantity that cannot be formed (a run that broke off) does not pass."""
@@ -116,3 +121,19 @@ class Verdict:
 
 
 CONTROL = "negative control"
+
+
+Item = TypeVar("Item", bound="Claim | Chart | SphereChart")
+
+
+def under(part: str, *items: Item) -> tuple[Item, ...]:
+    """Claims or charts with `part` as the heading under which a report shows them."""
+    return tuple(replace(item, part=part) for item in items)
+
+
+def labelled(labels: Mapping[str, str], *charts: Chart) -> tuple[Chart, ...]:
+    """Charts whose axes, where they have no label yet, are labelled by their columns."""
+    return tuple(
+        replace(chart, x_label=chart.x_label or labels[chart.x], y_label=chart.y_label or labels[chart.y])
+        for chart in charts
+    )

@@ -1,138 +1,208 @@
-"""Slopes, rank correlations and claims over repeats: how the numbers of a study are summed up.
+"""Numbers that claims are about, read off the history of a study.
 
-A row of a history may carry ``seed``, the number of the repeat it belongs to; what is read `by_seed` gives one number
-for each repeat, and a criterion then has to hold for every one of them (or for their median).
+A quantity says what to read.  It is formed later, once for each repeat of its run under another seed:
+
+    run("BN").at(tau=4)["spherical_sharpness"] / run("BN, no decay")["spherical_sharpness"].last()
+
+Rows are narrowed first (`at`, `near`, `between`, `where`), then a column of them is summed up (`last`, `max`,
+`farthest_from`, `reduce`); quantities are combined by arithmetic, repeat by repeat.
+
+A repeat is a run whose name ends in ", seed N", or the rows of a run that carry a number N in the column "seed".
 """
 
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import NDArray
 
 from ...errors import InvalidValue
 from ...records.history import History
 from .claims import Observed
 
-Observer = Callable[[History, Any], Observed]
-Reduce = Callable[..., float]
+Array = NDArray[np.float64]
+Repeat = tuple[str, float]
+"""Ending of the name of a run, and number in its column "seed" (0 where there is none)."""
+
+Test = Callable[[Array], NDArray[Any]]
+
+NEAR = 0.05
+"""Largest relative distance of a row from the place at which it is asked for."""
 
 
 @dataclass(frozen=True)
-class Fit:
-    """Least squares ``y ≈ intercept + slope·x``: the standard error of the slope, and R²."""
+class Quantity:
+    """Some numbers for each repeat of a run; `runs` names the runs from which they are read."""
 
-    slope: float
-    intercept: float
-    error: float
-    r2: float
+    read: Callable[[History, Any], Mapping[Repeat, Array]]
+    runs: tuple[str, ...]
+
+    def __call__(self, history: History, config: Any) -> Observed:
+        """All numbers, repeat by repeat; where there is only one, that number."""
+        values = tuple(float(v) for array in self.read(history, config).values() for v in np.ravel(array))
+        return values[0] if len(values) == 1 else values
+
+    def reduce(self, function: Callable[[Array], Any]) -> "Quantity":
+        """``function(values)`` of the values of each repeat."""
+        return Quantity(lambda h, c: {k: np.asarray(function(v)) for k, v in self.read(h, c).items()}, self.runs)
+
+    def first(self) -> "Quantity":
+        """The first value of each repeat."""
+        return self.reduce(lambda v: v[0])
+
+    def last(self) -> "Quantity":
+        """The last value of each repeat."""
+        return self.reduce(lambda v: v[-1])
+
+    def min(self) -> "Quantity":
+        """The least value of each repeat."""
+        return self.reduce(np.min)
+
+    def max(self) -> "Quantity":
+        """The greatest value of each repeat."""
+        return self.reduce(np.max)
+
+    def mean(self) -> "Quantity":
+        """The mean of the values of each repeat."""
+        return self.reduce(np.mean)
+
+    def median(self) -> "Quantity":
+        """The median of the values of each repeat."""
+        return self.reduce(np.median)
+
+    def farthest_from(self, centre: float) -> "Quantity":
+        """The value of each repeat that lies farthest from `centre`."""
+        return self.reduce(lambda v: v[np.abs(v - centre).argmax()])
+
+    def second_half(self) -> "Quantity":
+        """The values of each repeat from the middle one on."""
+        return self.reduce(lambda v: v[len(v) // 2 :])
+
+    def over_repeats(self, function: Callable[[Array], Any]) -> "Quantity":
+        """``function(values)`` of all values of all repeats together."""
+
+        def read(h: History, config: Any) -> dict[Repeat, Array]:
+            return {("", 0): np.asarray(function(np.concatenate([np.ravel(v) for v in self.read(h, config).values()])))}
+
+        return Quantity(read, self.runs)
+
+    def extent(self) -> "Quantity":
+        """The least and the greatest of all values of all repeats."""
+        return self.over_repeats(lambda v: np.array([v.min(), v.max()]))
+
+    def __abs__(self) -> "Quantity":
+        return self.reduce(np.abs)
+
+    def __add__(self, other: "Quantity | float") -> "Quantity":
+        return _combined(operator.add, self, other)
+
+    def __sub__(self, other: "Quantity | float") -> "Quantity":
+        return _combined(operator.sub, self, other)
+
+    def __mul__(self, other: "Quantity | float") -> "Quantity":
+        return _combined(operator.mul, self, other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: "Quantity | float") -> "Quantity":
+        return _combined(operator.truediv, self, other)
 
 
-def line(x: ArrayLike, y: ArrayLike) -> Fit:
-    """Least squares through at least two points with different x.
+def joined(*quantities: Quantity) -> Quantity:
+    """The values of several quantities side by side, repeat by repeat."""
+    return _combined(lambda *values: np.concatenate([np.ravel(v) for v in values]), *quantities)
 
-    >>> line([0, 1, 2], [1, 3, 5])
-    Fit(slope=2.0, intercept=1.0, error=0.0, r2=1.0)
+
+def _combined(function: Callable[..., Any], *parts: "Quantity | float") -> Quantity:
+    """``function(*values)`` for each repeat that all parts have; a plain number stands for every repeat."""
+
+    def read(h: History, config: Any) -> dict[Repeat, Array]:
+        found = [part.read(h, config) if isinstance(part, Quantity) else part for part in parts]
+        tables = [f for f in found if isinstance(f, Mapping)]
+        repeats = [key for key in tables[0] if all(key in table for table in tables)]
+        return {key: function(*(f[key] if isinstance(f, Mapping) else f for f in found)) for key in repeats}
+
+    return Quantity(read, tuple(dict.fromkeys(r for part in parts if isinstance(part, Quantity) for r in part.runs)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run and of its repeats under other seeds, as far as they meet the conditions.
+
+    >>> h = History([{"run": "a", "seed": s, "n": n, "gap": (s + 3) / n} for s in (0, 1) for n in (8, 16)])
+    >>> run("a")["gap"].last()(h, None), (16 * run("a").at(n=16)["gap"])(h, None)
+    ((0.1875, 0.25), (3.0, 4.0))
     """
-    a, b = np.asarray(x, float), np.asarray(y, float)
-    if len(a) != len(b) or len(a) < 2 or not np.ptp(a) > 0:
-        raise InvalidValue(f"a line needs two points with different x; got x = {a.tolist()}, y = {b.tolist()}")
-    u, v = a - a.mean(), b - b.mean()
-    slope = float(u @ v / (u @ u))
-    rest = float(np.square(v - slope * u).sum())
-    error = (rest / max(len(a) - 2, 1) / float(u @ u)) ** 0.5
-    return Fit(slope, float(b.mean() - slope * a.mean()), error, 1 - rest / float(v @ v) if v.any() else 1.0)
+
+    run: str
+    conditions: tuple[tuple[str, Test], ...] = ()
+
+    def where(self, column: str, test: Test) -> "Rows":
+        """The rows for whose `column` ``test(values)`` is true; the test may also return their indices."""
+        return replace(self, conditions=(*self.conditions, (column, test)))
+
+    def between(self, **ends: tuple[float, float]) -> "Rows":
+        """The rows in which a column lies between two values, to rounding: ``between(tau=(1, 6))``."""
+        ((column, (low, high)),) = ends.items()
+        return self.where(column, lambda v: (v >= low * (1 - 1e-9)) & (v <= high * (1 + 1e-9)))
+
+    def near(self, **place: float) -> "Rows":
+        """The rows in which a column is within 5 % of a value: ``near(tau=4)``."""
+        ((column, value),) = place.items()
+        return self.where(column, lambda v: np.abs(v - value) <= NEAR * abs(value))
+
+    def at(self, **place: float | tuple[float, ...]) -> "Rows":
+        """The row in which a column is nearest to a value, or those for several: ``at(tau=4)``, ``at(tau=(1, 2))``.
+
+        Forming a number of it raises InvalidValue where the nearest is more than 5 % away.
+        """
+        ((column, values),) = place.items()
+
+        def nearest(v: Array) -> NDArray[Any]:
+            picked = [int(np.abs(v - value).argmin()) for value in np.ravel(values)]
+            if any(abs(v[i] - value) > NEAR * abs(value) for i, value in zip(picked, np.ravel(values), strict=True)):
+                raise InvalidValue(f"'{self.run}' has no row near {column} = {values}")
+            return np.array(picked)
+
+        return self.where(column, nearest)
+
+    def __getitem__(self, column: str) -> Quantity:
+        """The values of a column, over the rows that have it."""
+        return self.reduce(lambda v: v, column)
+
+    def reduce(self, function: Callable[..., Any], *columns: str) -> Quantity:
+        """``function(*columns)`` for each repeat, over the rows that have all of these columns."""
+
+        def read(h: History, config: Any) -> dict[Repeat, Array]:
+            return {key: np.asarray(function(*arrays)) for key, arrays in self._tables(h, columns).items()}
+
+        return Quantity(read, (self.run,))
+
+    def _tables(self, h: History, columns: tuple[str, ...]) -> dict[Repeat, tuple[Array, ...]]:
+        """The columns of every repeat."""
+        names = (*columns, *(column for column, _ in self.conditions))
+        runs = [name for name in h.runs if name == self.run or name.startswith(f"{self.run}, seed ")]
+        found: dict[Repeat, tuple[Array, ...]] = {}
+        for name in runs or [self.run]:  # a run that is not there is an error of the history
+            arrays = list(h.table(name, *names))
+            seeds = np.zeros(len(arrays[0]))
+            if "seed" in h.columns and len(h.series(name, "seed")):
+                seeds, *arrays = h.table(name, "seed", *names)
+            for seed in np.unique(seeds):
+                own = [values[seeds == seed] for values in arrays]
+                found[name.removeprefix(self.run), float(seed)] = self._chosen(own, len(columns))
+        return found
+
+    def _chosen(self, arrays: list[Array], count: int) -> tuple[Array, ...]:
+        """The first `count` arrays, in the rows that meet all conditions, which are about the others."""
+        for i, (_, test) in enumerate(self.conditions, start=count):
+            keep = test(arrays[i])
+            arrays = [v[keep] for v in arrays]
+        return tuple(arrays[:count])
 
 
-def power(x: ArrayLike, y: ArrayLike) -> Fit:
-    """Least squares of log y on log x: the slope is the exponent of a power law.
-
-    >>> round(power([1, 2, 4], [3, 12, 48]).slope, 12)
-    2.0
-    """
-    return line(np.log(np.asarray(x, float)), np.log(np.asarray(y, float)))
-
-
-def spearman(x: ArrayLike, y: ArrayLike) -> float:
-    """Rank correlation, ties by their mean rank.
-
-    >>> spearman([1, 2, 3, 4], [10, 20, 30, 25])
-    0.8
-    """
-    ranks = [_ranks(np.asarray(v, float)) for v in (x, y)]
-    a, b = (r - r.mean() for r in ranks)
-    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
-
-
-def _ranks(v: np.ndarray) -> np.ndarray:
-    """Mean rank of each value among all."""
-    _, place, counts = np.unique(v, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[place]
-
-
-def by_seed(run: str, reduce: Reduce, *columns: str) -> Observer:
-    """``reduce(*columns)`` of the rows of a run, once for each repeat (column ``seed``).
-
-    >>> h = History([{"run": "a", "seed": s, "n": n, "gap": 3 / n} for s in (0, 1) for n in (8, 16)])
-    >>> [round(v, 9) for v in by_seed("a", lambda n, gap: power(n, gap).slope, "n", "gap")(h, None)]
-    [-1.0, -1.0]
-    """
-
-    def read(h: History, config: Any) -> tuple[float, ...]:
-        seed, *values = h.table(run, "seed", *columns)
-        return tuple(float(reduce(*(v[seed == s] for v in values))) for s in np.unique(seed))
-
-    return read
-
-
-def last(run: str, column: str) -> Observer:
-    """The last value of a column in each repeat: for what is written once."""
-    return by_seed(run, lambda v: v[-1], column)
-
-
-def worst(observe: Observer, pick: Callable[[Sequence[float]], float] = max) -> Observer:
-    """The greatest of several observed numbers (or what `pick` makes of them: min, statistics.median)."""
-
-    def read(h: History, config: Any) -> float:
-        seen = observe(h, config)
-        return pick(seen) if isinstance(seen, tuple) else seen
-
-    return read
-
-
-def over(top: Observer, bottom: Observer) -> Observer:
-    """The ratio of two observations, repeat by repeat."""
-
-    def read(h: History, config: Any) -> tuple[float, ...]:
-        pairs = [v if isinstance(v, tuple) else (v,) for v in (top(h, config), bottom(h, config))]
-        return tuple(a / b for a, b in zip(*pairs, strict=True))
-
-    return read
-
-
-def less(first: Observer, second: Observer) -> Observer:
-    """The difference of two observations, repeat by repeat."""
-
-    def read(h: History, config: Any) -> tuple[float, ...]:
-        pairs = [v if isinstance(v, tuple) else (v,) for v in (first(h, config), second(h, config))]
-        return tuple(a - b for a, b in zip(*pairs, strict=True))
-
-    return read
-
-
-def together(*observers: Observer) -> Observer:
-    """All numbers of several observations, which one criterion has to hold for."""
-
-    def read(h: History, config: Any) -> tuple[float, ...]:
-        seen = [observe(h, config) for observe in observers]
-        return tuple(v for some in seen for v in (some if isinstance(some, tuple) else (some,)))
-
-    return read
-
-
-def middle(values: Sequence[float]) -> float:
-    """The median."""
-    return statistics.median(values)
+def run(name: str) -> Rows:
+    """All rows of the run called `name`, and of its repeats under other seeds."""
+    return Rows(name)

@@ -23,7 +23,8 @@ from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import Claim, at_least, at_most, within
 from .._framework.config import demand_positive
-from .._framework.observe import Observer, by_seed, power
+from .._framework.fits import power
+from .._framework.observe_old import Observer, by_seed
 from .._framework.study import Job, Progress
 from .meanfield import ResidualNet
 from .particles import Flow, examples, starts, stretching

@@ -25,7 +25,7 @@ from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import WIDER, Claim, at_least, at_most, median
 from .._framework.config import demand_positive
-from .._framework.observe import Observer, by_seed
+from .._framework.observe_old import Observer, by_seed
 from .._framework.study import Job, Progress
 from .._shared.diagonal import Array, Sensing, normalized, plain, shrinkage
 from .._shared.oracles import basis_pursuit

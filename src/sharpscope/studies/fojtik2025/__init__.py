@@ -26,7 +26,8 @@ from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import WIDER, Claim, at_least, at_most, within
 from .._framework.config import demand_positive
-from .._framework.observe import Observer, by_seed, spearman
+from .._framework.fits import spearman
+from .._framework.observe_old import Observer, by_seed
 from .._framework.study import Job, Progress
 from .._shared.data import flat_digits
 from .._shared.deep import Stack, losses

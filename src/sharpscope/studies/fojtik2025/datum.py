@@ -18,7 +18,7 @@ from torch import Tensor
 from ...autodiff.batched import BatchedRuns
 from ...optimizers.descend import descend
 from ...optimizers.gd import GD
-from .._framework.observe import spearman
+from .._framework.fits import spearman
 from .._shared.ode import flow
 
 Array = NDArray[np.float64]

@@ -29,7 +29,7 @@ from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import WIDER, Claim, at_least, at_most, median, within
 from .._framework.config import demand_positive
-from .._framework.observe import Observer, by_seed, last, over, together, worst
+from .._framework.observe_old import Observer, by_seed, last, over, together, worst
 from .._framework.study import Job, Progress
 from .._shared.oracles import least_nuclear_norm
 from .factors import MATRICES, Solved, distance, entrywise, gaussian, nuclear, plain, relabelled, solved, start

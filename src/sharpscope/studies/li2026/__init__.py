@@ -25,7 +25,8 @@ from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import Claim, at_least, at_most, within
 from .._framework.config import demand_positive
-from .._framework.observe import by_seed, power
+from .._framework.fits import power
+from .._framework.observe_old import by_seed
 from .._framework.study import Job, Progress
 from .._shared.diagonal import Array, balanced, drift, flow_of_layers, flow_of_product, growth_by_descent, quasi, spread
 from .fisher import Classes

@@ -29,7 +29,8 @@ from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import WIDER, Claim, at_least, at_most, within
 from .._framework.config import demand_positive
-from .._framework.observe import Observer, by_seed, last, line, over, together
+from .._framework.fits import line
+from .._framework.observe_old import Observer, by_seed, last, over, together
 from .._framework.study import Job, Progress
 from .._shared.deep import Stack, hash_of, largest, losses
 from .normalized_gd import NormalizedGD

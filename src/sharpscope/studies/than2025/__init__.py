@@ -28,7 +28,8 @@ from ...records.run_log import RunLog
 from .._framework.claiming import charting, claiming
 from .._framework.claims import WIDER, Claim, at_least, at_most, within
 from .._framework.config import demand_positive
-from .._framework.observe import Observer, by_seed, less, line, worst
+from .._framework.fits import line
+from .._framework.observe_old import Observer, by_seed, less, worst
 from .._framework.study import Job, Progress
 from .._shared.data import flat_digits
 from .._shared.deep import Stack, hash_of, largest, log_norms, losses, two_ways

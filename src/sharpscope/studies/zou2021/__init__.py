@@ -27,7 +27,8 @@ from ...report.charts import Chart
 from .._framework.claiming import charting, claiming
 from .._framework.claims import Claim, at_least, at_most, within
 from .._framework.config import demand_positive
-from .._framework.observe import Observer, by_seed, over, power
+from .._framework.fits import power
+from .._framework.observe_old import Observer, by_seed, over
 from .._framework.study import Job, Progress
 from .linear_sgd import SPECTRA, Problem, averaged, bound, effective_dimension, expected, expected_tail, peers
 

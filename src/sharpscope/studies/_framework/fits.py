@@ -1,0 +1,64 @@
+"""Straight lines, power laws and rank correlations through the numbers of a study."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ...errors import InvalidValue
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line fitted by least squares, ``y ≈ intercept + slope·x``.
+
+    `error` is the standard error of the slope.
+    """
+
+    slope: float
+    intercept: float
+    error: float
+    r2: float
+
+
+def line(x: ArrayLike, y: ArrayLike) -> Line:
+    """Fit a line by least squares through at least two points with different x.
+
+    >>> line([0, 1, 2], [1, 3, 5])
+    Line(slope=2.0, intercept=1.0, error=0.0, r2=1.0)
+    """
+    a, b = np.asarray(x, float), np.asarray(y, float)
+    if len(a) != len(b) or len(a) < 2 or not np.ptp(a) > 0:
+        raise InvalidValue(f"a line needs two points with different x; got x = {a.tolist()}, y = {b.tolist()}")
+    u, v = a - a.mean(), b - b.mean()
+    slope = float(u @ v / (u @ u))
+    rest = float(np.square(v - slope * u).sum())
+    error = (rest / max(len(a) - 2, 1) / float(u @ u)) ** 0.5
+    return Line(slope, float(b.mean() - slope * a.mean()), error, 1 - rest / float(v @ v) if v.any() else 1.0)
+
+
+def power(x: ArrayLike, y: ArrayLike) -> Line:
+    """Fit a power law by least squares of log y on log x; its slope is the exponent.
+
+    >>> round(power([1, 2, 4], [3, 12, 48]).slope, 12)
+    2.0
+    """
+    return line(np.log(np.asarray(x, float)), np.log(np.asarray(y, float)))
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """Give the rank correlation of Spearman, with ties at their mean rank.
+
+    >>> spearman([1, 2, 3, 4], [10, 20, 30, 25])
+    0.8
+    """
+    ranks = [_ranks(np.asarray(v, float)) for v in (x, y)]
+    a, b = (r - r.mean() for r in ranks)
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+def _ranks(v: np.ndarray) -> np.ndarray:
+    """Give the mean rank of each value among all."""
+    _, place, counts = np.unique(v, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts - 1) / 2)[place]
