@@ -9,11 +9,11 @@ from pathlib import Path
 
 import sharpscope.studies
 from sharpscope.cli import main
-from sharpscope.studies._framework import several
+from sharpscope.studies._framework import batch
 
 sharpscope.studies.__path__.append(str(Path(__file__).parent / "tiny_studies"))
 
 if __name__ == "__main__":
     if "TINY_ALL" in os.environ:
-        several.known = os.environ["TINY_ALL"].split
+        batch.known = os.environ["TINY_ALL"].split
     sys.exit(main())

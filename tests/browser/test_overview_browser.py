@@ -14,7 +14,7 @@ from sharpscope.report.html import write_page
 from sharpscope.studies._framework import study as study_module
 from sharpscope.studies._framework.claims import WIDER
 from sharpscope.studies._framework.pages import Row, overview, seeds_page
-from sharpscope.studies._framework.seeds import over_seeds
+from sharpscope.studies._framework.seeds import repeated_claims
 
 __test__ = CHROMIUM is not None
 FITS = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
@@ -70,6 +70,8 @@ def test_keys_open_the_claims(tab: Tab, tmp_path: Path) -> None:
 def test_the_page_over_seeds_fits(tab: Tab, tmp_path: Path, width: int) -> None:
     study = study_module.find(study_module.known()[0])
     runs = [[verdict(c.sentence, part=c.part, observed=(0.1 * i, 12345.6)) for c in study.CLAIMS] for i in range(7)]
-    page = seeds_page(study, {i: f"seed-{i}/report.html" for i in range(7)}, over_seeds(study.CLAIMS, runs), [HOSTILE])
+    page = seeds_page(
+        study, {i: f"seed-{i}/report.html" for i in range(7)}, repeated_claims(study.CLAIMS, runs), [HOSTILE]
+    )
     tab.open(write_page(tmp_path / "index.html", page), width)
     assert tab.complaints() == [] and tab.js(FITS)

@@ -9,7 +9,7 @@ import pytest
 
 import sharpscope.studies
 from sharpscope.cli import main
-from sharpscope.studies._framework import several
+from sharpscope.studies._framework import batch
 from sharpscope.studies._framework.study import discover
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def tool() -> ModuleType:
 def test_the_tool_writes_a_page_with_a_figure_of_each_study(
     seeds: list[str], tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(several, "known", lambda: ["small", "tiny"])
+    monkeypatch.setattr(batch, "known", lambda: ["small", "tiny"])
     run, docs = tmp_path / "run", tmp_path / "docs"
     assert main(["run", "all", "--quick", "--workers", "1", "--out", str(run), *seeds]) == 0
     page = tool().gallery(run, docs).read_text(encoding="utf-8")

@@ -18,18 +18,18 @@ from test_run import ROOT, STOPPED, end, members, until, waiting
 import sharpscope.studies
 from sharpscope.cli import _studies, main
 from sharpscope.records.run_log import RunLog
-from sharpscope.studies._framework import several
+from sharpscope.studies._framework import batch
 from sharpscope.studies._framework.claims import WIDER, Claim, Verdict, at_most, median, within
 from sharpscope.studies._framework.pages import duration
 from sharpscope.studies._framework.run import ERROR
-from sharpscope.studies._framework.seeds import median_interval, over_seeds, share_interval, spread
+from sharpscope.studies._framework.seeds import median_interval, repeated_claims, share_interval, spread
 from sharpscope.studies._framework.study import find
 
 
 @pytest.fixture
 def both(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`run all` means the two tiny studies."""
-    monkeypatch.setattr(several, "known", lambda: ["small", "tiny"])
+    monkeypatch.setattr(batch, "known", lambda: ["small", "tiny"])
     monkeypatch.setattr(_studies, "WORKERS", 1)  # of `report`: worker processes would not find them
 
 
@@ -127,7 +127,7 @@ def test_a_broken_study_does_not_take_the_others_down(
         (tmp_path / "more").mkdir()
         (tmp_path / "more/wrong.py").write_text("import <b>")
         monkeypatch.setattr(sharpscope.studies, "__path__", [*sharpscope.studies.__path__, str(tmp_path / "more")])
-        monkeypatch.setattr(several, "known", lambda: ["tiny", "wrong"])
+        monkeypatch.setattr(batch, "known", lambda: ["tiny", "wrong"])
         sentence, name = "wrong cannot be imported: SyntaxError: invalid syntax", "wrong"
     else:
         monkeypatch.setattr(find("small"), "QUICK", find("small").Config(raises=where))
@@ -267,18 +267,18 @@ def verdict(observed: Any, passed: bool, **more: Any) -> Verdict:
 
 
 def test_a_claim_holds_over_seeds_if_it_holds_on_nine_of_ten() -> None:
-    claim = Claim("c", lambda h, c: 0, within(0, 1), "identity", "", ())
-    control = Claim("c", lambda h, c: 0, within(0, 1), "negative control", "", ())
+    claim = Claim("c", lambda h, c: 0, within(0, 1), "identity", runs=("a",))
+    control = Claim("c", lambda h, c: 0, within(0, 1), "negative control", runs=("a",))
     for held, usual, strict in ((10, True, True), (9, True, False), (8, False, False)):
         runs = [[verdict(float(i), i < held)] for i in range(10)]
-        assert [over_seeds([c], runs)[0].verdict.passed for c in (claim, control)] == [usual, strict]
-    (r,) = over_seeds([claim], [[verdict((1.0, 3.0), True)], [verdict((2.0, math.nan), False)]])
+        assert [repeated_claims([c], runs)[0].verdict.passed for c in (claim, control)] == [usual, strict]
+    (r,) = repeated_claims([claim], [[verdict((1.0, 3.0), True)], [verdict((2.0, math.nan), False)]])
     assert r.verdict.criterion == "within [0, 1], on 2 of 2 seeds"
-    (one,) = over_seeds(
-        [Claim("c", lambda h, c: 0, median(at_most(1)), WIDER, "", (), False)], [[verdict((3.0, 1, 2), True)]]
+    (one,) = repeated_claims(
+        [Claim("c", lambda h, c: 0, median(at_most(1)), WIDER, runs=("a",))], [[verdict((3.0, 1, 2), True)]]
     )
     assert [s.median for s in one.spreads] == [2.0]
-    assert over_seeds([claim], [[verdict(1.0, True)], []]) == []  # left out where a run did not decide it
+    assert repeated_claims([claim], [[verdict(1.0, True)], []]) == []  # left out where a run did not decide it
     assert spread("", [math.nan, 1.0]).missing == 1 and math.isnan(spread("", [math.nan]).median)
 
 

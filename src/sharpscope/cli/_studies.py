@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import Refused
+from ..errors import Refused, Unusable
 from ..studies._framework.claims import WIDER
 from ._common import find_study, need_extras, refusing
 
@@ -80,9 +80,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..errors import Unusable
-    from ..studies._framework.run import run_study
-    from ..studies._framework.several import entry, run_all, run_entries
+    from ..studies._framework.batch import all_entries, entry, run_batch
 
     need_extras()
     if args.quick and args.full:
@@ -90,36 +88,30 @@ def _run(args: argparse.Namespace) -> int:
     if args.seeds is not None and args.seeds < 1:
         raise Refused(f"--seeds is {args.seeds}; it must be at least 1")
     out = args.out or Path("runs") / (f"{args.study}-quick" if args.quick else args.study)
-    if args.study == "all":
-        if args.rest:
-            options = ", ".join(f"--{name}" for name in OPTIONS)
-            raise Refused(f"{args.rest[0]} is a field of one study; `run all` takes only {options}")
-        with refusing(Unusable):
-            entries = run_all(out, quick=args.quick, seeds=args.seeds, workers=args.workers)
-        return _print_all(entries, out)
-    study = find_study(args.study)
-    config = _configure(args.study, study, study.QUICK if args.quick else study.Config(), args.rest)
     with refusing(Unusable):
-        if args.seeds is None:
-            return _print(run_study(args.study, config, out, workers=args.workers), out)
-        repeats = entry(args.study, config, out, args.seeds)
-        run_entries([repeats], workers=args.workers, changed=lambda: None)
-    return _print_seeds(repeats)
+        if args.study == "all":
+            if args.rest:
+                options = ", ".join(f"--{name}" for name in OPTIONS)
+                raise Refused(f"{args.rest[0]} is a field of one study; `run all` takes only {options}")
+            entries = all_entries(out, quick=args.quick, seeds=args.seeds)
+            run_batch(entries, workers=args.workers, index=out)
+            return _print_all(entries, out)
+        study = find_study(args.study)
+        config = _configure(args.study, study, study.QUICK if args.quick else study.Config(), args.rest)
+        one = entry(args.study, config, out, args.seeds)
+        run_batch([one], workers=args.workers)
+    return _print_one(one)
 
 
 def _report(args: argparse.Namespace) -> int:
-    from ..errors import Unusable
-    from ..studies._framework.run import SEEDS, reread
-    from ..studies._framework.several import ALL, reread_all, reread_seeds
+    from ..studies._framework.batch import ALL, run_batch, stored_entries
 
     need_extras()
+    several = (args.directory / ALL).exists()
     with refusing(Unusable, LookupError):
-        if (args.directory / ALL).exists():
-            return _print_all(reread_all(args.directory, workers=WORKERS), args.directory)
-        if (args.directory / SEEDS).exists() and not (args.directory / "config.json").exists():
-            return _print_seeds(reread_seeds(args.directory, workers=WORKERS))
-        verdicts = reread(args.directory)
-    return _print(verdicts, args.directory)
+        entries = stored_entries(args.directory)
+        run_batch(entries, workers=WORKERS, index=args.directory if several else None)
+    return _print_all(entries, args.directory) if several else _print_one(entries[0])
 
 
 def _configure(name: str, study: Any, default: Any, rest: Sequence[str]) -> Any:
@@ -149,24 +141,21 @@ def _configure(name: str, study: Any, default: Any, rest: Sequence[str]) -> Any:
         raise Refused(str(error)) from error
 
 
-def _print(verdicts: Sequence[Any], out: Path) -> int:
-    """The verdicts as lines, and the exit status they mean."""
-    from ..studies._framework.run import stopped
-
-    _print_claims(verdicts)
-    for job, note in stopped(out).items():
-        print(f"  stop {job}: {note}")
-    print(f"\n{_tally(verdicts)}; report: {out / 'report.html'}")
-    return 1 if _failed(verdicts) else 0
-
-
-def _print_claims(verdicts: Sequence[Any]) -> None:
+def _print_one(e: Any) -> int:
+    """Every verdict on a study as a line, and the exit status they mean."""
     part = ""
-    for v in verdicts:
+    for v in e.verdicts:
         if v.part != part:
             part = v.part
             print(f"\n{part}")
         print(f"  {_line(v)}")
+    for job, note in e.stopped.items():
+        print(f"  stop {job}: {note}")
+    _complain([e])
+    if e.verdicts or e.seeds:
+        where = f"on {e.seeds} seeds; page: {e.page}" if e.seeds else f"report: {e.page}"
+        print(f"\n{_tally(e.verdicts)}{' ' if e.seeds else '; '}{where}")
+    return _status(e)
 
 
 def _line(v: Any) -> str:
@@ -195,7 +184,7 @@ def _print_all(entries: Sequence[Any], out: Path) -> int:
         mark = "none" if e.failures else "FAIL" if _failed(e.verdicts) else "ok  "
         wider = sum(v.kind == WIDER and not v.passed for v in e.verdicts)
         aside = f", {wider} wider not supported here" if wider else ""
-        seeds = "" if None in e.runs else f" on {len(e.runs)} seeds"
+        seeds = f" on {e.seeds} seeds" if e.seeds else ""
         said = f"{_tally(e.verdicts)}{seeds}{aside}" if e.verdicts else "could not run"
         print(f"{mark} {e.study:{width}}  {said}{f' ({e.note})' if e.note else ''}")
         for v in _failed(e.verdicts):
@@ -207,15 +196,6 @@ def _print_all(entries: Sequence[Any], out: Path) -> int:
     spent = duration(sum(e.seconds for e in entries))
     print(f"\n{_tally(verdicts)} in {len(entries)} studies, {spent} of processor time; page: {out / 'index.html'}")
     return max((_status(e) for e in entries), default=0)
-
-
-def _print_seeds(e: Any) -> int:
-    _print_claims(e.verdicts)
-    for job, note in e.stopped.items():
-        print(f"  stop {job}: {note}")
-    _complain([e])
-    print(f"\n{_tally(e.verdicts)} on {len(e.runs)} seeds; page: {e.out / 'index.html'}")
-    return _status(e)
 
 
 def _complain(entries: Sequence[Any]) -> None:

@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +27,7 @@ from ...report.html import render, write_report
 from .claims import Verdict
 from .old_names import columns_of_today, fields_of_today
 from .pages import claims_section
-from .pool import KILLED, Failed, Group, Task, failed, work_off
+from .pool import Group, Task
 from .study import Job, Progress, Study, find, headings
 
 PACKAGES = ("sharpscope", "torch", "numpy", "scikit-learn", "pyarrow", "matplotlib", "safetensors")
@@ -49,51 +49,12 @@ class Run:
     out: Path
 
 
-Outcome = list[Verdict] | Unusable
-"""The verdicts on a run, or why there are none."""
-
-
-def run_study(name: str, config: Any, out: Path, *, workers: int) -> list[Verdict]:
-    """Run study `name` with `config` into `out`, going on where an earlier run of the same command stopped.
+def unfinished(run: Run, locks: ExitStack) -> Group:
+    """Give the unfinished jobs of a run and its conclusion, and lock its directory.
 
     Raises:
-        Unusable: the directory cannot be written, holds another run or is being written by another process, the disk
-            is full, a worker was killed, or the study raised.
+        Unusable: the directory cannot be written, holds another run, or is being written by another process.
     """
-    outcome = run_side_by_side({name: Run(name, config, out)}, workers=workers)[name]
-    if isinstance(outcome, Unusable):
-        raise outcome
-    return outcome
-
-
-def run_side_by_side(
-    runs: Mapping[str, Run], *, workers: int, settled: Callable[[str, Outcome], None] = lambda name, outcome: None
-) -> dict[str, Outcome]:
-    """Runs by name, all jobs on one pool; each is concluded as soon as its own are done, and then told to `settled`.
-
-    What is finished is not computed again; a run that cannot go on leaves the others alone.
-    """
-    outcomes: dict[str, Outcome] = {}
-
-    def settle(name: str, outcome: Any) -> None:
-        outcomes[name] = _unusable(outcome, runs[name].out) if isinstance(outcome, Failed) else outcome
-        settled(name, outcomes[name])
-
-    with ExitStack() as locks:
-        groups = {}
-        for name, run in runs.items():
-            try:
-                groups[name] = _group(run, locks)
-            except Unusable as error:
-                settle(name, Failed(str(error)))
-            except Exception as error:
-                settle(name, failed(f"the study {run.study}", error))
-        work_off(groups, workers, settle)
-    return outcomes
-
-
-def _group(run: Run, locks: ExitStack) -> Group:
-    """The unfinished jobs of a run, and its conclusion."""
     study, log = find(run.study), run.out / "log"
     with explained(run.out):
         _claim_directory(run.out, {"study": run.study, "config": dataclasses.asdict(run.config)})
@@ -134,17 +95,6 @@ def _close(progress: Progress, run: Run) -> list[Verdict]:
             write_json(run.out / "environment.json", facts)
             History(row for log in logs for row in log.rows).save(run.out / "history.parquet")
         return conclude(study, run.study, run.config, run.out, progress)
-
-
-def _unusable(failure: Failed, out: Path) -> Unusable:
-    """The sentence for a failure; its traceback is left in the run's directory."""
-    if not failure.trace and failure.sentence != KILLED:
-        return Unusable(failure.sentence)
-    where = ""
-    if failure.trace and (out / "config.json").exists():
-        (out / ERROR).write_text(failure.trace, encoding="utf-8")
-        where = f" (see {out / ERROR})"
-    return Unusable(f"{failure.sentence}{where}; what is in {out} is kept, and the same command goes on from it")
 
 
 def conclude(study: Study, name: str, config: Any, out: Path, progress: Progress = lambda share: None) -> list[Verdict]:
@@ -196,18 +146,6 @@ def page(out: Path) -> str | None:
         config=asked["config"],
         environment={},
     )
-
-
-def reread(out: Path) -> list[Verdict]:
-    """Verdicts, figures and report of a finished run directory, made again.
-
-    Raises:
-        Unusable: `out` is not a finished run, or cannot be written.
-    """
-    if (out / "config.json").exists() and not (out / "history.parquet").exists():
-        raise Unusable(f"the run in {out} is not finished; repeat its `sharpscope run` command to go on with it")
-    run = run_in(out)
-    return run_study(run.study, run.config, out, workers=1)
 
 
 def run_in(out: Path) -> Run:

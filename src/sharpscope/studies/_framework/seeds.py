@@ -45,7 +45,7 @@ class Repeated:
     share: tuple[float, float]  # interval of the share of seeds on which it holds
 
 
-def over_seeds(claims: Sequence[Claim], runs: Sequence[Sequence[Verdict]]) -> list[Repeated]:
+def repeated_claims(claims: Sequence[Claim], runs: Sequence[Sequence[Verdict]]) -> list[Repeated]:
     """The claims over the verdicts of several runs; those that some run did not decide are left out."""
     found = [{(v.part, v.claim): v for v in verdicts} for verdicts in runs]
     return [_repeated(c, [f[c.part, c.sentence] for f in found]) for c in claims if _decided(c, found)]
