@@ -22,7 +22,7 @@ from sharpscope.studies._framework import batch
 from sharpscope.studies._framework.claims import WIDER, Claim, Verdict, at_most, median, within
 from sharpscope.studies._framework.pages import duration
 from sharpscope.studies._framework.run import ERROR
-from sharpscope.studies._framework.seeds import median_interval, repeated_claims, share_interval, spread
+from sharpscope.studies._framework.seeds import fraction_interval, median_interval, repeated_claims, spread
 from sharpscope.studies._framework.study import find
 
 
@@ -226,7 +226,7 @@ def test_seeds_repeat_a_study(both: None, tmp_path: Path, capsys: pytest.Capture
     runs = [json.loads((out / f"seed-{seed}/verdicts.json").read_text())[0]["observed"] for seed in (3, 4)]
     assert [s["label"] for s in ends["spreads"]] == ["least", "greatest"]
     assert ends["spreads"][1]["high"] == max(map(max, runs)) and ends["spreads"][0]["interval"] is None
-    assert (ends["held"], ends["seeds"], ends["passed"]) == (2, 2, True)
+    assert (ends["passes"], ends["seeds"], ends["passed"]) == (2, 2, True)
     assert middle["spreads"][0]["low"] == min(sorted(run)[1] for run in runs)
     page = (out / "index.html").read_text()
     assert "With 2 seeds there is no 95 % interval of a median" in page and 'href="seed-4/report.html"' in page
@@ -292,7 +292,7 @@ def test_intervals_are_those_of_the_textbooks() -> None:
         assert ends is None or ends[1] == n + 1 - k
         assert 1 - 2 * binom.cdf(k - 1, n, 0.5) >= 0.95 > 1 - 2 * binom.cdf(k, n, 0.5)
         for held in {0, 1, n // 2, n}:
-            low, high = share_interval(held, n)
+            low, high = fraction_interval(held, n)
             assert low == pytest.approx(beta.ppf(0.025, held, n - held + 1) if held else 0, abs=1e-12)
             assert high == pytest.approx(beta.ppf(0.975, held + 1, n - held) if held < n else 1, abs=1e-12)
 

@@ -1,6 +1,5 @@
 """The studies: what they promise of themselves, their networks, and the reference run in small."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -10,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import sharpscope.studies
 from sharpscope.autodiff.objective import Objective
-from sharpscope.cli import main
 from sharpscope.optimizers.gd import GD
 from sharpscope.records.history import History
 from sharpscope.records.run_log import RunLog
@@ -26,7 +23,6 @@ from sharpscope.studies.lyu2022 import completion, digits, network, regression, 
 from sharpscope.symmetry.scale_groups import find_groups
 
 CONFIGS = {"full": lyu.Config(), "quick": lyu.QUICK}
-ADDING = Path(__file__).parents[2] / "docs/adding.md"
 
 
 @pytest.mark.parametrize("name", discover())
@@ -249,19 +245,3 @@ def test_the_reference_run_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     norms = [row["radius"] for row in rows["none"].values()]
     assert norms == sorted(norms)
     assert rows["decay"][200]["radius"] < rows["decay"][100]["radius"]
-
-
-def test_the_study_of_the_guide_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The example in docs/adding.md, put where it says."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", ADDING.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    (code,) = [block for block in blocks if block.startswith("# src/sharpscope/studies/")]
-    name = re.match(r"# src/sharpscope/studies/(\w+)\.py", code)
-    assert name is not None
-    (tmp_path / "here").mkdir()
-    (tmp_path / f"here/{name[1]}.py").write_text(code, encoding="utf-8")
-    monkeypatch.setattr(sharpscope.studies, "__path__", [*sharpscope.studies.__path__, str(tmp_path / "here")])
-    test_a_study_keeps_the_contract(name[1])
-    assert main(["run", name[1], "--quick", "--workers", "1", "--out", str(tmp_path / "run")]) == 0
-    assert "0 of" not in capsys.readouterr().out

@@ -63,12 +63,12 @@ def _check(directory: Path) -> None:
 
 
 def _is_run(directory: Path) -> bool:
-    from ..studies._framework.run import asked_of
+    from ..studies._framework.run import stored_request
     from ..studies._framework.study import find
 
     if (directory / "monitor.json").exists():
         return True
-    return (directory / "config.json").exists() and bool(find(asked_of(directory)["study"]))
+    return (directory / "config.json").exists() and bool(find(stored_request(directory)["study"]))
 
 
 def _page(directory: Path) -> str | None:

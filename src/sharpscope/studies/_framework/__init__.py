@@ -1,1 +1,1 @@
-"""What every study stands on: claims, jobs, runs, pages."""
+"""The frame of every study: claims, jobs, runs on disk, and pages."""

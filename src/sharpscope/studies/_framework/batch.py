@@ -78,7 +78,7 @@ class Entry:
 
     @property
     def done(self) -> bool:
-        """Whether every run has an outcome."""
+        """True when every run has an outcome."""
         return self.outcomes.keys() == self.runs.keys()
 
     @property

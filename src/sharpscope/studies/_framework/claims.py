@@ -1,4 +1,4 @@
-"""What a study claims: sentences with numbers, and the criteria that decide them.
+"""Claims of a study: sentences with numbers, and the criteria that decide them.
 
 >>> within(1.9, 2.5)((2.05, 2.27)), within(1.9, 2.5).text
 (True, 'within [1.9, 2.5]')

@@ -1,4 +1,4 @@
-"""What the fields of every configuration have to satisfy."""
+"""Checks that the fields of every configuration have to pass."""
 
 from typing import Any
 
@@ -6,7 +6,9 @@ from ...errors import InvalidValue
 
 
 def demand_positive(config: Any, *free: str) -> None:
-    """Numbers, and those in tuples, are positive, and ``seed`` is not negative; flags and the fields `free` are free.
+    """Demand that numbers, also those in tuples, are positive.
+
+    ``seed`` may be zero; flags and the fields named in `free` are not checked.
 
     Raises:
         ValueError: one that is not, by name.

@@ -45,7 +45,7 @@ class Quantity:
         return values[0] if len(values) == 1 else values
 
     def reduce(self, function: Callable[[Array], Any]) -> "Quantity":
-        """``function(values)`` of the values of each repeat."""
+        """Apply a function to the values of each repeat."""
         return Quantity(lambda h, c: {k: np.asarray(function(v)) for k, v in self.read(h, c).items()}, self.runs)
 
     def first(self) -> "Quantity":
@@ -81,7 +81,7 @@ class Quantity:
         return self.reduce(lambda v: v[len(v) // 2 :])
 
     def over_repeats(self, function: Callable[[Array], Any]) -> "Quantity":
-        """``function(values)`` of all values of all repeats together."""
+        """Apply a function to all values of all repeats together."""
 
         def read(h: History, config: Any) -> dict[Repeat, Array]:
             return {("", 0): np.asarray(function(np.concatenate([np.ravel(v) for v in self.read(h, config).values()])))}
@@ -116,7 +116,7 @@ def joined(*quantities: Quantity) -> Quantity:
 
 
 def _combined(function: Callable[..., Any], *parts: "Quantity | float") -> Quantity:
-    """``function(*values)`` for each repeat that all parts have; a plain number stands for every repeat."""
+    """Combine parts repeat by repeat, over those that all of them have; a plain number stands for every repeat."""
 
     def read(h: History, config: Any) -> dict[Repeat, Array]:
         found = [part.read(h, config) if isinstance(part, Quantity) else part for part in parts]
@@ -173,7 +173,7 @@ class Rows:
         return self.reduce(lambda v: v, column)
 
     def reduce(self, function: Callable[..., Any], *columns: str) -> Quantity:
-        """``function(*columns)`` for each repeat, over the rows that have all of these columns."""
+        """Apply a function to columns of each repeat, over the rows that have all of them."""
 
         def read(h: History, config: Any) -> dict[Repeat, Array]:
             return {key: np.asarray(function(*arrays)) for key, arrays in self._tables(h, columns).items()}

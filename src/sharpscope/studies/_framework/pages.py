@@ -8,7 +8,7 @@ from html import escape
 
 from ...report.html import MARK, chapters_page, grouped, heads, note, number
 from .claims import CONTROL, WIDER, Verdict
-from .seeds import CONFIDENCE, LEAST_SHARE, Repeated, Spread
+from .seeds import CONFIDENCE, LEAST_FRACTION, Repeated, Spread
 from .study import Study, headings
 
 UNSUPPORTED = "Not supported here"
@@ -55,10 +55,10 @@ def overview(rows: Sequence[Row]) -> str:
     links += "".join(
         f'<li>Could not run: <a href="#study-{escape(row.name)}">{escape(row.title)}</a></li>' for row in missing
     )
-    said = summary(verdicts) if verdicts else "There are no verdicts yet."
-    said += f" {waiting} {'studies are' if waiting > 1 else 'study is'} still running." * bool(waiting)
+    text = summary(verdicts) if verdicts else "There are no verdicts yet."
+    text += f" {waiting} {'studies are' if waiting > 1 else 'study is'} still running." * bool(waiting)
     kind = "waits" if waiting and good else "holds" if good else "fails"
-    box = f'<div class="summary {kind}"><p>{"" if kind == "waits" else MARK[good]} {said}</p>'
+    box = f'<div class="summary {kind}"><p>{"" if kind == "waits" else MARK[good]} {text}</p>'
     box += f"<ul>{links}</ul></div>" if links else "</div>"
     head = heads("Study", "Deciding claims", "Negative controls", "Wider claims", "Processor time")
     bodies = "".join(map(_study, rows))
@@ -115,8 +115,8 @@ def _tally(head: str, verdicts: Sequence[Verdict], words: str, done: bool) -> st
     if not verdicts:
         return f'<td data-head="{head}">{"–" if done else "running"}</td>'
     good = all(v.passed for v in verdicts)
-    said = f"<span>{MARK[good]} {_of(verdicts, words)}</span>"
-    return f'<td data-head="{head}" class="{"good" if good else "bad"}">{said}</td>'
+    text = f"<span>{MARK[good]} {_of(verdicts, words)}</span>"
+    return f'<td data-head="{head}" class="{"good" if good else "bad"}">{text}</td>'
 
 
 def _of(verdicts: Sequence[Verdict], words: str) -> str:
@@ -140,15 +140,15 @@ def duration(seconds: float) -> str:
 
 
 def seeds_page(study: Study, links: Mapping[int, str], repeated: Sequence[Repeated], failures: Sequence[str]) -> str:
-    """What each claim of a study comes to under several seeds."""
+    """Make the page of one study under several seeds: what each claim comes to."""
     title, _ = headings(study)
     verdicts = [r.verdict for r in repeated]
     failed = [r for r in repeated if r.verdict.deciding and not r.verdict.passed]
     good = bool(repeated) and not failed and not failures
-    said = summary(verdicts) if verdicts else "There are no verdicts yet."
+    text = summary(verdicts) if verdicts else "There are no verdicts yet."
     lines = [f"<li>Fails: {escape(r.verdict.claim)}</li>" for r in failed]
     lines += [f"<li>Could not run: {escape(sentence)}</li>" for sentence in failures]
-    html = f'<div class="summary {"holds" if good else "fails"}"><p>{MARK[good]} {said}</p>'
+    html = f'<div class="summary {"holds" if good else "fails"}"><p>{MARK[good]} {text}</p>'
     html += f"<ul>{''.join(lines)}</ul></div>" if lines else "</div>"
     n = max((r.seeds for r in repeated), default=0)
     html += f'<p class="how">{_how(n)}</p>' if n else ""
@@ -164,27 +164,27 @@ def seeds_page(study: Study, links: Mapping[int, str], repeated: Sequence[Repeat
 
 
 def _how(n: int) -> str:
-    share = f"{100 * CONFIDENCE:g} %"
+    percent = f"{100 * CONFIDENCE:g} %"
     ends = (
-        f"Below a median, its {share} interval between order statistics, which assumes nothing about the spread"
+        f"Below a median, its {percent} interval between order statistics, which assumes nothing about the spread"
         if n >= 6
-        else f"With {n} seeds there is no {share} interval of a median that assumes nothing: at least 6 are needed, and"
-        " only the range is given"
+        else f"With {n} seeds there is no {percent} interval of a median that assumes nothing: at least 6 are needed,"
+        " and only the range is given"
     )
     return (
-        f"{ends}. Below a count, the {share} interval of Clopper and Pearson for the share of seeds. A claim holds if"
-        f" it holds on {100 * LEAST_SHARE:g} % of the seeds; a negative control has to behave on all."
+        f"{ends}. Below a count, the {percent} interval of Clopper and Pearson for the share of seeds. A claim holds if"
+        f" it holds on {100 * LEAST_FRACTION:g} % of the seeds; a negative control has to behave on all."
     )
 
 
 def _repeated(r: Repeated) -> str:
     kind, words = state(r.verdict)
-    low, high = (f"{100 * end:.0f}" for end in r.share)
+    low, high = (f"{100 * end:.0f}" for end in r.fraction)
     return (
         f'<tr class="{kind}"><td class="verdict">{words}</td>{claimed(r.verdict)}'
         f'<td data-head="Median" class="number"><div>{"".join(map(_median, r.spreads))}</div></td>'
         f'<td data-head="Range"><div>{"".join(map(_range, r.spreads))}</div></td>'
-        f'<td data-head="Holds on"><div>{r.held} of {r.seeds}{note(f"{low} to {high} %")}</div></td>'
+        f'<td data-head="Holds on"><div>{r.passes} of {r.seeds}{note(f"{low} to {high} %")}</div></td>'
         f'<td data-head="Criterion"><div>{escape(r.verdict.criterion)}{note(r.verdict.kind)}</div></td></tr>'
     )
 
@@ -222,15 +222,15 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     claims = [v.passed for v in verdicts if v.deciding and v.kind != CONTROL]
     controls = [v.passed for v in verdicts if v.deciding and v.kind == CONTROL]
     others = sum(not v.deciding for v in verdicts)
-    said = []
+    text = []
     if claims:
-        said.append(f"{sum(claims)} of {len(claims)} deciding claim{'s hold' if len(claims) > 1 else ' holds'}")
+        text.append(f"{sum(claims)} of {len(claims)} deciding claim{'s hold' if len(claims) > 1 else ' holds'}")
     if controls:
         behave = "s behave as they" if len(controls) > 1 else " behaves as it"
-        said.append(f"{sum(controls)} of {len(controls)} negative control{behave} should")
+        text.append(f"{sum(controls)} of {len(controls)} negative control{behave} should")
     if others:
-        said.append(f"{others} more {'are' if others > 1 else 'is'} reported without deciding")
-    return "; ".join(said) + "."
+        text.append(f"{others} more {'are' if others > 1 else 'is'} reported without deciding")
+    return "; ".join(text) + "."
 
 
 def claims_section(verdicts: Sequence[Verdict]) -> str:
@@ -263,7 +263,7 @@ def state(v: Verdict) -> tuple[str, str]:
 
 
 def claimed(v: Verdict) -> str:
-    """What is claimed, with what there is to say about it, as the head of a row."""
+    """Make the head of a row: the claim, with what there is to say about it."""
     aside = "" if v.deciding else '<span class="tag">reported, does not decide</span>'
     return f'<th scope="row">{escape(v.claim)} {aside}{note(v.note)}</th>'
 

@@ -26,13 +26,15 @@ from ...errors import Unusable
 
 KILLED = "a worker process was killed (out of memory? --workers 1 needs the least)"
 
-NEWS = 0.2
+MESSAGE_INTERVAL = 0.2
 """Seconds between two reports of a worker on how far it is."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """``call(progress, *arguments)``, a module-level function that tells `progress` the share that is done.
+class WorkItem:
+    """One piece of work, ``call(progress, *arguments)`` of a module-level function.
+
+    It calls ``progress(fraction)`` with the fraction of its work that is done.
 
     `cost` is its rough duration in seconds, for the order and the progress bar.
     """
@@ -47,25 +49,25 @@ class Task:
 class Group:
     """Tasks for any order, and the one that comes when all of them are done: its value is that of the group."""
 
-    tasks: tuple[Task, ...]
-    last: Task
+    tasks: tuple[WorkItem, ...]
+    last: WorkItem
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Why a group has no value, as a sentence; the trace where it was no foreseen error."""
+    """The reason why a group has no value, as a sentence, with a traceback if the error was not foreseen."""
 
     sentence: str
     trace: str = ""
 
 
 Settle = Callable[[str, Any], None]
-"""Is told the name of a group and its value, or `Failed`."""
+"""Is last_message the name of a group and its value, or `Failed`."""
 
 
 def work_off(groups: Mapping[str, Group], workers: int, settle: Settle) -> None:
     """All groups, on `workers` processes of one thread each, or in this one; progress is shown on a terminal."""
-    plan = _Plan(groups, settle)
+    plan = _Queue(groups, settle)
     jobs = sum(len(group.tasks) for group in groups.values())
     if not groups:
         return
@@ -76,8 +78,8 @@ def work_off(groups: Mapping[str, Group], workers: int, settle: Settle) -> None:
             _side_by_side(plan, min(workers, max(jobs, len(groups))), show)
 
 
-class _Plan:
-    """What is left to do, what is being done, and how far that is."""
+class _Queue:
+    """The items that are left, those being worked on, and how far these are."""
 
     def __init__(self, groups: Mapping[str, Group], settle: Settle) -> None:
         self.groups, self.settle = groups, settle
@@ -89,8 +91,8 @@ class _Plan:
         self.done = 0.0
         self.cost = sum(task.cost for _, task in [*todo, *((name, g.last) for name, g in groups.items())])
 
-    def take(self) -> tuple[str, Task] | None:
-        """What to do next, if there is anything: a group that is nearly done first."""
+    def take(self) -> tuple[str, WorkItem] | None:
+        """Take the next item, if there is any: the last one of a group first."""
         queue = self.ends or self.todo
         if not queue:
             return None
@@ -98,7 +100,7 @@ class _Plan:
         self.running[item[0], item[1].name] = 0.0
         return item
 
-    def end(self, name: str, task: Task, outcome: Any) -> None:
+    def end(self, name: str, task: WorkItem, outcome: Any) -> None:
         """Note what became of a task."""
         self.running.pop((name, task.name), None)
         self.done += task.cost
@@ -120,13 +122,13 @@ class _Plan:
 
 
 @contextmanager
-def _bar(plan: _Plan) -> Iterator[Callable[[], None]]:
+def _bar(plan: _Queue) -> Iterator[Callable[[], None]]:
     form = "{desc} {percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
     with tqdm(total=plan.cost, disable=not sys.stderr.isatty(), bar_format=form) as bar:
 
         def show() -> None:
             costs = {(n, t.name): t.cost for n, g in plan.groups.items() for t in (*g.tasks, g.last)}
-            bar.n = min(plan.cost, plan.done + sum(costs[key] * share for key, share in plan.running.items()))
+            bar.n = min(plan.cost, plan.done + sum(costs[key] * fraction for key, fraction in plan.running.items()))
             names = [f"{n}: {task}" if len(plan.groups) > 1 else task for n, task in plan.running]
             bar.set_description_str(", ".join(names)[:48].ljust(48))
 
@@ -134,14 +136,14 @@ def _bar(plan: _Plan) -> Iterator[Callable[[], None]]:
         show()
 
 
-def _here(plan: _Plan, show: Callable[[], None]) -> None:
-    """One after the other, in this process."""
+def _here(plan: _Queue, show: Callable[[], None]) -> None:
+    """Work off all items in this process, one after the other."""
     torch.set_num_threads(1)
     while (item := plan.take()) is not None:
         name, task = item
 
-        def progress(share: float, key: tuple[str, str] = (name, task.name)) -> None:
-            plan.running[key] = share
+        def progress(fraction: float, key: tuple[str, str] = (name, task.name)) -> None:
+            plan.running[key] = fraction
             show()
 
         plan.end(name, task, _attempt(task, progress))
@@ -150,21 +152,21 @@ def _here(plan: _Plan, show: Callable[[], None]) -> None:
 @dataclass
 class _Worker:
     process: BaseProcess
-    item: tuple[str, Task] | None = None
+    item: tuple[str, WorkItem] | None = None
 
 
-def _side_by_side(plan: _Plan, size: int, show: Callable[[], None]) -> None:
+def _side_by_side(plan: _Queue, size: int, show: Callable[[], None]) -> None:
     workers: dict[Connection[Any, Any], _Worker] = {}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         while True:
-            _employ(plan, workers, size)
+            _assign(plan, workers, size)
             busy = [connection for connection, worker in workers.items() if worker.item]
             if not busy:
                 break
             for connection in wait(busy, timeout=0.3):
                 assert isinstance(connection, Connection)
-                _hear(plan, workers, connection)
+                _receive(plan, workers, connection)
             show()
         for connection in workers:
             with suppress(OSError):  # killed while it had nothing to do
@@ -177,15 +179,15 @@ def _side_by_side(plan: _Plan, size: int, show: Callable[[], None]) -> None:
         raise
 
 
-def _employ(plan: _Plan, workers: "dict[Connection[Any, Any], _Worker]", size: int) -> None:
-    """Give work to those who have none, and hire while there is more."""
+def _assign(plan: _Queue, workers: "dict[Connection[Any, Any], _Worker]", size: int) -> None:
+    """Assign items to idle workers, starting new ones as needed."""
     idle = [connection for connection, worker in workers.items() if not worker.item]
     while (idle or len(workers) < size) and (item := plan.take()) is not None:
-        connection = idle.pop() if idle else _hire(workers)
+        connection = idle.pop() if idle else _start_worker(workers)
         try:
             connection.send(item[1])
         except OSError:  # its process was killed while it had nothing to do
-            _dismiss(workers, connection)
+            _stop_worker(workers, connection)
             plan.end(*item, Failed(KILLED))
         except Exception as error:  # its arguments are not such as can be sent
             plan.end(*item, failed(f"'{item[1].name}'", error))
@@ -194,7 +196,7 @@ def _employ(plan: _Plan, workers: "dict[Connection[Any, Any], _Worker]", size: i
             workers[connection].item = item
 
 
-def _hire(workers: "dict[Connection[Any, Any], _Worker]") -> "Connection[Any, Any]":
+def _start_worker(workers: "dict[Connection[Any, Any], _Worker]") -> "Connection[Any, Any]":
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -208,15 +210,15 @@ def _hire(workers: "dict[Connection[Any, Any], _Worker]") -> "Connection[Any, An
     return ours
 
 
-def _dismiss(workers: "dict[Connection[Any, Any], _Worker]", connection: "Connection[Any, Any]") -> None:
+def _stop_worker(workers: "dict[Connection[Any, Any], _Worker]", connection: "Connection[Any, Any]") -> None:
     worker = workers.pop(connection)
     worker.process.terminate()
     worker.process.join()
     connection.close()
 
 
-def _hear(plan: _Plan, workers: "dict[Connection[Any, Any], _Worker]", connection: "Connection[Any, Any]") -> None:
-    """News from a worker: how far it is, what came out, or that it is no more."""
+def _receive(plan: _Queue, workers: "dict[Connection[Any, Any], _Worker]", connection: "Connection[Any, Any]") -> None:
+    """Receive a message of a worker: how far it is, its result, or that its process has ended."""
     worker = workers.get(connection)
     if worker is None or worker.item is None:
         return
@@ -225,7 +227,7 @@ def _hear(plan: _Plan, workers: "dict[Connection[Any, Any], _Worker]", connectio
         done, outcome = connection.recv()
     except (EOFError, OSError):
         done, outcome = True, Failed(KILLED)
-        _dismiss(workers, connection)
+        _stop_worker(workers, connection)
     except Exception as error:
         done, outcome = True, failed(f"'{task.name}'", error)
     if not done:
@@ -236,20 +238,20 @@ def _hear(plan: _Plan, workers: "dict[Connection[Any, Any], _Worker]", connectio
     if isinstance(outcome, Failed):  # nobody waits for the rest of its group any more
         for other in [c for c, w in workers.items() if w.item and w.item[0] == name]:
             plan.end(*(workers[other].item or (name, task)), None)
-            _dismiss(workers, other)
+            _stop_worker(workers, other)
 
 
 def _serve(connection: "Connection[Any, Any]") -> None:
     """A worker: takes tasks, one after the other."""
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    told = 0.0
+    last_message = 0.0
 
-    def progress(share: float) -> None:
-        nonlocal told
-        if time.monotonic() - told > NEWS:
-            told = time.monotonic()
-            connection.send((False, share))
+    def progress(fraction: float) -> None:
+        nonlocal last_message
+        if time.monotonic() - last_message > MESSAGE_INTERVAL:
+            last_message = time.monotonic()
+            connection.send((False, fraction))
 
     while True:
         try:
@@ -257,8 +259,8 @@ def _serve(connection: "Connection[Any, Any]") -> None:
         except EOFError:
             return
         except Exception as error:  # a study that cannot be imported here
-            said = f"{_said(error)} on the way to a worker process"
-            connection.send((True, Failed(said, traceback.format_exc())))
+            text = f"{_described(error)} on the way to a worker process"
+            connection.send((True, Failed(text, traceback.format_exc())))
             continue
         if task is None:
             return
@@ -273,7 +275,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _attempt(task: Task, progress: Callable[[float], None]) -> Any:
+def _attempt(task: WorkItem, progress: Callable[[float], None]) -> Any:
     try:
         return task.call(progress, *task.arguments)
     except Exception as error:
@@ -284,11 +286,11 @@ def failed(what: str, error: Exception) -> Failed:
     """The failure of what has raised: its own sentence where the error was foreseen."""
     if isinstance(error, Unusable):
         return Failed(str(error))
-    return Failed(f"{what} raised {_said(error)}", "".join(traceback.format_exception(error)))
+    return Failed(f"{what} raised {_described(error)}", "".join(traceback.format_exception(error)))
 
 
-def _said(error: Exception) -> str:
-    """An exception in a few words: its kind, what it says, and where it was raised."""
+def _described(error: Exception) -> str:
+    """Describe an exception: its kind, its message, and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}" if str(error) else f"{type(error).__name__}{place}"

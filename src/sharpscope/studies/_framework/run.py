@@ -1,8 +1,8 @@
-"""Runs studies: their jobs on a pool of processes, then verdicts, figures and the report of each.
+"""One run of a study in its directory: its jobs, then verdicts, figures and the report.
 
-A run directory holds ``config.json`` (what was asked), ``log/`` (rows as they come, and the seconds each job took),
-``history.parquet`` (every row), ``verdicts.json``, ``figures/``, ``environment.json`` and ``report.html``.  Where a
-study raised, ``error.txt`` has the traceback.
+A run directory holds ``config.json`` (study and configuration), ``log/`` (rows as they come, and the seconds of each
+job), ``history.parquet`` (every row), ``verdicts.json``, ``figures/``, ``environment.json`` and ``report.html``.  Where
+a study raised, ``error.txt`` has the traceback.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from ...report.html import render, write_report
 from .claims import Verdict
 from .old_names import columns_of_today, fields_of_today
 from .pages import claims_section
-from .pool import Group, Task
-from .study import Job, Progress, Study, find, headings
+from .pool import Group, WorkItem
+from .study import Job, Progress, Study, elsewhere, find, headings
 
 PACKAGES = ("sharpscope", "torch", "numpy", "scikit-learn", "pyarrow", "matplotlib", "safetensors")
 ERROR = "error.txt"
 
 SEEDS = "seeds.json"
-"""Of repeats of a study under several seeds, in the directory above theirs."""
+"""Name of the file that describes repeats under several seeds, in the directory above theirs."""
 
 SECONDS_PER_CHART = 0.25
 """Rough cost of a figure, for the progress bar."""
@@ -59,12 +59,14 @@ def unfinished(run: Run, locks: ExitStack) -> Group:
     with explained(run.out):
         _claim_directory(run.out, {"study": run.study, "config": dataclasses.asdict(run.config)})
         (run.out / ERROR).unlink(missing_ok=True)
-        tasks: list[Task] = []
+        tasks: list[WorkItem] = []
         if not (run.out / "history.parquet").exists():
             locks.enter_context(_alone(run.out))
             jobs = [job for job in study.jobs(run.config) if not RunLog(log, job.name).finished]
-            tasks = [Task(job.name, _work, (job, run.out), job.cost) for job in jobs]
-    return Group(tuple(tasks), Task("verdicts and figures", _close, (run,), 1 + SECONDS_PER_CHART * len(study.CHARTS)))
+            tasks = [WorkItem(job.name, _work, (job, run.out), job.cost) for job in jobs]
+    return Group(
+        tuple(tasks), WorkItem("verdicts and figures", _close, (run,), 1 + SECONDS_PER_CHART * len(study.CHARTS))
+    )
 
 
 def _work(progress: Progress, job: Job, out: Path) -> None:
@@ -79,7 +81,7 @@ def _work(progress: Progress, job: Job, out: Path) -> None:
 
 
 def _spent(log: RunLog) -> Path:
-    """Where the processor seconds of a job are noted."""
+    """Give the file in which the processor seconds of a job are noted."""
     return log.path.with_suffix(".seconds")
 
 
@@ -91,13 +93,15 @@ def _close(progress: Progress, run: Run) -> list[Verdict]:
             logs = [RunLog(run.out / "log", job.name) for job in study.jobs(run.config)]
             spent = [float(_spent(t).read_text() or 0) for t in logs if _spent(t).exists()]
             stopped = {log.run: log.note for log in logs if log.note}
-            facts = environment() | {"seconds": round(sum(spent), 1), "stopped": stopped}
+            facts = environment(run.study) | {"seconds": round(sum(spent), 1), "stopped": stopped}
             write_json(run.out / "environment.json", facts)
             History(row for log in logs for row in log.rows).save(run.out / "history.parquet")
         return conclude(study, run.study, run.config, run.out, progress)
 
 
-def conclude(study: Study, name: str, config: Any, out: Path, progress: Progress = lambda share: None) -> list[Verdict]:
+def conclude(
+    study: Study, name: str, config: Any, out: Path, progress: Progress = lambda fraction: None
+) -> list[Verdict]:
     """Verdicts, figures and report from the history in `out`."""
     history = columns_of_today(study, History.load(out / "history.parquet"))
     ran = set(history.runs)
@@ -129,9 +133,9 @@ def page(out: Path) -> str | None:
     """The report of a finished run as HTML; before that the charts of the rows so far, or None while there are none."""
     if (out / "history.parquet").exists() and (out / "report.html").exists():
         return (out / "report.html").read_text(encoding="utf-8")
-    asked = asked_of(out)
-    study = find(asked["study"])
-    jobs = study.jobs(config_from(study, asked["config"]))
+    request = stored_request(out)
+    study = find(request["study"])
+    jobs = study.jobs(config_from(study, request["config"]))
     logs = [RunLog(out / "log", job.name) for job in jobs] if (out / "log").exists() else []
     history = History(row for log in logs for row in log.rows)
     if not len(history):
@@ -143,7 +147,7 @@ def page(out: Path) -> str | None:
         lead=f"So far {done} of {len(jobs)} jobs are done. The verdicts come at the end.",
         charts=[chart for chart in study.CHARTS if _has_runs(chart, set(history.runs))],
         columns=history.columns,
-        config=asked["config"],
+        config=request["config"],
         environment={},
     )
 
@@ -156,9 +160,9 @@ def run_in(out: Path) -> Run:
     """
     if not (out / "config.json").exists():
         raise Unusable(f"{out} holds no run: there is no config.json; give the directory of a `sharpscope run`")
-    asked = asked_of(out)
-    name, study = asked["study"], find(asked["study"])
-    return Run(name, config_from(study, fields_of_today(study, asked["config"])), out)
+    request = stored_request(out)
+    name, study = request["study"], find(request["study"])
+    return Run(name, config_from(study, fields_of_today(study, request["config"])), out)
 
 
 def stopped(out: Path) -> dict[str, str]:
@@ -172,46 +176,46 @@ def config_from(study: Study, values: Mapping[str, Any]) -> Any:
     return study.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _claim_directory(out: Path, asked: Mapping[str, Any]) -> None:
+def _claim_directory(out: Path, request: Mapping[str, Any]) -> None:
     path = out / "config.json"
-    asked = json.loads(json.dumps(asked))
+    request = json.loads(json.dumps(request))
     if path.exists():
-        there = asked_of(out)
-        if there != asked:
-            raise Unusable(f"{out} holds a different run ({_difference(there, asked)}); choose another --out")
+        there = stored_request(out)
+        if there != request:
+            raise Unusable(f"{out} holds a different run ({_difference(there, request)}); choose another --out")
     elif out.exists() and any(not _ours(file, out) for file in out.iterdir()):
         raise Unusable(f"{out} is not empty and holds no run of sharpscope; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(path, asked)
+    write_json(path, request)
 
 
 def _ours(file: Path, out: Path) -> bool:
-    """Does a file belong to a run that was cut short at its very start, or to repeats under other seeds beside it?"""
+    """Tell whether a file is left by a run cut short at its start, or by repeats under other seeds beside it."""
     beside = (out / SEEDS).exists() and (file.name in (SEEDS, "index.html") or file.name.startswith("seed-"))
     return file.name == "config.tmp" or beside
 
 
-def asked_of(out: Path) -> dict[str, Any]:
+def stored_request(out: Path) -> dict[str, Any]:
     """Study and configuration of the run in `out`.
 
     Raises:
         Unusable: what stands there is not that of a run.
     """
     try:
-        asked = json.loads((out / "config.json").read_text())
+        request = json.loads((out / "config.json").read_text())
     except ValueError:
-        asked = None
-    if not isinstance(asked, dict) or asked.keys() != {"study", "config"}:
+        request = None
+    if not isinstance(request, dict) or request.keys() != {"study", "config"}:
         raise Unusable(f"{out / 'config.json'} is not that of a run of sharpscope; give another directory")
-    return asked
+    return request
 
 
-def _difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    if there["study"] != asked["study"]:
-        return f"study {there['study']}, not {asked['study']}"
-    old, new = there["config"], asked["config"]
-    odd = [f"{k} {old.get(k)!r}, not {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)]
-    return "; ".join(odd[:3])
+def _difference(there: Mapping[str, Any], request: Mapping[str, Any]) -> str:
+    if there["study"] != request["study"]:
+        return f"study {there['study']}, not {request['study']}"
+    old, new = there["config"], request["config"]
+    different = [f"{k} {old.get(k)!r}, not {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)]
+    return "; ".join(different[:3])
 
 
 @contextmanager
@@ -236,10 +240,11 @@ def _has_runs(chart: Any, ran: set[str]) -> bool:
     return any(name in ran for name in names)
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, for a report."""
+def environment(study: str = "") -> dict[str, Any]:
+    """Versions and machine, for a report; that of the package of a study from elsewhere is among them."""
+    entry = elsewhere().get(study)
     versions = {}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *([entry.dist.name] if entry and entry.dist else [])):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -272,7 +277,7 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def explained(out: Path) -> Iterator[None]:
-    """What the system refuses, as a sentence."""
+    """Turn an error of the operating system into a sentence."""
     try:
         yield
     except OSError as error:

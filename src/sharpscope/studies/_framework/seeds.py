@@ -15,7 +15,7 @@ from .claims import CONTROL, Claim, Verdict
 
 CONFIDENCE = 0.95
 
-LEAST_SHARE = 0.9
+LEAST_FRACTION = 0.9
 """A claim holds over seeds if it holds on this share of them; a negative control on all."""
 
 Key = tuple[str, str]
@@ -40,9 +40,9 @@ class Repeated:
 
     verdict: Verdict
     spreads: tuple[Spread, ...]
-    held: int
+    passes: int
     seeds: int
-    share: tuple[float, float]  # interval of the share of seeds on which it holds
+    fraction: tuple[float, float]  # interval of the share of seeds on which it holds
 
 
 def repeated_claims(claims: Sequence[Claim], runs: Sequence[Sequence[Verdict]]) -> list[Repeated]:
@@ -66,15 +66,15 @@ def _repeated(claim: Claim, verdicts: Sequence[Verdict]) -> Repeated:
             "greatest": [max(v, default=math.nan) for v in seen],
         }
     spreads = tuple(spread(label, values) for label, values in numbers.items())
-    held, n = sum(v.passed for v in verdicts), len(verdicts)
-    needed = n if claim.kind == CONTROL else math.ceil(LEAST_SHARE * n - 1e-9)
+    passes, n = sum(v.passed for v in verdicts), len(verdicts)
+    needed = n if claim.kind == CONTROL else math.ceil(LEAST_FRACTION * n - 1e-9)
     verdict = dataclasses.replace(
         verdicts[0],
         observed=tuple(s.median for s in spreads) if len(spreads) > 1 else spreads[0].median,
         criterion=f"{claim.criterion.text}, on {needed} of {n} seeds",
-        passed=held >= needed,
+        passed=passes >= needed,
     )
-    return Repeated(verdict, spreads, held, n, share_interval(held, n))
+    return Repeated(verdict, spreads, passes, n, fraction_interval(passes, n))
 
 
 def spread(label: str, values: Sequence[float]) -> Spread:
@@ -99,29 +99,29 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     return (ordered[k - 1], ordered[n - k]) if k else None
 
 
-def share_interval(held: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The interval of Clopper and Pearson for the probability of what happened `held` times of `n`.
+def fraction_interval(passes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The interval of Clopper and Pearson for the probability of what happened `passes` times of `n`.
 
-    >>> [round(end, 4) for end in share_interval(9, 10)], share_interval(0, 0)
+    >>> [round(end, 4) for end in fraction_interval(9, 10)], fraction_interval(0, 0)
     ([0.555, 0.9975], (0.0, 1.0))
     """
     miss = (1 - confidence) / 2
 
     def at_least(p: float) -> float:
-        """P(Bin(n, p) ≥ held)."""
-        return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(held, n + 1))
+        """The probability of at least `passes` among n."""
+        return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(passes, n + 1))
 
     def at_most(p: float) -> float:
-        """P(Bin(n, p) ≤ held)."""
-        return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(held + 1))
+        """The probability of at most `passes` among n."""
+        return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(passes + 1))
 
-    low = 0.0 if held == 0 else _crossing(lambda p: at_least(p) - miss)
-    high = 1.0 if held == n else _crossing(lambda p: miss - at_most(p))
+    low = 0.0 if passes == 0 else _crossing(lambda p: at_least(p) - miss)
+    high = 1.0 if passes == n else _crossing(lambda p: miss - at_most(p))
     return low, high
 
 
 def _crossing(rising: Callable[[float], float]) -> float:
-    """Where a function that rises on [0, 1] is zero, by bisection."""
+    """Find the zero of a function that rises on [0, 1], by bisection."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2

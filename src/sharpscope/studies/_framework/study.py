@@ -1,6 +1,7 @@
-"""What a study is, and where studies are found.
+"""Studies: the names that each of them defines, and where they are found.
 
-A study is a module of `sharpscope.studies` with these names:
+A study is a module of `sharpscope.studies`, or of any installed package that names it under the entry-point group
+``sharpscope.studies``, with these names:
 
     PAPER     who claims what, in one line
     Config    a frozen dataclass: everything that turns; its defaults are the full size
@@ -17,23 +18,24 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
 
 from ...errors import NotFound
-from ...records.run_log import RunLog
 from ...report.charts import Chart, SphereChart
 from .claims import Claim
 
 STUDIES = "sharpscope.studies"
+"""The package of the studies, and the entry-point group of those of other packages."""
 
 
 @dataclass(frozen=True)
 class Job:
     """One independent run: ``work(log, progress, **arguments)`` in a process of its own.
 
-    `work` is a module-level function.  It appends rows to the log, leaves checkpoints, and calls ``report(share)``
-    with the share of its work that is done.  `cost` is its rough duration in seconds, for the order of execution and
-    the progress bar.
+    `work` is a module-level function.  It appends rows to the log, leaves checkpoints, and calls
+    ``progress(fraction)`` with the fraction of its work that is done.  `cost` is its rough duration in seconds, for the
+    order of execution and the progress bar.
     """
 
     name: str
@@ -43,7 +45,6 @@ class Job:
 
 
 Progress = Callable[[float], None]
-Work = Callable[[RunLog, Progress], None]
 
 
 class Study(Protocol):
@@ -62,14 +63,25 @@ class Study(Protocol):
 
 
 def known() -> list[str]:
-    """The names of all studies in this package, none of which is imported."""
+    """The names of all studies, none of which is imported."""
+    return sorted({*_own(), *elsewhere()})
+
+
+def _own() -> set[str]:
+    """The names of the studies of this package."""
     package = importlib.import_module(STUDIES)
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return {m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")}
+
+
+def elsewhere() -> dict[str, EntryPoint]:
+    """The studies of other installed packages, by name; a name of this package's own is not among them."""
+    own = _own()
+    return {entry.name: entry for entry in entry_points(group=STUDIES) if entry.name not in own}
 
 
 def discover() -> dict[str, Study]:
-    """Every study in this package, by name."""
-    return {name: find(name) for name in known()}
+    """Every study of this package, by name."""
+    return {name: find(name) for name in sorted(_own())}
 
 
 def find(name: str) -> Study:
@@ -83,7 +95,8 @@ def find(name: str) -> Study:
         near = difflib.get_close_matches(name, names, 1, 0.3)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
         raise NotFound(f"there is no study '{name}'; {hint}")
-    module: Any = importlib.import_module(f"{STUDIES}.{name}")
+    others = elsewhere()
+    module: Any = others[name].load() if name in others else importlib.import_module(f"{STUDIES}.{name}")
     return module
 
 
