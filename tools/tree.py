@@ -1,0 +1,51 @@
+"""The tree in README.md, made from the first line of every wing.
+
+python tools/tree.py          prints it
+python tools/tree.py --write  puts it into README.md, between the lines of the block that begins with src/sharpscope/
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src/sharpscope"
+BLOCK = re.compile(r"(?<=^```\n)src/sharpscope/\n.*?(?=^```$)", re.MULTILINE | re.DOTALL)
+WINGS = ("report", "linalg", "autodiff", "symmetry", "records", "optimizers", "measures", "flows", "monitoring")
+BESIDE = {
+    "tests/": "the same wings: known spectra, identities, second ways to compute; browser/ the pages in Chromium",
+    "benchmarks/": "comparisons with other packages, in one run; costs of the monitor and of sweeps",
+    "docs/": "adding.md, how-to-choose.md, notation.md (rows cited in the code), gallery.md, tutorials/",
+    "LOG.md": "decisions and findings",
+}
+
+
+def caption(path: Path) -> str:
+    """The first sentence of a file's docstring."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.splitlines()[0].rstrip(".")
+
+
+def tree() -> str:
+    """Each wing from the ground up, with what it is for."""
+    rows = {"  errors.py": caption(SOURCE / "errors.py")}
+    rows |= {
+        f"  {wing}/": caption(SOURCE / wing / "__init__.py") for wing in (*WINGS, "integrations", "studies", "cli")
+    }
+    rows |= BESIDE
+    width = max(map(len, rows)) + 2
+    return "src/sharpscope/\n" + "".join(f"{name:{width}}{text}\n" for name, text in rows.items())
+
+
+def main() -> None:
+    """Print the tree, or write it into README.md."""
+    readme = ROOT / "README.md"
+    if sys.argv[1:] == ["--write"]:
+        readme.write_text(BLOCK.sub(lambda _: tree(), readme.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(tree(), end="")
+
+
+if __name__ == "__main__":
+    main()
