@@ -1,4 +1,4 @@
-"""The ways to the top eigenvalue that are compared: one function each, called as a user of the package would call it.
+"""The methods for the top eigenvalue that are compared: one function each, called as a user of it would.
 
 A contender is ``make(problem, model, count, **settings) -> measure``, and ``measure(seed)`` gives the eigenvalue at the
 present weights.  What `make` does is paid once: in a cold measurement as part of it, in a tracked run before its first
@@ -41,16 +41,16 @@ def sharpscope(p: Problem, model: nn.Module, count: Count, **settings: Any) -> M
 
 
 @functools.cache
-def doctored(p: Problem) -> tuple[ss.Objective, float]:
+def fastest(p: Problem) -> tuple[ss.Objective, float]:
     """The objective with the fastest product for this problem, searched once, and the seconds of the search."""
     start = time.process_time()
     f = ss.autodiff.tune(ss.Objective(p.model, p.loss, [(p.x, p.y)])).objective
     return f, time.process_time() - start
 
 
-def sharpscope_doctored(p: Problem, model: nn.Module, count: Count, **settings: Any) -> Measure:
+def sharpscope_tuned(p: Problem, model: nn.Module, count: Count, **settings: Any) -> Measure:
     """Ours with nothing known but the objective that ``tune`` found earlier."""
-    f, _ = doctored(p)
+    f, _ = fastest(p)
 
     def measure(seed: int) -> float:
         pairs = ss.linalg.lanczos(ss.hessian(f, f.weights()), k=1, seed=seed, **settings)
@@ -60,9 +60,9 @@ def sharpscope_doctored(p: Problem, model: nn.Module, count: Count, **settings: 
     return measure
 
 
-def sharpscope_tracked(p: Problem, model: nn.Module, count: Count, *, doctor: bool = False) -> Measure:
+def sharpscope_tracked(p: Problem, model: nn.Module, count: Count, *, tune: bool = False) -> Measure:
     """Ours along a run: every measurement starts from what the last two found."""
-    f = doctored(p)[0] if doctor else ss.Objective(model, p.loss, [(p.x, p.y)])
+    f = fastest(p)[0] if tune else ss.Objective(model, p.loss, [(p.x, p.y)])
     last: ss.linalg.Eigenpairs | None = None
 
     def measure(seed: int) -> float:

@@ -110,17 +110,17 @@ def row(name: str, make: Callable[[], ss.Objective], steps: int) -> str:
     def side_by_side(f: ss.Objective, W: Tensor, steps: int) -> Tensor:
         return ss.optimizers.descend(program, W, RULES, steps).weights
 
-    ways = (side_by_side, with_objective, with_torch)
-    for way in ways:
-        way(f, W, 3)
-    times: dict[str, list[float]] = {way.__name__: [] for way in ways}
+    methods = (side_by_side, with_objective, with_torch)
+    for method in methods:
+        method(f, W, 3)
+    times: dict[str, list[float]] = {method.__name__: [] for method in methods}
     ends = {}
     for _ in range(ROUNDS):
-        for way in ways:
+        for method in methods:
             began = time.thread_time()
-            ends[way.__name__] = way(f, W, steps)
-            times[way.__name__].append(time.thread_time() - began)
-    ours, own, torchs = (median(times[way.__name__]) for way in ways)
+            ends[method.__name__] = method(f, W, steps)
+            times[method.__name__].append(time.thread_time() - began)
+    ours, own, torchs = (median(times[method.__name__]) for method in methods)
     apart = max((ends["side_by_side"] - ends[n]).abs().max().item() for n in ("with_objective", "with_torch"))
     each = 1e6 * ours / steps / RUNS
     print(f"{name}: {own / ours:.1f} {torchs / ours:.1f} {apart:.1e}", flush=True)

@@ -22,7 +22,7 @@ from sharpscope.studies._framework.claims import CONTROL, WIDER, Verdict
 from sharpscope.studies._framework.pages import observed
 from sharpscope.studies._framework.study import find, headings
 
-MOST = 60_000
+MAX_BYTES = 60_000
 """Bytes of a figure."""
 
 HEAD = """# Gallery
@@ -34,12 +34,12 @@ a paper by numbers; negative controls are settings in which the effect has to be
 
 def gallery(run: Path, docs: Path) -> Path:
     """The page, from the runs of all studies in `run`."""
-    asked = json.loads((run / "all.json").read_text())
+    request = json.loads((run / "all.json").read_text())
     images = docs / "images/gallery"
     images.mkdir(parents=True, exist_ok=True)
     sections = []
     environment: dict[str, Any] = {}
-    for name, seeds in asked["studies"].items():
+    for name, seeds in request["studies"].items():
         study, single = find(name), seeds == [None]
         first = run / name if single else run / name / f"seed-{seeds[0]}"
         told = json.loads((first / "verdicts.json").read_text() if single else (run / name / "seeds.json").read_text())
@@ -53,7 +53,7 @@ def gallery(run: Path, docs: Path) -> Path:
             f"## {text(title)}\n\n{text(study.PAPER)} · `sharpscope run {name}`\n\n{text(argument)}\n\n"
             f"![{text(chart.title)}](images/gallery/{name}.png)\n\n{tally(verdicts, 0 if single else len(seeds))}\n"
         )
-    size = " --quick" if asked["size"] == "quick" else ""
+    size = " --quick" if request["size"] == "quick" else ""
     path = docs / "gallery.md"
     draft = path.with_suffix(".tmp")
     draft.write_text("\n".join([HEAD.format(size=size, **environment), *sections]), encoding="utf-8")
@@ -91,12 +91,12 @@ def text(words: str) -> str:
 
 
 def small_png(fig: Any) -> bytes:
-    """A figure as PNG of few colours, in at most `MOST` bytes."""
+    """A figure as PNG of few colours, in at most `MAX_BYTES` bytes."""
     for dpi in (110, 100, 90, 80, 70, 60):
         raw, out = io.BytesIO(), io.BytesIO()
         fig.savefig(raw, dpi=dpi, format="png")
         Image.open(raw).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
-        if len(out.getvalue()) <= MOST:
+        if len(out.getvalue()) <= MAX_BYTES:
             break
     return out.getvalue()
 
