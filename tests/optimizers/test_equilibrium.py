@@ -50,7 +50,7 @@ def test_gradient_descent_turns_as_predicted(rule: GD) -> None:
 
 @pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
 def test_adamw_turns_as_predicted(beta1: float) -> None:
-    """Steps of equal length, so that ``‖w‖ = √(P lr/2wd)`` in balance; β2 is near one, so that Adam's v stands still."""
+    """Steps have equal length, so that ``‖w‖ = √(P lr/2wd)`` in balance; β2 is near one, so that v stands still."""
     rule = Adam(1e-2, beta1, 0.9999, weight_decay=0.5, decoupled=True)
     norm = math.sqrt(SIZE * 1e-2 / (2 * 0.5))
     assert settled_angle(rule, 1200, norm) == pytest.approx(rule.equilibrium, rel=0.05)

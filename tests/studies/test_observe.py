@@ -6,8 +6,18 @@ import pytest
 from sharpscope.errors import InvalidValue, NoSuchColumn
 from sharpscope.records.history import History
 from sharpscope.report.charts import Chart
-from sharpscope.studies._framework.claims import labelled, under
-from sharpscope.studies._framework.observe import joined, run
+from sharpscope.studies._framework.claims import (
+    KINDS,
+    comparison,
+    control,
+    identity,
+    inequality,
+    labelled,
+    scaling,
+    under,
+    wider_claim,
+)
+from sharpscope.studies._framework.observe import joined, measured, run
 
 TAU = (0.5, 1.0, 2.0, 4.0)
 BY_NAME = History(
@@ -62,6 +72,26 @@ def test_summaries() -> None:
     assert x.extent()(BY_NAME, None) == (0.5, 6.0)
     assert x.last().over_repeats(np.median)(BY_NAME, None) == 5.0
     assert joined(x.first(), x.last())(BY_NAME, None) == (0.5, 4.0, 1.5, 5.0, 2.5, 6.0)
+
+
+def test_a_comparison_is_the_test_of_a_claim() -> None:
+    x = run("a")["x"].last()
+    tests = {x <= 6: True, x <= 5.9: False, x >= 4: True, x.within(4, 6): True, (x <= 5).in_the_median(): True}
+    verdicts = [control("c", test).decide("study", BY_NAME, None) for test in tests]
+    assert [v.passed for v in verdicts] == list(tests.values())
+    assert [v.criterion for v in verdicts] == [
+        "at most 6",
+        "at most 5.9",
+        "at least 4",
+        "within [4, 6]",
+        "median at most 5",
+    ]
+    assert {v.kind for v in verdicts} == {"negative control"} and control("c", x <= 1).runs == ("a",)
+    made = [kind("c", x <= 6, note="n") for kind in (identity, inequality, scaling, comparison, control, wider_claim)]
+    assert tuple(claim.kind for claim in made) == KINDS
+    assert [claim.deciding for claim in made] == [True] * 5 + [False]
+    ends = measured(lambda h, config: (h.series("a", "x")[0], config), "a") <= 2
+    assert identity("c", ends).decide("study", BY_NAME, 1.5).observed == (0.5, 1.5)
 
 
 def test_what_is_not_there_is_said() -> None:

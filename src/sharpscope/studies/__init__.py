@@ -6,10 +6,20 @@ A study in another package imports these names and is found through the entry-po
 from ..records.history import History
 from ..records.run_log import RunLog
 from ..report.charts import Chart, SphereChart
-from ._framework.claims import Claim, at_least, at_most, labelled, median, under, within
+from ._framework.claims import (
+    Claim,
+    comparison,
+    control,
+    identity,
+    inequality,
+    labelled,
+    scaling,
+    under,
+    wider_claim,
+)
 from ._framework.config import demand_positive
 from ._framework.fits import line, power, spearman
-from ._framework.observe import joined, run
+from ._framework.observe import joined, measured, run
 from ._framework.study import Job, Progress
 
 __all__ = [
@@ -20,16 +30,19 @@ __all__ = [
     "Progress",
     "RunLog",
     "SphereChart",
-    "at_least",
-    "at_most",
+    "comparison",
+    "control",
     "demand_positive",
+    "identity",
+    "inequality",
     "joined",
     "labelled",
     "line",
-    "median",
+    "measured",
     "power",
     "run",
+    "scaling",
     "spearman",
     "under",
-    "within",
+    "wider_claim",
 ]

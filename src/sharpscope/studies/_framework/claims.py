@@ -52,6 +52,18 @@ def median(criterion: Criterion) -> Criterion:
 
 
 @dataclass(frozen=True)
+class Tested:
+    """A number with the criterion that it has to meet, such as ``run("BN")["loss"].last() <= 1``."""
+
+    observe: Callable[[History, Any], Observed]
+    criterion: Criterion
+
+    def in_the_median(self) -> "Tested":
+        """The same test of the median over the repeats, which scatter in chaotic runs."""
+        return replace(self, criterion=median(self.criterion))
+
+
+@dataclass(frozen=True)
 class Claim:
     """A sentence, the number that decides it, and the criterion the number has to meet.
 
@@ -121,6 +133,36 @@ class Verdict:
 
 
 CONTROL = "negative control"
+
+
+def identity(sentence: str, test: Tested, **more: Any) -> Claim:
+    """Claim that two ways to compute a number agree, or that a law holds to rounding."""
+    return Claim(sentence, test.observe, test.criterion, "identity", **more)
+
+
+def inequality(sentence: str, test: Tested, **more: Any) -> Claim:
+    """Claim that a number keeps a bound that theory gives."""
+    return Claim(sentence, test.observe, test.criterion, "inequality", **more)
+
+
+def scaling(sentence: str, test: Tested, **more: Any) -> Claim:
+    """Claim that a number depends on another in a certain power, or not at all."""
+    return Claim(sentence, test.observe, test.criterion, "scaling", **more)
+
+
+def comparison(sentence: str, test: Tested, **more: Any) -> Claim:
+    """Claim that one run comes out above or below another."""
+    return Claim(sentence, test.observe, test.criterion, "comparison", **more)
+
+
+def control(sentence: str, test: Tested, **more: Any) -> Claim:
+    """Claim, as a negative control, that the effect is absent where the hypothesis is broken."""
+    return Claim(sentence, test.observe, test.criterion, CONTROL, **more)
+
+
+def wider_claim(sentence: str, test: Tested, **more: Any) -> Claim:
+    """Claim what a paper says beyond what decides: where it fails, a report says "not supported here"."""
+    return Claim(sentence, test.observe, test.criterion, WIDER, **more)
 
 
 Item = TypeVar("Item", bound="Claim | Chart | SphereChart")

@@ -5,7 +5,8 @@ A quantity says what to read.  It is formed later, once for each repeat of its r
     run("BN").at(tau=4)["spherical_sharpness"] / run("BN, no decay")["spherical_sharpness"].last()
 
 Rows are narrowed first (`at`, `near`, `between`, `where`), then a column of them is summed up (`last`, `max`,
-`farthest_from`, `reduce`); quantities are combined by arithmetic, repeat by repeat.
+`farthest_from`, `reduce`); quantities are combined by arithmetic, repeat by repeat.  A comparison with a
+number, ``quantity <= 1``, is the test that a claim is decided by.
 
 A repeat is a run whose name ends in ", seed N", or the rows of a run that carry a number N in the column "seed".
 """
@@ -20,13 +21,13 @@ from numpy.typing import NDArray
 
 from ...errors import InvalidValue
 from ...records.history import History
-from .claims import Observed
+from .claims import Observed, Tested, at_least, at_most, within
 
 Array = NDArray[np.float64]
 Repeat = tuple[str, float]
 """Ending of the name of a run, and number in its column "seed" (0 where there is none)."""
 
-Test = Callable[[Array], NDArray[Any]]
+Condition = Callable[[Array], NDArray[Any]]
 
 NEAR = 0.05
 """Largest relative distance of a row from the place at which it is asked for."""
@@ -106,8 +107,23 @@ class Quantity:
 
     __rmul__ = __mul__
 
+    def __le__(self, bound: float) -> Tested:
+        return Tested(self, at_most(bound))
+
+    def __ge__(self, bound: float) -> Tested:
+        return Tested(self, at_least(bound))
+
+    def within(self, low: float, high: float) -> Tested:
+        """Test that every number lies between two others."""
+        return Tested(self, within(low, high))
+
     def __truediv__(self, other: "Quantity | float") -> "Quantity":
         return _combined(operator.truediv, self, other)
+
+
+def measured(function: Callable[[History, Any], Any], *runs: str) -> Quantity:
+    """A quantity formed by ``function(history, config)``, which reads these runs: one number or several."""
+    return Quantity(lambda h, config: {("", 0): np.asarray(function(h, config), float)}, runs)
 
 
 def joined(*quantities: Quantity) -> Quantity:
@@ -137,9 +153,9 @@ class Rows:
     """
 
     run: str
-    conditions: tuple[tuple[str, Test], ...] = ()
+    conditions: tuple[tuple[str, Condition], ...] = ()
 
-    def where(self, column: str, test: Test) -> "Rows":
+    def where(self, column: str, test: Condition) -> "Rows":
         """The rows for whose `column` ``test(values)`` is true; the test may also return their indices."""
         return replace(self, conditions=(*self.conditions, (column, test)))
 
