@@ -1,0 +1,122 @@
+"""Laws of the solvers that single answers do not show: bounds as they are derived, orthogonality, rounding."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sharpscope.linalg import SymmetricOperator, lanczos, shifted
+from sharpscope.linalg.bounds import GRID, RandomStart, least_norm
+from sharpscope.linalg.eigenpairs import CONFIDENCE
+
+Matrix = NDArray[np.float64]
+
+
+def matrix(values: Tensor, seed: int) -> Tensor:
+    """A symmetric matrix with these eigenvalues, in random directions."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(len(values), len(values), generator=g, dtype=torch.float64)).Q
+    return (q * values) @ q.T
+
+
+def operator(m: Tensor, *, together: bool = False) -> SymmetricOperator:
+    return SymmetricOperator(lambda v: m @ v, m[0], (lambda V: m @ V) if together else None)
+
+
+def bulk_with_edge(seed: int, size: int = 200) -> Tensor:
+    """A spectrum whose top lies close: the kind on which a bound has to be earned."""
+    g = torch.Generator().manual_seed(1000 + seed)
+    return torch.rand(size, generator=g, dtype=torch.float64).sort().values
+
+
+def test_a_diagonal_shift_acts_on_columns_as_on_each_vector() -> None:
+    m = matrix(torch.linspace(-1, 2, 6, dtype=torch.float64), 0)
+    d = torch.arange(6, dtype=torch.float64)
+    for together in (False, True):
+        a = shifted(operator(m, together=together), d)
+        assert torch.allclose(a.dense(), m + torch.diag(d), rtol=0, atol=1e-14)
+        assert torch.allclose(shifted(operator(m, together=together), 3.0).dense(), m + 3 * torch.eye(6), atol=1e-14)
+
+
+def test_a_scaled_answer_keeps_its_bounds() -> None:
+    found = lanczos(operator(matrix(bulk_with_edge(0), 0)), rtol=1e-2)
+    scaled = found.scaled(3.0)
+    assert math.isfinite(found.upper)
+    for ours, theirs in (
+        (scaled.upper, found.upper),
+        (scaled.floor, found.floor),
+        (scaled.lower[0].item(), found.lower[0].item()),
+    ):
+        assert ours == pytest.approx(3 * theirs, rel=1e-15)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_bound_from_above_stands_above_rounding(seed: int) -> None:
+    """In single precision, on a space so small that it is exhausted: what is left of the error is rounding alone."""
+    m = matrix(torch.linspace(0, 1, 12, dtype=torch.float64), seed).float()
+    top = torch.linalg.eigvalsh(m.double())[-1].item()
+    found = lanczos(operator(m), rtol=1e-7, seed=seed)
+    assert found.lower[0].item() <= top <= found.upper
+
+
+def test_the_basis_stays_orthonormal_where_one_pass_would_not_do() -> None:
+    """Eigenvalues that differ by 1e-8 of their size: one pass of Gram-Schmidt leaves 1e-8 of the last vector behind."""
+    m = 1e8 * torch.eye(60) + matrix(torch.linspace(0, 1, 60, dtype=torch.float64), 0)
+    found = lanczos(operator(m), k=6, rtol=1e-13)
+    assert (found.vectors.T @ found.vectors - torch.eye(6)).abs().max() < 1e-13
+
+
+class Spy:
+    """Keeps the arguments of every evaluation of the bound."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[RandomStart, Matrix, Matrix, Matrix, float]] = []
+        original = RandomStart.upper
+
+        def upper(start: RandomStart, ritz: Matrix, s: Matrix, coupling: Matrix, p: float, scale: float) -> float:
+            found = original(start, ritz, s, coupling, p, scale)
+            assert p == pytest.approx(1 - CONFIDENCE)
+            self.seen.append((start, ritz, s, coupling, found))
+            return found
+
+        monkeypatch.setattr(RandomStart, "upper", upper)
+
+
+def phi(start: RandomStart, ritz: Matrix, s: Matrix, coupling: Matrix, shift: float) -> float:
+    """``φ(λ) = ‖(I + K Kᵀ)^-½ K a‖`` with ``K = C S (λ - Θ)⁻¹``, from the matrices as they stand in [N21]."""
+    a = s.T @ start.at(np.array([shift]), len(s))[0]
+    k = coupling / (shift - ritz)
+    values, turn = np.linalg.eigh(np.eye(len(k)) + k @ k.T)
+    return float(np.linalg.norm((turn / np.sqrt(values)) @ turn.T @ k @ a, 2))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_bound_is_where_phi_meets_the_least_norm(k: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Second way: φ on a much finer grid; the bound is the end of ``{λ: φ(λ) ≥ δ}``, at most one grid step above it."""
+    spy = Spy(monkeypatch)
+    lanczos(operator(matrix(bulk_with_edge(seed), seed)), k, rtol=1e-2, seed=seed)
+    start, ritz, s, coupling, found = spy.seen[-1]
+    scale, delta = float(np.abs(ritz).max()), least_norm(k, 1 - CONFIDENCE)
+    distances = np.geomspace(1e-9, 1e3, 6000) * scale
+    possible = [d for d in distances if phi(start, ritz, s, coupling, float(ritz[0] + d)) >= delta]
+    step = float(GRID[1] / GRID[0])
+    assert possible[-1] * 0.99 <= found - ritz[0] <= possible[-1] * step * 1.01
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_start_is_remembered_through_restarts(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the derivation says of the true eigenvector holds for sure: ``‖uᵀG‖ ≤ φ(λ1)``, also after restarts."""
+    spy = Spy(monkeypatch)
+    m = matrix(bulk_with_edge(seed, 300) ** 0.25, seed)
+    values, vectors = torch.linalg.eigh(m)
+    lanczos(operator(m), rtol=1e-3, basis=12, max_matvecs=2000, seed=seed)
+    start, ritz, s, coupling, _ = spy.seen[-1]
+    assert len(start.restarts) >= 1
+    generator = torch.Generator().manual_seed(seed)
+    g = torch.randn((300, 1), generator=generator, dtype=torch.float64)
+    seen = abs((vectors[:, -1] @ g).item())
+    assert seen <= phi(start, ritz, s, coupling, values[-1].item()) * (1 + 1e-6)
