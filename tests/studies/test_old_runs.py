@@ -18,7 +18,7 @@ from sharpscope.studies._framework.old_names import columns_of_today
 from sharpscope.studies._framework.run import run_in
 from sharpscope.studies._framework.study import find
 
-RUNS = sorted((Path(__file__).parents[1] / "data/runs").iterdir())
+RUNS = sorted((Path(__file__).parents[1] / "data/old_runs").iterdir())
 
 
 def numbers(observed: Any) -> list[float]:
