@@ -55,7 +55,7 @@ class Recorder:
         assert self._log is not None
         self.described = True
         written = asdict(replace(facts, overhead=None))  # that of the latest row
-        written["asked"] = written.pop("groups_known")
+        written["asked"] = written.pop("groups_known")  # its name on disk
         text = json.dumps({"kind": "monitor", "title": title, "facts": written, "config": config}, default=str)
         temporary = self._log.path.with_name(f".monitor.{os.getpid()}")
         temporary.write_text(text, encoding="utf-8")
