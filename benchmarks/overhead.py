@@ -74,7 +74,7 @@ def truth(monitor: ss.Monitor, model: nn.Module, w: Tensor) -> float:
     twin = copy.deepcopy(model).double()
     data = [(x.double() if x.is_floating_point() else x, y) for x, y in monitor.measured.data]
     f = ss.Objective(twin, nn.functional.cross_entropy, data, without_dropout=True)
-    found = monitor._stability()
+    found = monitor.optimizer_state.stability()
     assert found is not None
     stability = ss.optimizers.Stability(found.metric.double(), found.decay.double())
     return measures.stability_ratio(ss.measures.Iterate(f, w.double(), rtol=1e-8, stability=stability))
@@ -109,7 +109,7 @@ def run(name: str, budget: str, steps: int, *, check: bool) -> str:
         if check and len(monitor.history) > rows:
             exact = truth(monitor, model, points[-1])
             errors.append(abs(monitor.history.columns["stability_ratio"][-1] / exact - 1))
-            monitor._resumed = perf_counter()
+            monitor.resumed = perf_counter()
     plan = monitor.plan
     probe = "none" if plan is None else f"{plan.examples}"
     right = f"{sum(e <= 0.02 for e in errors)} of {len(errors)}" if errors else ""

@@ -1,7 +1,8 @@
-"""Choosing learning rate and weight decay for a normalized network: two numbers from readings instead of a grid.
+"""Choosing learning rate and weight decay for a normalized network: two measured numbers instead of a grid.
 
-For scale-invariant weights lr and wd are not two knobs that act alone. Their product lr·wd is the clock: τ, which is
-lr·wd·steps, says for how long weight decay acts. What lr does by itself it does once, at the start, relative to ‖w‖².
+For scale-invariant weights lr and wd are not two knobs that act alone. Their product lr·wd is the intrinsic time per
+step: τ, which is lr·wd·steps, says for how long weight decay acts. What lr does by itself it does once, at the start,
+relative to ‖w‖².
 """
 
 import torch
@@ -36,7 +37,7 @@ def run(lr: float, wd: float, steps: int) -> tuple[ss.Monitor, float]:
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(train_set[0][picked]), train_set[1][picked]).backward()
         optimizer.step()
-        monitor.step()  # before the schedule moves on: the reading is about the step that was taken
+        monitor.step()  # before the schedule moves on: the row is about the step that was taken
         schedule.step()
     net.eval()
     accuracy = (net(test_set[0]).argmax(1) == test_set[1]).float().mean().item()
@@ -47,7 +48,7 @@ def numbers(monitor: ss.Monitor, name: str) -> dict[str, float]:
     return next((dict(found.numbers) for found in monitor.findings() if found.name == name), {})
 
 
-# 1. The learning rate. A short run at a rate that is surely small; its readings say how large it may become.
+# 1. The learning rate. A short run at a rate that is surely small; what is measured says how large it may become.
 short, _ = run(0.01, 0.0, 50)
 largest = numbers(short, "largest rate")["largest"]
 print(f"after 50 small steps the largest stable learning rate is {largest:.3g}")
@@ -55,7 +56,7 @@ lr = min(0.2 * largest, 0.5)
 print(f"a fifth of it leaves room for the sharpness to rise: lr = {lr:.3g}")
 
 # 2. Weight decay. It needs τ of a few units to act: wd = τ (1 - momentum)/(mean lr · steps), since momentum is part of
-#    the clock, and the mean of a linear schedule is lr/2. The monitor adds up the clock as it runs.
+#    the intrinsic time, and the mean of a linear schedule is lr/2. The monitor adds up τ as it runs.
 steps = 400
 for tau in (0.03, 3.0):
     wd = tau * (1 - 0.9) / (lr / 2 * steps)
@@ -63,7 +64,7 @@ for tau in (0.03, 3.0):
     turned = numbers(monitor, "rotation")
     print(f"\nτ = {tau:g}: wd = {wd:.2g}, test accuracy {accuracy:.3f}, spherical sharpness", end=" ")
     print(f"{monitor.history.series('training', 'spherical_sharpness')[-1]:.3g}")
-    print(" ", next(str(found) for found in monitor.findings() if found.name in ("clock", "no time")))
+    print(" ", next(str(found) for found in monitor.findings() if found.name in ("intrinsic time", "no time")))
     if turned:
         print(f"  layers turn by {turned['least']:.2g} to {turned['most']:.2g} of what the equilibrium predicts")
 

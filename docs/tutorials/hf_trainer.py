@@ -25,8 +25,8 @@ class Counting(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": ids}
 
 
-# 2. The model and the Trainer.  Dropout, gradient accumulation and bf16 are no obstacle: what is measured is the loss
-#    without dropout, in full precision, and a reading belongs to an optimizer step, not to a micro-batch.
+# 2. The model and the Trainer.  Dropout, gradient accumulation and bf16 do no harm: what is measured is the loss
+#    without dropout, in full precision, and a measurement belongs to an optimizer step, not to a micro-batch.
 
 set_seed(0)
 sizes = {"vocab_size": 16, "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2}
@@ -48,8 +48,9 @@ arguments = TrainingArguments(
 )
 trainer = Trainer(model, arguments, train_dataset=Counting())
 
-# 3. The callback gets the trainer that it is added to: readings go to its log, and from there to whatever it reports to
-#    (`report_to="wandb"`, say).  Here it measures two batches of examples spread evenly over the data, every 10 steps.
+# 3. The callback gets the trainer that it is added to: measurements go to its log, and from there to whatever it
+#    reports to (`report_to="wandb"`, say).  Here it measures two batches of examples spread evenly over the
+#    data, every 10 steps.
 
 callback = SharpnessCallback(trainer, every=10, batches=2, report="hf_trainer.html")
 trainer.add_callback(callback)

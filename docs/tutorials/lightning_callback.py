@@ -53,12 +53,13 @@ loader = DataLoader(TensorDataset(x, y), batch_size=256, shuffle=True)
 # 3. The callback.  It picks four batches of examples spread evenly over the training data, reads them once and measures
 #    the loss on them every 15 steps, without dropout and in full precision.  The training does not notice: weights,
 #    buffers and random numbers end up the same to the last bit.  `SharpnessCallback(loss, data=[...])` measures on
-#    batches of your own instead, and `budget="5%"` in the place of `every` keeps the cost to a share of the time.
+#    batches of your own instead, and `budget="5%"` in the place of `every` keeps the cost to a fraction of the time.
 
 callback = SharpnessCallback(nn.functional.cross_entropy, every=15, report="lightning.html")
 
-# 4. Training.  The readings also go to the trainer's loggers (TensorBoard, Weights & Biases, ...), as sharpscope/...,
-#    and the callback's state into Lightning's checkpoints: a fit that resumes goes on with the same history.
+# 4. Training.  The measurements also go to the trainer's loggers (TensorBoard, Weights & Biases, ...), as
+#    sharpscope/..., and the callback's state into Lightning's checkpoints: a fit that resumes goes on with the same
+#    history.
 
 L.seed_everything(0)
 trainer = L.Trainer(

@@ -18,13 +18,13 @@ net = nn.Sequential(
 optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9, weight_decay=1e-3)
 
 # First line: what is measured. The loss on a few batches that stay the same; with a `Monitor` these need not be all the
-# data, but what is said about the edge of stability is about the loss on them. Dropout makes a loss random, which has
-# no curvature: leave it out of the measured loss. Your modules are not touched.
+# data, but what is reported about the edge of stability is about the loss on them. Dropout makes a loss random, which
+# has no curvature: leave it out of the measured loss. Your modules are not touched.
 f = ss.Objective(net, nn.functional.cross_entropy, [(x[:256], y[:256])], without_dropout=True)
 
 # Second line: when. A budget plans how often and on how many of these examples, so that measuring takes at most this
-# share of the time; `every=20` instead measures every 20 steps, whatever it costs. `steps` is how long the run will be;
-# what is said about its end needs it.
+# fraction of the time; `every=20` instead measures every 20 steps, whatever it costs. `steps` is how long the run will
+# be; what is reported about its end needs it.
 steps = 2000
 monitor = ss.Monitor(f, optimizer, budget="20%", steps=steps)
 

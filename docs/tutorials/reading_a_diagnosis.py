@@ -39,7 +39,7 @@ def show(title: str, monitor: ss.Monitor, *names: str) -> None:
 
 # lr·wd = .01 a step: within 100 steps weight decay has acted for τ = 1. Norms shrink until steps are as long as the
 # curvature allows, and from then on the run rides the edge: the sharpness is set by the learning rate.
-show("Weight decay has had time:", train(0.3, 0.03, 600), "edge", "clock", "rotation", "twice the rate")
+show("Weight decay has had time:", train(0.3, 0.03, 600), "edge", "intrinsic time", "rotation", "twice the rate")
 
 # The same learning rate with a thousandth of the weight decay. The sentence to heed is "no time": whatever weight decay
 # could do for this network, it does not do it here. Multiply wd, or train longer: only lr·wd·steps counts.
@@ -49,4 +49,4 @@ show("Weight decay has no time:", train(0.3, 3e-5, 600), "no time", "settling", 
 show("No weight decay:", train(0.3, 0.0, 600), "below", "edge", "no decay")
 
 # A small learning rate: far below the edge. `largest rate` says how far.
-show("Small steps:", train(0.01, 0.03, 300), "below", "approaching", "sharpening", "largest rate", "entry")
+show("Small steps:", train(0.01, 0.03, 300), "below", "approaching", "sharpening", "largest rate", "steps to the edge")

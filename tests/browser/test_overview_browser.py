@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from chromium import CHROMIUM, Tab
-from test_html import HOSTILE, verdict
+from pages import HOSTILE, verdict
 
 from sharpscope.report.html import write_page
 from sharpscope.studies._framework import study as study_module

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from chromium import CHROMIUM, Tab
-from test_html import HOSTILE, page
+from pages import HOSTILE, page
 
 from sharpscope.report.html import write_report
 

@@ -3,6 +3,7 @@
 Without Chromium in the PATH this module has no tests; `make test` says so.
 """
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from chromium import CHROMIUM, Tab
-from test_server import serving
+from pages import serving
 
 from sharpscope.records.history import History
 from sharpscope.records.run_log import RunLog
@@ -32,8 +33,8 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 def charts_of(directory: Path) -> str | None:
     """A page with three charts of the rows so far."""
     history = History(RunLog(directory, "training").rows)
-    look: dict[str, Any] = {"x": "step", "runs": ("training", "other"), "x_label": "step"}
-    charts = [Chart(name, name, y=name, y_label=name, **look) for name in ("loss", "sharpness", "radius")]
+    runs = ("training", "other")
+    charts = [Chart(name, name, x="step", y=name, runs=runs) for name in ("loss", "sharpness", "radius")]
     facts: dict[str, object] = {"rows": len(history)}
     given: dict[str, Any] = {"charts": charts, "columns": history.columns, "environment": facts}
     return render(title="A run", subtitle="", lead="", config=facts, **given) if len(history) else None
@@ -42,11 +43,13 @@ def charts_of(directory: Path) -> str | None:
 def add_rows(log: RunLog, count: int) -> None:
     for step in range(len(log.rows), len(log.rows) + count):
         for run in ("training", "other"):
-            log._write({"run": run, "step": step, "loss": 1 / (1 + step), "sharpness": step + len(run), "radius": 1.0})
+            row = {"run": run, "step": step, "loss": 1 / (1 + step), "sharpness": step + len(run), "radius": 1.0}
+            with log.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 @pytest.fixture
-def warm_started(tmp_path: Path) -> RunLog:
+def log(tmp_path: Path) -> RunLog:
     return RunLog(tmp_path, "training")
 
 
@@ -78,7 +81,7 @@ def test_the_page_keeps_up_with_the_run(tab: Tab, log: RunLog) -> None:
     with serving(log.path.parent, charts_of, lambda _: log.finished) as port:
         tab.open(f"http://127.0.0.1:{port}/")
         until(tab, SAID, "waiting")
-        assert tab.js("document.querySelector('h1').textContent") == "Waiting for the first reading"
+        assert tab.js("document.querySelector('h1').textContent") == "Waiting for the first measurement"
         add_rows(log, 10)
         until(tab, ROWS, "20")
         until(tab, SAID, "running")

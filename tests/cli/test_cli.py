@@ -240,3 +240,10 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
     process.stderr.close()
+
+
+@pytest.mark.parametrize("command", ["predict", "analyze", "watch"])
+def test_help_says_what_a_command_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert re.search(r"\n\n(Predict|Measure|Serve) [^\n]+", capsys.readouterr().out)

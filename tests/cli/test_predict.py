@@ -56,8 +56,8 @@ def test_prediction_of_a_task_from_a_checkpoint(here: Path, capsys: pytest.Captu
     g = torch.Generator().manual_seed(1)
     shapes = {"0.weight": (6, 4), "2.weight": (1, 6), "2.bias": (1,)}
     save_file({name: torch.randn(shape, generator=g) for name, shape in shapes.items()}, here / "w.safetensors")
-    asked = ["predict", "--task", "mytask:task", "--lr", "0.1", "--steps", "20", "--points", "4", "--out", "p"]
-    assert main([*asked, "--checkpoint", "w.safetensors"]) == 0
+    command = ["predict", "--task", "mytask:task", "--lr", "0.1", "--steps", "20", "--points", "4", "--out", "p"]
+    assert main([*command, "--checkpoint", "w.safetensors"]) == 0
     assert "mytask:task: after 20 steps" in capsys.readouterr().out
     assert (here / "p/report.html").exists()
 
@@ -99,7 +99,7 @@ def test_a_checkpoint_that_lacks_a_parameter(tmp_path: Path) -> None:
 def test_a_forecast_as_a_job(tmp_path: Path) -> None:
     variant = Variant("regression", "BN", "squares", 0.5, 1e-3)
     log = RunLog(tmp_path, "a forecast")
-    run_forecast(log, lambda share: None, "a forecast", Forecast(variant, 300, 30, points=5))
+    run_forecast(log, lambda fraction: None, "a forecast", Forecast(variant, 300, 30, points=5))
     h = History(log.rows)
     assert h.runs == list(runs("a forecast"))
     assert ends("a forecast")(h, None) == h.series("a forecast: central flow", "error")[-1]
@@ -111,11 +111,11 @@ def test_a_forecast_as_a_job(tmp_path: Path) -> None:
 def test_a_flow_that_gets_stuck_leaves_a_note(tmp_path: Path) -> None:
     variant = Variant("plain", "none", "half squares", 30.0, 0.0, train=50)
     log = RunLog(tmp_path, "wild")
-    run_forecast(log, lambda share: None, "wild", Forecast(variant, 5, 30, points=5))
+    run_forecast(log, lambda fraction: None, "wild", Forecast(variant, 5, 30, points=5))
     assert "stopped after step 5" in log.note and not log.rows
 
 
-def test_the_reference_run_is_foretold() -> None:
+def test_the_reference_run_is_predicted() -> None:
     jobs = {job.name: job for job in lyu2022.jobs(lyu2022.Config())}
     forecast = jobs["forecast of digits BN"].arguments["forecast"]
     assert (forecast.start, forecast.steps) == (1000, 1000)

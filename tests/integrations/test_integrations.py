@@ -18,7 +18,8 @@ from traces import Augmented, differing, go_offline, loader, network, seed_all, 
 
 from sharpscope.autodiff.objective import Objective
 from sharpscope.integrations import named
-from sharpscope.monitoring.monitor import Monitor, Sink
+from sharpscope.monitoring.monitor import Monitor
+from sharpscope.monitoring.recorder import Sink
 
 Rows = dict[str, list[tuple[int, float]]]
 LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -158,7 +159,7 @@ def expected(monitor: Monitor) -> Rows:
 
 @pytest.mark.parametrize("name", LOGGERS)
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_readings_arrive_and_the_training_does_not_notice(name: str, bf16: bool, tmp_path: Path) -> None:
+def test_measurements_arrive_and_the_training_does_not_notice(name: str, bf16: bool, tmp_path: Path) -> None:
     alone, _ = training(None, bf16)
     with logger(name, tmp_path) as (sink, read):
         watched, monitor = training([sink], bf16)
@@ -173,7 +174,7 @@ def test_readings_arrive_and_the_training_does_not_notice(name: str, bf16: bool,
 
 @pytest.mark.parametrize("explicit", [True, False], ids=["own steps", "counted by wandb"])
 def test_wandb_rows_of_the_user_stay_where_they_were(explicit: bool, tmp_path: Path) -> None:
-    """Rows are dropped where a step is logged after a later one: neither those of the user nor readings are."""
+    """Rows are dropped where a step is logged after a later one: neither those of the user nor measurements are."""
     from sharpscope.integrations.wandb import sink
 
     with wandb_run() as run:

@@ -126,7 +126,7 @@ def timeless(monitor: Monitor) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=["lightning", "pytorch_lightning"])
-def test_readings_are_those_of_a_monitor_in_a_plain_loop(package: Any, tmp_path: Path) -> None:
+def test_measurements_are_those_of_a_monitor_in_a_plain_loop(package: Any, tmp_path: Path) -> None:
     probe = list(fixed_data())[:2]
     callback = SharpnessCallback(mse, probe, every=3, k=2, report=tmp_path / "run.html")
     module: Any = smooth_module()
@@ -148,7 +148,7 @@ def foreign(module: Module) -> Any:
     return other
 
 
-def test_readings_reach_the_loggers_of_the_trainer_and_other_sinks(tmp_path: Path) -> None:
+def test_measurements_reach_the_loggers_of_the_trainer_and_other_sinks(tmp_path: Path) -> None:
     seen: dict[int, Any] = {}
     callback = SharpnessCallback(mse, every=5, sinks=[lambda step, values: seen.update({step: values})])
     log = lightning.pytorch.loggers.CSVLogger(str(tmp_path), name="log")
@@ -203,7 +203,7 @@ def test_a_resumed_fit_goes_on_as_if_it_had_not_stopped(epochs: int, tmp_path: P
     assert steps == [step for step in range(0, 17, 3) if step > 4 * epochs]  # only new ones reach the sinks
 
 
-def test_a_fit_resumed_without_readings_counts_from_where_it_is(tmp_path: Path) -> None:
+def test_a_fit_resumed_without_measurements_counts_from_where_it_is(tmp_path: Path) -> None:
     fit(None, fixed_data(), smooth_module(), max_epochs=2, **saving(tmp_path))
     callback, last = SharpnessCallback(mse, every=3), str(tmp_path / "last.ckpt")
     fit(callback, fixed_data(), smooth_module(), max_epochs=4, ckpt_path=last, **saving(tmp_path))
@@ -253,7 +253,7 @@ class Stream(IterableDataset[Any]):
 
 
 def test_what_cannot_be_watched_is_refused_in_a_sentence() -> None:
-    with pytest.raises(ValueError, match="the module has 2 optimizers, and a reading is about one; make a Monitor"):
+    with pytest.raises(ValueError, match="the module has 2 optimizers, and a measurement is about one; make a Monitor"):
         fit(SharpnessCallback(mse), fixed_data(), TwoOptimizers())
     for odd in (DataLoader(Stream(), batch_size=4), [fixed_data()], DataLoader(fixed_data().dataset, batch_size=None)):
         with pytest.raises(ValueError, match=r"pass a few fixed batches: SharpnessCallback\(data="):

@@ -108,7 +108,7 @@ def test_a_watched_training_is_the_unwatched_one_to_the_last_bit(name: str, bf16
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_readings_are_those_of_the_model_in_full_precision_without_dropout(bf16: bool, tmp_path: Path) -> None:
+def test_measurements_are_those_of_the_model_in_full_precision_without_dropout(bf16: bool, tmp_path: Path) -> None:
     model, probe = gpt2(), [{name: torch.stack([Text()[i][name] for i in range(4)]) for name in Text()[0]}]
     wanted: list[float] = []
 
@@ -125,7 +125,7 @@ def test_readings_are_those_of_the_model_in_full_precision_without_dropout(bf16:
     assert len(wanted) == 3
 
 
-def test_readings_reach_the_log_of_the_trainer_which_stays_complete(tmp_path: Path) -> None:
+def test_measurements_reach_the_log_of_the_trainer_which_stays_complete(tmp_path: Path) -> None:
     seen: dict[int, Any] = {}
     watch = dict[str, Any](every=2, batches=1, sinks=[lambda step, values: seen.update({step: values})])
     options = dict[str, Any](max_steps=4, logging_strategy="steps", logging_steps=1)
@@ -133,7 +133,7 @@ def test_readings_reach_the_log_of_the_trainer_which_stays_complete(tmp_path: Pa
     own = [row["step"] for row in trainer.state.log_history if "loss" in row]
     assert own == [1, 2, 3, 4]
     rows = [row for row in trainer.state.log_history if "sharpscope/sharpness" in row]
-    assert [row["step"] for row in rows] == [1, 2, 4]  # the first reading is logged with the first step
+    assert [row["step"] for row in rows] == [1, 2, 4]  # the first measurement is logged with the first step
     assert [row["sharpscope/sharpness"] for row in rows] == [values["sharpness"] for values in seen.values()]
     assert list(seen) == [0, 2, 4]
     rates = [row["sharpscope/learning_rate"] for row in rows]  # of the step that was taken, not of the next one

@@ -325,7 +325,7 @@ def test_another_learning_rate_costs_nothing(folder: Path, tmp_path: Path) -> No
         ({"data": data(shift=0.01)}, "the loss at .*step0.safetensors is .*, and was .*: the task has changed"),
     ],
 )
-def test_readings_that_do_not_belong_together_are_refused(
+def test_measurements_that_do_not_belong_together_are_refused(
     changes: dict[str, Any], sentence: str, folder: Path, tmp_path: Path
 ) -> None:
     measured(tmp_path)

@@ -1,4 +1,4 @@
-"""Runs whose regime is known from theory, and what the monitor says of them: right or undecided, never wrong."""
+"""Runs whose regime is known from theory: the diagnosis is right or undecided, never wrong."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -98,11 +98,11 @@ def sgd(lr: float, wd: float = 0.0, **options: Any) -> Callable[[list[nn.Paramet
     return lambda p: torch.optim.SGD(p, lr=lr, weight_decay=wd, **options)
 
 
-def of_threshold(share: float, **options: Any) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    """On a bowl of curvature one, at this share of the largest stable rate."""
+def of_threshold(fraction: float, **options: Any) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """On a bowl of curvature one, at this fraction of the largest stable rate."""
     mom, d = options.get("momentum", 0.0), options.get("dampening", 0.0)
     edge = 2 * (1 + mom) / (1 + 2 * mom) if options.get("nesterov") else 2 * (1 + mom) / (1 - d)
-    return sgd(share * edge, **options)
+    return sgd(fraction * edge, **options)
 
 
 def split(p: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -115,8 +115,11 @@ def on_toy(name: str, ratio: float, il: float, steps: int, regime: str, height: 
     return Run(lambda: toy(name, ratio, lr, il / lr, height), regime, sgd(lr, il / lr), steps, steps // 40 + 1, **more)
 
 
+OF_INVARIANT = ("top eigenvector", "intrinsic time", "steps to the edge")
+"""Findings on scale-invariant weights."""
+
 RUNS: dict[str, Run] = {
-    "bowl at .1": Run(lambda: bowl(1.0), "below", of_threshold(0.1), absent=("place", "clock", "entry")),
+    "bowl at .1": Run(lambda: bowl(1.0), "below", of_threshold(0.1), absent=OF_INVARIANT),
     "bowl at .5": Run(lambda: bowl(1.0), "below", of_threshold(0.5)),
     "bowl at .8": Run(lambda: bowl(1.0), "below", of_threshold(0.8)),
     "bowl, heavy ball": Run(lambda: bowl(1.0), "below", of_threshold(0.6, momentum=0.9)),
@@ -127,10 +130,14 @@ RUNS: dict[str, Run] = {
     "bowl, heavy ball above": Run(lambda: bowl(1.0), "above", of_threshold(1.1, momentum=0.9), 60, 6),
     "bowl far above": Run(lambda: bowl(1.0), "above", of_threshold(2.0), 20, 2),
     "bowl, clipped": Run(lambda: bowl(1.0), "below", of_threshold(0.5), 30, 3, present=("clipping",), clip=0.01),
-    **{f"toy {n}, at the edge": on_toy(n, 1.0, 1e-3, 1500, "edge", 0.02, present=("clock",)) for n in TOYS},
-    "toy, shrinking": on_toy("A3", 0.5, 1e-3, 250, "approaching", 1e-2, present=("entry",), absent=("no time",)),
-    "toy, shrinking late": on_toy("A4", 0.3, 1e-3, 400, "approaching", 1e-2, present=("entry",)),
-    "toy without decay": on_toy("A3", 0.5, 0.0, 400, "below", 1e-2, present=("no decay",), absent=("entry",)),
+    **{f"toy {n}, at the edge": on_toy(n, 1.0, 1e-3, 1500, "edge", 0.02, present=("intrinsic time",)) for n in TOYS},
+    "toy, shrinking": on_toy(
+        "A3", 0.5, 1e-3, 250, "approaching", 1e-2, present=("steps to the edge",), absent=("no time",)
+    ),
+    "toy, shrinking late": on_toy("A4", 0.3, 1e-3, 400, "approaching", 1e-2, present=("steps to the edge",)),
+    "toy without decay": on_toy(
+        "A3", 0.5, 0.0, 400, "below", 1e-2, present=("no decay",), absent=("steps to the edge",)
+    ),
     "toy without decay, .75": on_toy("A1", 0.75, 0.0, 400, "below", 1e-2, present=("no decay",)),
     "toy, no time": on_toy(
         "A3", 0.5, 1e-5, 200, "below", 1e-2, present=("no time", "settling"), options={"steps": 200}
@@ -139,13 +146,20 @@ RUNS: dict[str, Run] = {
     "regression held by eps": Run(lambda: regression(0.1, 20.0), "below", sgd(1e-2, 0.5), 2500, 100, ("eps",)),
     "regression without decay": Run(lambda: regression(0.0, 3.0), "below", sgd(0.1), 3000, 75, ("no decay",)),
     **{
-        f"net, {norm}": Run(lambda norm=norm: cases.invariant(norm), "edge", sgd(0.3, 0.01), 300, 10, ("clock",))  # type: ignore[misc]
+        f"net, {norm}": Run(
+            lambda norm=norm: cases.invariant(norm),  # type: ignore[misc]
+            "edge",
+            sgd(0.3, 0.01),
+            300,
+            10,
+            ("intrinsic time",),
+        )
         for norm in ("BN", "LN", "RMSNorm", "WN")
     },
     "net, slow": Run(
         lambda: cases.invariant("BN"), "below", sgd(1e-3, 1e-3), 100, 10, ("no time",), options={"steps": 100}
     ),
-    "plain net at the edge": Run(cases.plain, "edge", sgd(0.6), absent=("clock", "entry", "place")),
+    "plain net at the edge": Run(cases.plain, "edge", sgd(0.6), absent=OF_INVARIANT),
     "plain net sharpening": Run(cases.plain, "sharpening", sgd(0.3), 200, 20),
     "plain net, slow": Run(cases.plain, "below", sgd(1e-3)),
     "plain net, heavy ball": Run(cases.plain, "edge", sgd(0.6, momentum=0.5), 600, 20),

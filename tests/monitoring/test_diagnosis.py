@@ -23,7 +23,7 @@ def rows(count: int = 8, **columns: Any) -> list[dict[str, Any]]:
 
 
 def say(ratios: Sequence[float | None], facts: Facts = PLAIN, **columns: Any) -> dict[str, Finding]:
-    """What is found on a run with these readings of sharpness / threshold."""
+    """What is found on a run with these values of sharpness / threshold."""
     count = len(ratios)
     loss = [None if r is None else 1.0 + i % 2 for i, r in enumerate(ratios)]
     base: dict[str, Any] = {"tau": 0.0, "loss": loss, "stability_ratio": list(ratios), "sharpness": list(ratios)}
@@ -42,25 +42,25 @@ def regime(ratios: Sequence[float | None], **columns: Any) -> Finding:
 @pytest.mark.parametrize(
     ("ratios", "name", "numbers"),
     [
-        ([0.2, 0.9, 1.02, 0.98, 1.0], "edge", "is 1.00 (median of the last 3 readings)"),
-        ([1.0] * 9 + [1.04, 1.1, 1.05], "edge", "is 1.05 (median of the last 3 readings)"),
-        ([0.5] * 9 + [1.2, 1.25, 1.31], "edge", "is 1.25 (median of the last 3 readings)"),
+        ([0.2, 0.9, 1.02, 0.98, 1.0], "edge", "is 1.00 (median of the last 3 measurements)"),
+        ([1.0] * 9 + [1.04, 1.1, 1.05], "edge", "is 1.05 (median of the last 3 measurements)"),
+        ([0.5] * 9 + [1.2, 1.25, 1.31], "edge", "is 1.25 (median of the last 3 measurements)"),
         (
             [1.0] * 4 + [1.06, 1.04, 1.05, 9.0],
             "undecided",
-            "is 1.05 (median of the last 3 readings), with half of them",
+            "is 1.05 (median of the last 3 measurements), with half of them",
         ),
         ([0.5] * 9 + [1.2, 1.31, 1.32], "undecided", "between 1.25 and 1.31"),
         ([0.5] * 9 + [0.5, 0.94, 1.2], "undecided", "between 0.72 and 1.07"),
-        ([0.5] * 9 + [1.4, 1.35, 1.36], "above", "is 1.36 (median of the last 3 readings)"),
-        ([5.0], "above", "is 5.00 (median of the last 1 reading)"),
-        ([0.40, 0.5, 0.6, 0.7], "sharpening", "is 0.60 (median of the last 3 readings), up from 0.40"),
+        ([0.5] * 9 + [1.4, 1.35, 1.36], "above", "is 1.36 (median of the last 3 measurements)"),
+        ([5.0], "above", "is 5.00 (median of the last 1 measurement)"),
+        ([0.40, 0.5, 0.6, 0.7], "sharpening", "is 0.60 (median of the last 3 measurements), up from 0.40"),
         ([0.3, 0.6, *[0.7] * 10], "below", "it may grow 1.43-fold"),
-        ([0.5, 0.5, 0.5], "below", "is 0.50 (median of the last 3 readings); it may grow 2-fold"),
+        ([0.5, 0.5, 0.5], "below", "is 0.50 (median of the last 3 measurements); it may grow 2-fold"),
         ([0.5, 0.8], "below", "grow 1.54-fold"),
         ([0.9, 0.6, 0.25], "below", "grow 1.67-fold"),
         ([0.5], "below", "grow 2-fold"),
-        ([0.5, 0.0, 0.0], "below", "is 0.00 (median of the last 3 readings); no direction curves upwards"),
+        ([0.5, 0.0, 0.0], "below", "is 0.00 (median of the last 3 measurements); no direction curves upwards"),
         ([-0.5, -0.2, -0.1], "below", "no direction curves upwards"),
     ],
 )
@@ -99,25 +99,25 @@ def test_divergence_is_said_first() -> None:
     assert "diverged" not in say([0.5, 0.6, 2.0])
 
 
-def test_readings_without_curvature_are_counted() -> None:
+def test_measurements_without_curvature_are_counted() -> None:
     found = say([0.5, 0.6, 0.5], sharpness=[1.0, None, 1.0], stability_ratio=[1.0, None, 1.0])
-    assert found["gaps"].text.startswith("At 1 of 3 readings, first at step 10, no curvature was found")
+    assert found["gaps"].text.startswith("At 1 of 3 measurements, first at step 10, no curvature was found")
     assert "gaps" not in say([0.5, 0.6, 0.5])
 
 
 def test_no_threshold_no_regime() -> None:
     (found,) = [f for f in diagnose(History(rows(3, loss=1.0)), "r", Facts(10)) if f.name in REGIMES]
-    assert found.name == "undecided" and "no reading of the curvature at a positive learning rate" in found.text
+    assert found.name == "undecided" and "no measurement of the curvature at a positive learning rate" in found.text
 
 
 def test_where_the_curvature_lives() -> None:
-    inside = say([1.0] * 4, INVARIANT, **{"share/a": 0.7, "share/b": 0.1})["place"]
+    inside = say([1.0] * 4, INVARIANT, **{"share/a": 0.7, "share/b": 0.1})["top eigenvector"]
     assert "80% of the top eigenvector lies in scale-invariant weights (most in a)" in inside.text
-    outside = say([1.0] * 4, INVARIANT, **{"share/a": 0.1, "share/b": 0.1})["place"]
+    outside = say([1.0] * 4, INVARIANT, **{"share/a": 0.1, "share/b": 0.1})["top eigenvector"]
     assert "Only 20%" in outside.text and "that of the 40 other weights" in outside.text
     whole = Facts(60, 60, 3e-16, {"a": 40, "b": 20})
-    assert "place" not in say([1.0] * 4, whole, **{"share/a": 0.7, "share/b": 0.3})
-    assert "place" not in say([1.0] * 4)
+    assert "top eigenvector" not in say([1.0] * 4, whole, **{"share/a": 0.7, "share/b": 0.3})
+    assert "top eigenvector" not in say([1.0] * 4)
 
 
 def test_the_largest_stable_rate() -> None:
@@ -141,18 +141,18 @@ def test_twice_the_learning_rate() -> None:
 def test_the_entry_formula() -> None:
     """τ = ½ ln 2 at half the threshold."""
     columns: dict[str, Any] = {"clock": 1e-3, "share/a": 0.9}
-    found = say([0.5] * 4, INVARIANT, **columns)["entry"]
+    found = say([0.5] * 4, INVARIANT, **columns)["steps to the edge"]
     assert found.numbers["tau"] == pytest.approx(0.5 * math.log(2))
     assert found.numbers["steps"] == pytest.approx(500 * math.log(2))
     assert "347 steps away at the earliest" in found.text
     short = Facts(100, 60, 0.0, {"a": 60}, steps=200)
-    assert "170 are left, so it will not get there" in say([0.5] * 4, short, **columns)["entry"].text
+    assert "170 are left, so it will not get there" in say([0.5] * 4, short, **columns)["steps to the edge"].text
     long = Facts(100, 60, 0.0, {"a": 60}, steps=2000)
-    assert "1970 are left." in say([0.5] * 4, long, **columns)["entry"].text
-    assert "entry" not in say([1.0] * 4, INVARIANT, **columns)
-    assert "entry" not in say([0.5] * 4, INVARIANT, **columns | {"radial/a": 1.0})
-    assert "entry" not in say([0.5] * 4, INVARIANT, **columns | {"clock": 0.0})
-    assert "entry" not in say([0.5] * 4, INVARIANT, **columns | {"share/a": 0.2})
+    assert "1970 are left." in say([0.5] * 4, long, **columns)["steps to the edge"].text
+    assert "steps to the edge" not in say([1.0] * 4, INVARIANT, **columns)
+    assert "steps to the edge" not in say([0.5] * 4, INVARIANT, **columns | {"radial/a": 1.0})
+    assert "steps to the edge" not in say([0.5] * 4, INVARIANT, **columns | {"clock": 0.0})
+    assert "steps to the edge" not in say([0.5] * 4, INVARIANT, **columns | {"share/a": 0.2})
 
 
 def test_invariant_weights_are_counted() -> None:
@@ -160,10 +160,10 @@ def test_invariant_weights_are_counted() -> None:
     assert say([1.0])["invariance"].text == "No weights are scale-invariant: the plain sharpness is the one to read."
 
 
-def test_what_was_not_asked_is_not_answered() -> None:
-    said = say([1.0], Facts(100, asked=False))
-    assert "has not been asked yet" in said["unasked"].text and "invariance" not in said
-    assert "unasked" not in say([1.0])
+def test_unknown_groups_are_not_counted() -> None:
+    found = say([1.0], Facts(100, groups_known=False))
+    assert "is not known yet" in found["unknown groups"].text and "invariance" not in found
+    assert "unknown groups" not in say([1.0])
 
 
 def test_weight_decay_that_only_rescales() -> None:
@@ -182,15 +182,15 @@ def test_weight_decay_that_only_rescales() -> None:
     assert "decay rescales" not in say([1.0], clock=1e-3)
 
 
-def test_the_clock_of_weight_decay() -> None:
+def test_the_intrinsic_time_of_weight_decay() -> None:
     assert "no decay" in say([1.0], INVARIANT)
-    early = say([1.0], INVARIANT, clock=0.002, tau=0.25)["clock"].text
+    early = say([1.0], INVARIANT, clock=0.002, tau=0.25)["intrinsic time"].text
     assert "τ = 0.25 (by now 0.002 a step)" in early
     assert "takes 375 more steps" in early and "time to settle" not in early
-    late = say([1.0], INVARIANT, clock=0.002, tau=1.5)["clock"].text
+    late = say([1.0], INVARIANT, clock=0.002, tau=1.5)["intrinsic time"].text
     assert late.startswith("Weight decay has acted for τ = 1.5 ") and late.endswith("norms have had time to settle.")
     for names in (say([1.0], INVARIANT, clock=math.nan), say([1.0], clock=0.002, tau=0.25)):
-        assert not {"clock", "no decay", "no time"} & set(names)
+        assert not {"intrinsic time", "no decay", "no time"} & set(names)
 
 
 def test_weight_decay_without_time() -> None:
@@ -199,7 +199,7 @@ def test_weight_decay_without_time() -> None:
     assert found.numbers["tau at the end"] == pytest.approx(0.03 + 20 * 1e-3)
     assert "weight decay has no time to act in this run" in found.text
     enough = say([0.5] * 4, Facts(100, 60, 0.0, {"a": 60}, steps=500), clock=1e-3, tau=0.03)
-    assert "no time" not in enough and "will have for τ = 0.5 at the end" in enough["clock"].text
+    assert "no time" not in enough and "will have for τ = 0.5 at the end" in enough["intrinsic time"].text
     assert "no time" not in say([0.5] * 4, INVARIANT, clock=1e-3, tau=0.03)  # nobody knows the end
 
 
@@ -216,8 +216,8 @@ def test_time_to_balance(steps: int, word: str) -> None:
 def test_twice_the_weight_decay() -> None:
     found = say([0.5] * 4, INVARIANT, clock=1e-3, equilibrium=math.radians(1.0))["twice the decay"].text
     assert "by 1.4° a step instead of 1°" in found
-    told = say([0.5] * 4, Facts(100, 60, 0.0, {}, steps=530), clock=1e-3, tau=0.5)["twice the decay"].text
-    assert "(τ = 2 at the end)" in told
+    planned = say([0.5] * 4, Facts(100, 60, 0.0, {}, steps=530), clock=1e-3, tau=0.5)["twice the decay"].text
+    assert "(τ = 2 at the end)" in planned
     assert "twice the decay" not in say([0.5] * 4, INVARIANT)
 
 

@@ -1,4 +1,4 @@
-"""Monitor: what it reads is what an Iterate reads, and the run it watches does not notice."""
+"""The Monitor measures what an Iterate measures, and the run it watches does not notice."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from sharpscope.autodiff.objective import Objective
 from sharpscope.measures import measures
 from sharpscope.measures.iterate import Iterate, midpoint
 from sharpscope.monitoring.monitor import Monitor
-from sharpscope.monitoring.page import RUN
+from sharpscope.monitoring.recorder import RUN
 from sharpscope.optimizers.gd import GD
 
 SOLVER = 1e-6  # rtol² over the relative gap, with the default rtol of 1e-4
@@ -93,7 +93,7 @@ def test_a_watched_run_is_the_unwatched_run_to_the_last_bit(loader: bool) -> Non
 
 @pytest.mark.parametrize("make", [cases.invariant, cases.affine, cases.plain], ids=["all", "some", "none"])
 @pytest.mark.parametrize("point", [now, midpoint])
-def test_readings_are_those_of_iterates(
+def test_measurements_are_those_of_iterates(
     make: Callable[[], Objective], point: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     f, every, lr, wd = make(), 4, 0.05, 0.01
@@ -228,14 +228,14 @@ def test_reports_show_only_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_a_schedule_may_begin_and_end_at_zero() -> None:
-    """A learning rate of zero has no threshold; the run goes on, and readings at positive rates have one."""
+    """A learning rate of zero has no threshold; the run goes on, and measurements at positive rates have one."""
     net = nn.Linear(3, 1, dtype=torch.float64)
     batch = (torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64))
     f = Objective(net, nn.functional.mse_loss, [batch])
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 0.0 if step in (0, 4) else 1.0)
     monitor = Monitor(f, sgd, every=1)
-    assert "no reading of the curvature at a positive learning rate" in monitor.diagnosis()
+    assert "no measurement of the curvature at a positive learning rate" in monitor.diagnosis()
     for _ in range(4):
         sgd.zero_grad()
         f.loss(net(batch[0]), batch[1]).backward()
@@ -258,4 +258,4 @@ def test_a_finite_loss_of_infinite_curvature_does_not_stop_the_run() -> None:
     monitor.measure(torch.tensor([3.0], dtype=torch.float64))
     assert monitor.history.columns["loss"][-1] == 0
     assert monitor.history.columns["sharpness"][-1] is None
-    assert "At 1 of 2 readings, first at step 0, no curvature was found" in monitor.diagnosis()
+    assert "At 1 of 2 measurements, first at step 0, no curvature was found" in monitor.diagnosis()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sharpscope as ss
-from sharpscope.monitoring.page import RUN
+from sharpscope.monitoring.recorder import RUN
 from sharpscope.records import RunLog
 
 

@@ -1,4 +1,4 @@
-"""Budgets are kept at every moment, or at the end where it is known, and readings are as frequent as they allow."""
+"""Budgets are kept at every moment, or at the end where it is known, and measurements are as frequent as they allow."""
 
 import itertools
 from typing import Any
@@ -13,11 +13,11 @@ from sharpscope.autodiff.objective import Expansion, Objective
 from sharpscope.monitoring import time_budget
 from sharpscope.monitoring.monitor import Monitor
 from sharpscope.monitoring.schedules import log_spaced
-from sharpscope.monitoring.time_budget import Budget, Ledger, plan, share_of
+from sharpscope.monitoring.time_budget import Budget, Ledger, parse_fraction, plan_probe
 
 
 class Clock:
-    """A clock that moves only when it is told to."""
+    """A clock that moves only when it is set."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -32,22 +32,22 @@ def simulated(
     steps: int,
     cost: list[float],
     *,
-    told: bool,
+    steps_known: bool,
     first_step: float = 1.0,
     slow: int = 0,
 ) -> list[tuple[float, int]]:
-    """Overhead and readings after every step of one second, where the readings take `cost` seconds in turn."""
+    """Overhead and measurements after every step of one second, where these take `cost` seconds in turn."""
     clock = Clock()
     for module in ("monitor", "time_budget"):
         monkeypatch.setattr(f"sharpscope.monitoring.{module}.perf_counter", clock)
     monkeypatch.setattr(time_budget, "_gradient_seconds", lambda f, w, n: 0.01 + 0.001 * n)
     f = cases.plain()
     sgd = torch.optim.SGD(f.model.parameters(), lr=0.1)
-    monitor = Monitor(f, sgd, budget=budget, steps=steps if told else None)
-    readings = iter(cost)
+    monitor = Monitor(f, sgd, budget=budget, steps=steps if steps_known else None)
+    costs = iter(cost)
 
     def measure(*_: Any, **__: Any) -> None:
-        clock.now += next(readings)
+        clock.now += next(costs)
         monitor.history.append(run="training", step=monitor.steps)
 
     monkeypatch.setattr(monitor, "_measure", measure)
@@ -63,40 +63,40 @@ def simulated(
 
 
 @pytest.mark.parametrize("budget", [0.02, 0.05, 0.2])
-@pytest.mark.parametrize("told", [True, False], ids=["steps told", "steps unknown"])
-def test_the_share_is_kept_and_used(monkeypatch: pytest.MonkeyPatch, budget: float, told: bool) -> None:
+@pytest.mark.parametrize("steps_known", [True, False], ids=["steps known", "steps unknown"])
+def test_the_budget_is_kept_and_used(monkeypatch: pytest.MonkeyPatch, budget: float, steps_known: bool) -> None:
     """Measurements of half a second to one second (a solve from a random start), the first of two."""
     cost = [1.2, *([0.5] * 9 + [1.0]) * 200]
-    path = simulated(monkeypatch, budget, 1000, cost, told=told)
-    overhead, readings = path[-1]
+    path = simulated(monkeypatch, budget, 1000, cost, steps_known=steps_known)
+    overhead, measurements = path[-1]
     assert 0.7 * budget < overhead <= budget
-    assert readings >= 0.7 * (1000 * budget - 1.2) / 0.55
-    assert all(share <= (budget if not told else 2.2 * budget) for share, _ in path[250:])
-    assert told or all(share <= budget for share, _ in path)
-    taken = [n for _, n in path]  # readings are spread over the run: in each half of it about half of them
-    assert told is False or taken[500] == pytest.approx(taken[-1] / 2, abs=1 + 0.1 * taken[-1])
-    assert (path[60][1] > 0) == (told or budget > 0.02)  # who knows the end sees the beginning
+    assert measurements >= 0.7 * (1000 * budget - 1.2) / 0.55
+    assert all(overhead <= (2.2 * budget if steps_known else budget) for overhead, _ in path[250:])
+    assert steps_known or all(overhead <= budget for overhead, _ in path)
+    taken = [n for _, n in path]  # measurements are spread over the run: in each half of it about half of them
+    assert not steps_known or taken[500] == pytest.approx(taken[-1] / 2, abs=1 + 0.1 * taken[-1])
+    assert (path[60][1] > 0) == (steps_known or budget > 0.02)  # who knows the end sees the beginning
 
 
 def test_a_slow_first_step_is_no_measure_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = simulated(monkeypatch, 0.05, 300, [0.5] * 300, told=True, first_step=100.0)
+    path = simulated(monkeypatch, 0.05, 300, [0.5] * 300, steps_known=True, first_step=100.0)
     assert path[-1][0] <= 0.05
     assert path[150][0] <= 0.05
 
 
 def test_steps_that_become_faster_do_not_break_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three hundred steps of four seconds, then seven hundred of one."""
-    path = simulated(monkeypatch, 0.05, 1000, [1.2, *[0.5] * 1000], told=True, slow=300)
+    path = simulated(monkeypatch, 0.05, 1000, [1.2, *[0.5] * 1000], steps_known=True, slow=300)
     assert 0.03 < path[-1][0] <= 0.05
 
 
-def test_a_reading_that_does_not_fit_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_that_does_not_fit_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     cost = [100.0] * 10
-    path = simulated(monkeypatch, 0.02, 200, cost, told=False)
+    path = simulated(monkeypatch, 0.02, 200, cost, steps_known=False)
     assert path[-1][1] <= 1
 
 
-def test_a_reading_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products that take ten seconds each, where the plan thinks of milliseconds."""
     clock = Clock()
     for module in ("monitor", "time_budget"):
@@ -130,22 +130,22 @@ def large(n: int) -> Objective:
 
 
 @pytest.mark.parametrize(
-    ("share", "examples", "full"), [(1.0, 400, True), (0.3, 140, True), (0.1, 85, False), (0.001, 16, False)]
+    ("fraction", "examples", "full"), [(1.0, 400, True), (0.3, 140, True), (0.1, 85, False), (0.001, 16, False)]
 )
 def test_the_plan_grows_with_the_budget(
-    monkeypatch: pytest.MonkeyPatch, share: float, examples: int, full: bool
+    monkeypatch: pytest.MonkeyPatch, fraction: float, examples: int, full: bool
 ) -> None:
     monkeypatch.setattr(time_budget, "_gradient_seconds", lambda f, w, n: 0.1 + 0.01 * n)
     f = large(400)
     ledger = Ledger()
     for _ in range(5):
-        ledger.stepped(10.0 if share == 1.0 else 4.0, 1)
-    planned = plan(f, f.weights(), ledger, Budget(share, 1000), solves=2, k=3)
+        ledger.add_steps(10.0 if fraction == 1.0 else 4.0, 1)
+    planned = plan_probe(f, f.weights(), ledger, Budget(fraction, 1000), solves=2, k=3)
     assert planned.examples == pytest.approx(examples, rel=0.25)
     assert planned.full == full
-    assert planned.k == (3 if share == 1.0 else 1)
+    assert planned.k == (3 if fraction == 1.0 else 1)
     assert sum(len(y) for _, y in planned.objective.data) == planned.examples
-    assert planned.first > planned.usual > 0
+    assert planned.first_seconds > planned.usual_seconds > 0
 
 
 def test_the_head_of_the_data_is_their_first_examples() -> None:
@@ -163,8 +163,8 @@ def test_the_head_of_the_data_is_their_first_examples() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_shares() -> None:
-    assert share_of("5%") == share_of(" 5 %") == share_of(0.05) == share_of("0.05") == 0.05
+def test_fractions() -> None:
+    assert parse_fraction("5%") == parse_fraction(" 5 %") == parse_fraction(0.05) == parse_fraction("0.05") == 0.05
 
 
 def test_log_spaced_steps() -> None:

@@ -19,7 +19,8 @@ from sharpscope.autodiff.objective import Objective
 from sharpscope.measures import measures
 from sharpscope.measures.iterate import Iterate
 from sharpscope.monitoring.monitor import Monitor
-from sharpscope.monitoring.page import RUN, page
+from sharpscope.monitoring.page import render_directory
+from sharpscope.monitoring.recorder import RUN
 from sharpscope.optimizers.adaptive import Adam
 from sharpscope.optimizers.base import Stability
 from sharpscope.optimizers.from_torch import rules_of, stability_of
@@ -334,7 +335,7 @@ def test_schedules_may_be_any_function_of_the_step() -> None:
 
 
 def test_each_invariant_group_has_its_columns() -> None:
-    """Radius, effective rate, turning and share, against their definitions."""
+    """Radius, effective rate, turning and fraction of the eigenvector, against their definitions."""
     f = cases.affine()
     lr, wd = 0.1, 1e-2
     sgd = torch.optim.SGD(f.model.parameters(), lr=lr, weight_decay=wd)
@@ -356,7 +357,7 @@ def test_each_invariant_group_has_its_columns() -> None:
         assert abs(row[f"radial/{name}"]) < 1e-9  # eps = 0: no radial gradient
 
 
-def test_sinks_get_the_numbers_of_every_reading() -> None:
+def test_sinks_get_the_numbers_of_every_measurement() -> None:
     f = cases.plain()
     sgd = torch.optim.SGD(f.model.parameters(), lr=0.1)
     got: list[tuple[int, dict[str, float]]] = []
@@ -423,22 +424,38 @@ def test_a_resumed_run_has_the_rows_of_an_uninterrupted_one(tmp_path: Path) -> N
     torch.save(state, tmp_path / "checkpoint.pt")
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     resumed, _ = resumable(7, state)
-    clocks = ("overhead",)
+    timed = ("overhead",)
     for a, b in zip(resumed.history.rows, whole.history.rows, strict=True):
-        a, b = ({n: v for n, v in row.items() if n not in clocks and v is not None} for row in (a, b))
+        a, b = ({n: v for n, v in row.items() if n not in timed and v is not None} for row in (a, b))
         assert a == b
     assert resumed.tau == whole.tau
 
 
+def test_a_resumed_run_describes_the_same_parameter_group() -> None:
+    """The second one, which holds the scale-invariant weights; nothing has been measured since it was resumed."""
+    f = cases.affine()
+    params = dict(f.model.named_parameters())
+    invariant = [params.pop("0.weight"), params.pop("3.weight")]
+    groups: list[dict[str, Any]] = [{"params": list(params.values())}, {"params": invariant, "lr": 0.05}]
+    sgd = torch.optim.SGD(groups, lr=0.1)
+    monitor = Monitor(f, sgd, every=lambda step: step == 1)
+    assert monitor.rule == GD(0.1)
+    descend(f, sgd, monitor, 1)
+    assert monitor.rule == GD(0.05)
+    resumed = Monitor(f, sgd, every=lambda step: False)
+    resumed.load_state_dict(monitor.state_dict())
+    assert resumed.rule == GD(0.05)
+
+
 def test_a_run_on_disk_is_the_run_in_memory(tmp_path: Path) -> None:
     with resumable(6, directory=tmp_path / "run")[0] as monitor:
-        text = page(tmp_path / "run")
-        said = [f.text for f in monitor.findings() if f.name != "cost"]  # which on disk is that of the last reading
-        assert said and [sentence for sentence in said if sentence not in text] == []
-    track = RunLog(tmp_path / "run", RUN)
-    assert track.finished and track.note == ""
+        text = render_directory(tmp_path / "run")
+        found = [f.text for f in monitor.findings() if f.name != "cost"]  # which on disk is that of the last row
+        assert found and [sentence for sentence in found if sentence not in text] == []
+    log = RunLog(tmp_path / "run", RUN)
+    assert log.finished and log.note == ""
     rows = [{n: v for n, v in row.items() if v is not None and v == v} for row in monitor.history.rows]
-    assert [{n: v for n, v in row.items() if v is not None} for row in track.rows] == rows
+    assert [{n: v for n, v in row.items() if v is not None} for row in log.rows] == rows
     assert json.loads((tmp_path / "run/monitor.json").read_text())["kind"] == "monitor"
     resumable(3, directory=tmp_path / "run")  # another run into the same place: the old log is kept
     kept = [p for p in (tmp_path / "run").iterdir() if p.name.endswith(".1.jsonl")]
@@ -453,7 +470,7 @@ def test_a_failed_run_says_so_on_disk(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_run_has_no_page(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no monitored run"):
-        page(tmp_path)
+        render_directory(tmp_path)
 
 
 def test_a_closed_monitor_lets_go_of_the_optimizer() -> None:
@@ -499,7 +516,7 @@ def test_the_ratio_of_an_iterate_with_a_rule_of_adam() -> None:
 
 
 def test_a_midpoint_needs_the_step_before() -> None:
-    """After steps that nobody told it of, it measures where the weights are."""
+    """After steps of which it was not informed, it measures where the weights are."""
     f = cases.invariant()
     sgd = torch.optim.SGD(f.model.parameters(), lr=0.1)
     monitor = Monitor(f, sgd, every=4)

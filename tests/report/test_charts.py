@@ -10,7 +10,7 @@ import pytest
 from sharpscope.report.charts import Chart, Columns, Point, SphereChart, missing, thin, thin_path, traces, viewpoint
 from sharpscope.report.figures import figure, save_figures
 
-LOSS = Chart("loss", "Loss", "step", "loss", ("a", "b"), "step", "loss")
+LOSS = Chart("loss", "Loss", x="step", y="loss", runs=("a", "b"))
 
 
 def columns(**rows: Any) -> dict[str, list[Any]]:
@@ -24,7 +24,7 @@ def circle(n: int = 40) -> list[dict[str, float]]:
     return [{"x": math.cos(t), "y": math.sin(t), "z": 0.0, "sharp": 2 + math.cos(t)} for t in turns]
 
 
-SPHERE = SphereChart("sphere", "A sphere", "curve", "sharp", ("path",))
+SPHERE = SphereChart("sphere", "A sphere", curve="curve", color="sharp", paths=("path",))
 ROUND = columns(curve=circle(), path=circle()[:9])
 
 
@@ -41,7 +41,7 @@ def test_a_trace_holds_finite_points_in_the_order_of_x() -> None:
 
 
 def test_a_logarithmic_axis_counts_what_it_cannot_show() -> None:
-    chart = Chart("l", "L", "step", "loss", ("a",), "", "", log_y=True)
+    chart = Chart("l", "L", x="step", y="loss", runs=("a",), log_y=True)
     (trace,) = traces(chart, columns(a=[{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.0}, {"step": 2, "loss": -1.0}]))
     assert (trace.points, trace.hidden) == ([(0.0, 1.0)], 2)
 
@@ -75,7 +75,7 @@ def test_a_thinned_path_keeps_its_period_of_two() -> None:
     [
         (LOSS, {}, "The data have no column “step”, “loss”."),
         (LOSS, columns(a=[{"step": 0, "loss": 1.0}]), "No values of “step”, “loss” to show for run “b”."),
-        (Chart("l", "L", "step", "loss", (), "", ""), {"run": [], "step": [], "loss": []}, "The chart names no runs."),
+        (Chart("l", "L", x="step", y="loss", runs=()), {"run": [], "step": [], "loss": []}, "The chart names no runs."),
         (SPHERE, {"run": [], "x": [], "y": [], "z": []}, "The data have no column “sharp”."),
         (SPHERE, ROUND, ""),
     ],
@@ -92,14 +92,24 @@ def test_other_things_are_no_charts() -> None:
 
 
 def test_a_figure_has_the_lines_axes_and_labels_of_its_chart() -> None:
-    lines = ((2.0, "edge $ of stability"), (-1.0, "not on a logarithmic axis"))
     names = ("_a", "50$ b$")
-    chart = Chart("e", "50$ and _x_$", "step", "loss", names, "n $", "l", log_x=True, log_y=True, lines=lines)
-    data = columns(**{name: [{"step": k + 1, "loss": 1 / (k + 1)} for k in range(3)] for name in names})
+    chart = Chart(
+        "e",
+        "50$ and _x_$",
+        x="step",
+        y="mean_loss",
+        runs=names,
+        x_label="n $",
+        log_x=True,
+        log_y=True,
+        lines=((2.0, "edge $ of stability"), (-1.0, "not on a logarithmic axis")),
+    )
+    data = columns(**{name: [{"step": k + 1, "mean_loss": 1 / (k + 1)} for k in range(3)] for name in names})
     fig = figure(chart, data)
     fig.draw_without_rendering()
     (ax,) = fig.axes
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("n $", "mean loss")
     assert ax.get_title(loc="left") == "50$ and _x_$"
     assert len(ax.get_lines()) == 3  # two runs, one reference line
     assert [text.get_text() for text in ax.texts] == ["edge $ of stability"]
@@ -107,7 +117,7 @@ def test_a_figure_has_the_lines_axes_and_labels_of_its_chart() -> None:
 
 
 def test_markers_are_dots_without_lines() -> None:
-    chart = Chart("m", "M", "step", "loss", ("a",), "", "", markers=True)
+    chart = Chart("m", "M", x="step", y="loss", runs=("a",), markers=True)
     (line,) = figure(chart, columns(a=[{"step": k, "loss": k} for k in range(3)])).axes[0].get_lines()
     assert (line.get_marker(), line.get_linestyle()) == ("o", "None")
 
@@ -133,7 +143,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_columns_beside_are_drawn_for_every_run() -> None:
-    chart = Chart("c", "C", "step", "a", ("r", "s"), "step", "a", beside=(("b", "2/η̃"),))
+    chart = Chart("c", "C", x="step", y="a", runs=("r", "s"), beside=(("b", "2/η̃"),))
     columns: Columns = {"run": ["r", "s"], "step": [0, 0], "a": [1.0, 2.0], "b": [3.0, None]}
     assert [(t.run, t.points) for t in traces(chart, columns)] == [
         ("r", [(0.0, 1.0)]),

@@ -3,88 +3,15 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
+from pages import HOSTILE, Elements, page, verdict
 
-from sharpscope.report.charts import COLORS, PATH_COLORS, RAMP, Chart, SphereChart
+from sharpscope.report.charts import COLORS, PATH_COLORS, RAMP, Chart
 from sharpscope.report.html import number, render, write_report
-from sharpscope.studies._framework.claims import Verdict
-from sharpscope.studies._framework.pages import claims_section, observed, summary
-
-HOSTILE = """</script><script>alert(1)</script><img src=x onerror="alert('2')">&amp;""" + 80 * "x"
-
-
-def verdict(claim: str = "it holds", passed: bool = True, **fields: Any) -> Verdict:
-    given = {"observed": 1.0, "criterion": "at most 2", "kind": "inequality", "part": "One", **fields}
-    return Verdict("study", claim, passed=passed, **given)
-
-
-def page(name: str = "run", **changes: Any) -> dict[str, Any]:
-    """The arguments of a small page with every kind of content; `name` goes wherever a name can stand."""
-    turns = [math.tau * k / 60 for k in range(61)]
-    rows: list[dict[str, Any]] = []
-    for k in range(120):
-        rows.append({"run": name, "step": k, "loss": math.exp(-k / 9), "edge": 2 + math.sin(k) / 9})
-        rows.append({"run": "other", "step": 1.5 * k, "loss": math.exp(-k / 30), "edge": 1.5})
-    rows += [
-        {"run": "curve", "x": math.cos(t), "y": math.sin(t), "z": 0.0, "sharpness": 2 + math.cos(t)} for t in turns
-    ]
-    rows += [{"run": "path", "x": math.cos(t), "y": math.sin(t), "z": 0.0} for t in turns[:9]]
-    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
-    runs = (name, "other")
-    charts = [
-        Chart("loss", f"Loss {name}", "step", "loss", runs, "step", name, log_y=True, caption=name, part=name),
-        Chart("edge", "Edge", "step", "edge", runs, "step", "edge", lines=((2.0, name), (1.99, "near"))),
-        Chart("dots", "Dots", "loss", "edge", runs, "loss", "edge", log_x=True, log_y=True, markers=True),
-        SphereChart("sphere", "Sphere", "curve", "sharpness", ("path",), caption=name),
-        Chart("absent", "Absent", "step", "accuracy", runs, "step", "accuracy"),
-    ]
-    verdicts = [
-        verdict(name, part=name, note=name, criterion=name),
-        verdict("it fails", passed=False, observed=(2.05, 2.2701)),
-        verdict("it fails aside", passed=False, deciding=False),
-        verdict("the control behaves", kind="negative control"),
-    ]
-    facts: dict[str, Any] = {"name": name, name: 0.0005, "seeds": (0, 1), "stopped": {}}
-    given: dict[str, Any] = {
-        "title": name,
-        "subtitle": name,
-        "lead": name,
-        "verdicts": verdicts,
-        "charts": charts,
-        "columns": columns,
-    }
-    given = {**given, "config": facts, "environment": facts, **changes}
-    sections = [("Claims", claims_section(given.pop("verdicts")))]
-    return {**given, "sections": sections}
-
-
-class Elements(HTMLParser):
-    """Start tags with their attributes, and the text of scripts."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.inside = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.inside = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self.inside == "script":
-            self.scripts[-1] += data
+from sharpscope.studies._framework.pages import observed, summary
 
 
 @pytest.mark.parametrize(
@@ -187,7 +114,7 @@ def test_long_runs_are_thinned_and_the_page_says_so() -> None:
     losses = [1.0] * 50_000
     losses[31_234], losses[40_001] = 70.0, 0.0
     columns = {"run": ["run"] * 50_000, "step": list(range(50_000)), "loss": losses}
-    chart = Chart("loss", "Loss", "step", "loss", ("run",), "step", "loss", log_y=True)
+    chart = Chart("loss", "Loss", x="step", y="loss", runs=("run",), log_y=True)
     html = render(**page(columns=columns, charts=[chart]))
     run = json.loads(Elements(html).scripts[0])["loss"]["runs"][0]
     assert len(run["x"]) <= 2000
@@ -198,7 +125,7 @@ def test_long_runs_are_thinned_and_the_page_says_so() -> None:
 
 def test_data_keep_the_parity_of_large_steps() -> None:
     columns = {"run": ["run"] * 2, "step": [1_000_000, 1_000_001], "loss": [1.0, 2.0]}
-    chart = Chart("loss", "Loss", "step", "loss", ("run",), "step", "loss")
+    chart = Chart("loss", "Loss", x="step", y="loss", runs=("run",))
     data = json.loads(Elements(render(**page(columns=columns, charts=[chart]))).scripts[0])
     assert data["loss"]["runs"][0]["x"] == [1_000_000, 1_000_001]
 

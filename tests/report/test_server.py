@@ -7,47 +7,21 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_html import HOSTILE, Elements, page
+from pages import HOSTILE, Elements, rows_of, serving
 
 import sharpscope as ss
 from sharpscope.cli import _watch, main
 from sharpscope.records.run_log import RunLog
-from sharpscope.report.html import render
 from sharpscope.report.server import POLICY, Live, server
 from sharpscope.studies._framework import run as study_run
 
 ROOT = Path(__file__).parents[2]
-
-
-def rows_of(directory: Path) -> str | None:
-    """A page of the rows of one log, for tests; None while there are none."""
-    rows = RunLog(directory, "training").rows
-    given = page("training", title=f"{len(rows)} rows", columns={"run": [], "step": []}, verdicts=[], charts=[])
-    return render(**given) if rows else None
-
-
-@contextmanager
-def serving(
-    directory: Path, make: Callable[[Path], str | None] = rows_of, finished: Callable[[Path], bool] = lambda _: False
-) -> Iterator[int]:
-    """The port of a server of the directory."""
-    with server(Live(directory, make, finished, share=1)) as served:
-        thread = threading.Thread(target=served.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield served.server_port
-        finally:
-            served.shutdown()
-            thread.join()
 
 
 def ask(port: int, path: str = "/", method: str = "GET", **headers: str) -> tuple[HTTPResponse, str]:
@@ -73,7 +47,7 @@ def test_a_run_that_grows(tmp_path: Path) -> None:
     log = RunLog(tmp_path, "training")
     with serving(tmp_path) as port:
         html = ask(port)[1]
-        assert "Waiting for the first reading" in html
+        assert "Waiting for the first measurement" in html
         assert state(port)["state"] == "waiting"
         log.append(step=0)
         assert state(port)["version"] != version(html)
@@ -116,7 +90,7 @@ def test_a_page_is_made_once_per_version(tmp_path: Path) -> None:
         assert len(made) == before
 
 
-def test_making_pages_takes_a_share_of_the_time_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_making_pages_takes_a_fraction_of_the_time_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, now = RunLog(tmp_path, "training"), [100.0]
 
     def make(directory: Path) -> str | None:
@@ -197,7 +171,7 @@ def test_nothing_else_is_served(path: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", HOSTILE.partition(" ")[0]])
-def test_nothing_but_reading_is_done(method: str, tmp_path: Path) -> None:
+def test_only_get_and_head_are_answered(method: str, tmp_path: Path) -> None:
     with serving(tmp_path) as port, socket.create_connection(("127.0.0.1", port), timeout=20) as plug:
         plug.sendall(f"{method} / HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
         said = plug.makefile("rb").read().decode()
@@ -249,8 +223,8 @@ def test_a_study_is_shown_while_it_runs_and_when_it_is_done(tiny: str, tmp_path:
     done = {name: (out / name).read_bytes() for name in ("history.parquet", "report.html")}
     for path in (*whole, *map(out.joinpath, done), *out.glob("log/*.waits")):
         path.unlink()
-    with serving(out, _watch._page, _watch._finished) as port:
-        assert state(port)["state"] == "waiting" and "Waiting for the first reading" in ask(port)[1]
+    with serving(out, _watch.page, _watch.finished) as port:
+        assert state(port)["state"] == "waiting" and "Waiting for the first measurement" in ask(port)[1]
         log = RunLog(out / "log", "descent").path
         log.write_bytes(b"".join(whole[log].splitlines(keepends=True)[:3]) + b'{"run": "desc')
         html = ask(port)[1]
@@ -335,7 +309,7 @@ def test_a_monitored_run_is_shown(tmp_path: Path) -> None:
     x = torch.randn(16, 4)
     f = ss.Objective(net, torch.nn.functional.mse_loss, [(x, x[:, :1])])
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-    with serving(tmp_path, _watch._page, _watch._finished) as port:
+    with serving(tmp_path, _watch.page, _watch.finished) as port:
         assert state(port)["state"] == "waiting"
         with ss.Monitor(f, sgd, every=2, directory=tmp_path) as monitor:
             pages = [ask(port)[1]]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_html import Elements
+from pages import Elements
 from test_run import ROOT, STOPPED, end, members, until, waiting
 
 import sharpscope.studies

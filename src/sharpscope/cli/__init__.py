@@ -1,5 +1,6 @@
-"""``sharpscope list | run | report | predict | analyze | watch``: exit status 0 when every deciding claim holds, 1 when
-one does not, 2 when nothing could be run.
+"""The command line, ``sharpscope list | run | report | predict | analyze | watch``.
+
+The exit status is 0 when every deciding claim holds, 1 when one does not, 2 when nothing could be run.
 """
 
 import os
@@ -13,7 +14,7 @@ from ._common import HINT, Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run a command; return the exit status."""
     parser = Parser(prog="sharpscope", description="Measure the sharpness of normalized networks, study by study.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for chapter in (_studies, _tasks, _watch):

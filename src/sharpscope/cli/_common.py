@@ -1,4 +1,4 @@
-"""What all commands share: how they refuse, and what they need."""
+"""Parts of all commands: how they refuse, and which packages they need."""
 
 import argparse
 import importlib.util
@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def need_extras() -> None:
-    """Now, and not at the end of a long run."""
+    """Refuse to start without the extra packages, rather than fail at the end of a long run."""
     for name in EXTRAS:
         if importlib.util.find_spec(name) is None:
             raise Refused(f"{name} is not installed; {HINT}")
@@ -34,7 +34,7 @@ def refusing(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def find_study(name: str) -> Any:
-    """The study of that name."""
+    """Find the study of that name."""
     from ..studies._framework.study import find
 
     try:
@@ -44,5 +44,5 @@ def find_study(name: str) -> Any:
     except LookupError as error:
         raise Refused(str(error)) from error
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise Refused(f"the study {name} cannot be imported: {said}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise Refused(f"the study {name} cannot be imported: {reason}") from error

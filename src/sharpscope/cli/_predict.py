@@ -1,4 +1,4 @@
-"""``sharpscope predict``: what an optimizer does next, foretold and then run."""
+"""The predictions of ``sharpscope predict``: the central flow of an optimizer, and then the optimizer itself."""
 
 import difflib
 import math
@@ -11,8 +11,7 @@ from ..autodiff.objective import Objective
 from ..errors import NotConverged, NotFinite, Unusable
 from ..flows.compare import Prediction, compare
 from ..optimizers.gd import GD
-from ..records.checkpoints import load_task
-from ..records.checkpoints import load_weights as load_weights
+from ..records.checkpoints import load_task, load_weights
 from ..records.history import History
 from ..records.run_log import RunLog
 from ..report.charts import Chart
@@ -32,13 +31,20 @@ COLUMNS = (
 )
 
 CHARTS = tuple(
-    Chart(y.replace("_", "-"), title, "step", y, RUNS[1:] if y == "error" else RUNS, "step", label)
+    Chart(
+        y.replace("_", "-"),
+        title,
+        x="step",
+        y=y,
+        runs=RUNS[1:] if y == "error" else RUNS,
+        y_label=label,
+    )
     for y, title, label in COLUMNS
 )
 
 
 def predict_study(name: str, config: Any, job: str, start: int, steps: int, points: int, out: Path) -> str:
-    """Train the run `job` of a study for `start` steps, foretell `steps` more; the outcome as a sentence.
+    """Train the run `job` of a study for `start` steps, predict `steps` more; return what is printed.
 
     Raises:
         Unusable: the study has no such run, or the flow got stuck.
@@ -51,18 +57,18 @@ def predict_study(name: str, config: Any, job: str, start: int, steps: int, poin
     variant: Variant = known[job]
     if variant.batch is not None or variant.rmsprop:
         raise Unusable(f"'{job}' is not full-batch gradient descent, which the flow describes; choose another run")
-    log = RunLog(_empty(out), "prediction")
+    log = RunLog(_fresh_directory(out), "prediction")
     run_forecast(log, progress(), "", Forecast(variant, start, steps, points))
     if log.note:
         raise Unusable(log.note)
     history = History(row | {"run": row["run"].removeprefix(": ")} for row in log.rows)
     log.path.unlink()
-    said = f"{job} of {name} from step {start}: {Prediction(history, {})}"
-    return _written(out, said, history, {"study": name, "run": job, "start": start, "steps": steps})
+    outcome = f"{job} of {name} from step {start}: {Prediction(history, {})}"
+    return _write(out, outcome, history, {"study": name, "run": job, "start": start, "steps": steps})
 
 
 def predict_checkpoint(task: str, checkpoint: Path | None, rule: GD, steps: int, points: int, out: Path) -> str:
-    """Foretell `steps` steps of `rule` for the model, loss and data that the function `task` returns.
+    """Predict `steps` steps of `rule` for the model, loss and data of a task; return what is printed.
 
     Raises:
         Unusable: the task or the checkpoint cannot be used, or the flow got stuck.
@@ -70,17 +76,17 @@ def predict_checkpoint(task: str, checkpoint: Path | None, rule: GD, steps: int,
     model, loss, data = load_task(task)
     f = Objective(model, loss, data)
     w = f.weights() if checkpoint is None else load_weights(f, checkpoint)
-    _empty(out)
+    _fresh_directory(out)
     try:
         p = compare(f, rule, w, steps, points=points, report=progress())
     except (ArithmeticError, NotConverged, NotFinite, ValueError) as error:
         raise Unusable(str(error)) from error
     chosen = {"task": task, "checkpoint": str(checkpoint or "as the task returns it"), **vars(rule), "steps": steps}
-    return _written(out, f"{task}: {p}", p.history, chosen)
+    return _write(out, f"{task}: {p}", p.history, chosen)
 
 
 def table(history: History) -> str:
-    """A few readings of the optimizer and of the central flow side by side."""
+    """Make a table of a few measurements of the optimizer and of the central flow, side by side."""
     heads = f"{'':8}  {'sharpness':^19}  {'mean loss':^21}  {'norm':^17}  {'distance/':>9}"
     under = f"{'run':>9} {'flow':>9}  {'run':>10} {'flow':>10}  {'run':>8} {'flow':>8}"
     lines = [heads, f"{'step':>8}  {under}  {'moved':>9}"]
@@ -94,22 +100,23 @@ def table(history: History) -> str:
     return "\n".join(lines)
 
 
-def _written(out: Path, said: str, history: History, config: dict[str, Any]) -> str:
+def _write(out: Path, outcome: str, history: History, config: dict[str, Any]) -> str:
+    """Write history and report; return the outcome as a sentence, with a table."""
     history.save(out / "history.parquet")
     write_report(
         out / "report.html",
         title="A prediction",
         subtitle="The optimizer beside its central flow",
-        lead=said[0].upper() + said[1:] + ".",
+        lead=outcome[0].upper() + outcome[1:] + ".",
         charts=[chart for chart in CHARTS if chart.y in history.columns],
         columns=history.columns,
         config=config,
         environment=environment(),
     )
-    return f"{said}\n\n{table(history)}"
+    return f"{outcome}\n\n{table(history)}"
 
 
-def _empty(out: Path) -> Path:
+def _fresh_directory(out: Path) -> Path:
     if out.exists() and any(out.iterdir()) and not (out / "history.parquet").exists():
         raise Unusable(f"{out} is not empty and holds no prediction; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -117,17 +124,17 @@ def _empty(out: Path) -> Path:
 
 
 def progress() -> Callable[[float], None]:
-    """A bar on the terminal, moved by the share that is done."""
+    """Show a bar on the terminal, moved by the fraction that is done."""
     from tqdm import tqdm
 
     bar = tqdm(
         total=100, disable=not sys.stderr.isatty(), bar_format="{percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
     )
 
-    def show(share: float) -> None:
-        bar.n = math.floor(100 * share)
+    def show(fraction: float) -> None:
+        bar.n = math.floor(100 * fraction)
         bar.refresh()
-        if share >= 1:
+        if fraction >= 1:
             bar.close()
 
     return show

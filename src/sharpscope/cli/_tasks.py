@@ -1,4 +1,4 @@
-"""``sharpscope predict | analyze``: the user's own model, loss and data, as a function returns them."""
+"""The commands ``sharpscope predict | analyze``, for the user's own model, loss and data as well."""
 
 import argparse
 import sys
@@ -16,6 +16,7 @@ def add(commands: Any) -> None:
     predict = commands.add_parser(
         "predict",
         help="what an optimizer does next: its central flow, and then the optimizer itself",
+        description="Predict what an optimizer does next by its central flow, then run the optimizer beside it.",
         epilog="either STUDY and RUN (a network run of a study), or --task (your own model)",
     )
     predict.add_argument("study", nargs="?", help="name of a study")
@@ -25,12 +26,13 @@ def add(commands: Any) -> None:
     predict.add_argument("--checkpoint", type=Path, help="file with the model's weights (safetensors, or a state dict)")
     _add_rule(predict)
     predict.add_argument("--steps", type=int, default=500, help="steps to predict (default: 500)")
-    predict.add_argument("--points", type=int, default=25, help="readings on the way (default: 25)")
+    predict.add_argument("--points", type=int, default=25, help="measurements in between (default: 25)")
     predict.add_argument("--out", type=Path, default=Path("runs/prediction"), help="directory of the report")
     predict.set_defaults(act=_predict)
     analyze = commands.add_parser(
         "analyze",
         help="measure a series of checkpoints, and what is new in it when called again",
+        description="Measure sharpness along a series of checkpoints; called again, only what is new or has changed.",
         epilog="files are safetensors or state dicts of torch, which are read without running what is in them",
     )
     analyze.add_argument(
@@ -39,7 +41,7 @@ def add(commands: Any) -> None:
     analyze.add_argument("--task", required=True, help=TASK)
     _add_rule(analyze)
     analyze.add_argument("--k", type=int, default=1, help="eigenvalues to find (default: 1)")
-    analyze.add_argument("--out", type=Path, default=Path("runs/analysis"), help="directory of readings and report")
+    analyze.add_argument("--out", type=Path, default=Path("runs/analysis"), help="directory of measurements and report")
     analyze.set_defaults(act=_analyze)
 
 
@@ -52,23 +54,24 @@ def _add_rule(parser: argparse.ArgumentParser) -> None:
 def _predict(args: argparse.Namespace) -> int:
     from ..errors import Unusable
     from ..optimizers.gd import GD
-    from . import _predict
+    from ._predict import predict_checkpoint, predict_study
 
     need_extras()
-    common = (args.steps, args.points, args.out)
+    common = {"steps": args.steps, "points": args.points, "out": args.out}
     with refusing(Unusable, ValueError):
         if args.task:
             if args.study:
                 raise Refused("give either a study and its run, or --task, not both")
             if args.lr is None:
                 raise Refused("--task needs --lr, the learning rate of gradient descent")
-            said = _predict.predict_checkpoint(args.task, args.checkpoint, GD(args.lr, args.wd, args.momentum), *common)
+            rule = GD(args.lr, args.wd, args.momentum)
+            outcome = predict_checkpoint(args.task, args.checkpoint, rule, **common)
         elif args.study and args.run:
             study = find_study(args.study)
-            said = _predict.predict_study(args.study, study.Config(), args.run, args.step, *common)
+            outcome = predict_study(args.study, study.Config(), args.run, start=args.step, **common)
         else:
             raise Refused("give a study and one of its network runs, or --task; see `sharpscope predict --help`")
-    print(f"{said}\n\nreport: {args.out / 'report.html'}")
+    print(f"{outcome}\n\nreport: {args.out / 'report.html'}")
     return 0
 
 

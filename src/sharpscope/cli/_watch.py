@@ -1,4 +1,4 @@
-"""``sharpscope watch``: the page of a running study or a monitored training loop."""
+"""The command ``sharpscope watch``: serves the page of a running study or a monitored training loop."""
 
 import argparse
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 from ..errors import Refused
 from ._common import need_extras, refusing
 
-OURS = (".tmp", ".jsonl")
-"""Endings of what a run may have written before it says what it is."""
+OWN_SUFFIXES = (".tmp", ".jsonl")
+"""Endings of files that a run may have written before its description."""
 
 
 def add(commands: Any) -> None:
@@ -16,9 +16,10 @@ def add(commands: Any) -> None:
     watch = commands.add_parser(
         "watch",
         help="serve the page of a running job to this machine, and keep it up to date",
+        description="Serve the page of a running job to this machine, and keep it up to date until Ctrl-C.",
         epilog="RUN_DIR is the --out of a `sharpscope run`, or the directory of a Monitor",
     )
-    watch.add_argument("directory", metavar="RUN_DIR", type=Path)
+    watch.add_argument("directory", metavar="RUN_DIR", type=Path, help="directory of the running job")
     watch.add_argument("--port", type=int, default=0, help="port on 127.0.0.1 (default: any that is free)")
     watch.set_defaults(act=_watch)
 
@@ -29,7 +30,7 @@ def _watch(args: argparse.Namespace) -> int:
     need_extras()
     _check(args.directory)
     try:
-        serving = server(Live(args.directory, _page, _finished), args.port)
+        serving = server(Live(args.directory, page, finished), args.port)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise Refused(f"port {args.port} cannot be had ({reason}); leave --port out for one that is free") from error
@@ -55,36 +56,42 @@ def _check(directory: Path) -> None:
         inside = sorted(p.parent.name for p in directory.glob("*/config.json"))
         one = f", {directory / inside[0]} say" if inside else ""
         raise Refused(f"{directory} holds several runs ({several[0]}): watch one{one}, or open {directory}/index.html")
-    foreign = [p.name for p in directory.iterdir() if p.suffix not in OURS and p.name != "log" and p.name[0] != "."]
+    names = sorted(p.name for p in directory.iterdir() if p.suffix not in OWN_SUFFIXES)
+    foreign = [name for name in names if name != "log" and not name.startswith(".")]
     if foreign:
-        raise Refused(
-            f"{directory} holds no run (there is {sorted(foreign)[0]}, and neither config.json nor monitor.json)"
-        )
+        raise Refused(f"{directory} holds no run (there is {foreign[0]}, and neither config.json nor monitor.json)")
 
 
 def _is_run(directory: Path) -> bool:
     from ..studies._framework.run import stored_request
     from ..studies._framework.study import find
 
-    if (directory / "monitor.json").exists():
+    if _is_monitored(directory):
         return True
     return (directory / "config.json").exists() and bool(find(stored_request(directory)["study"]))
 
 
-def _page(directory: Path) -> str | None:
-    """The page of what is there so far; None where there is nothing yet."""
-    from ..monitoring import monitor
+def _is_monitored(directory: Path) -> bool:
+    from ..monitoring.recorder import DESCRIPTION
+
+    return (directory / DESCRIPTION).exists()
+
+
+def page(directory: Path) -> str | None:
+    """Make the page of what is there so far; None where there is nothing yet."""
+    from ..monitoring.page import render_directory
     from ..studies._framework import run
 
-    if (directory / "monitor.json").exists():
-        return monitor.page(directory)
+    if _is_monitored(directory):
+        return render_directory(directory)
     return run.page(directory) if (directory / "config.json").exists() else None
 
 
-def _finished(directory: Path) -> bool:
-    from ..monitoring.page import RUN
+def finished(directory: Path) -> bool:
+    """Say whether the run in a directory has ended."""
+    from ..monitoring.recorder import RUN
     from ..records.run_log import RunLog
 
-    if (directory / "monitor.json").exists():
+    if _is_monitored(directory):
         return RunLog(directory, RUN).finished
     return (directory / "report.html").exists() and (directory / "history.parquet").exists()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 
 def named(values: Mapping[str, float]) -> dict[str, float]:
-    """The values of a reading under names that every logger takes as they are: one slash, no other sign but ``_.-``.
+    """Give the values of a measurement names that every logger takes as they are: one slash, and letters or ``_.-``.
 
     >>> named({"sharpness": 2.0, "radius/0.weight + 0.bias": 3.0})
     {'sharpscope/sharpness': 2.0, 'sharpscope/radius.0.weight_0.bias': 3.0}

@@ -1,4 +1,4 @@
-"""What the callbacks of training frameworks share: a probe of the training data, and a Monitor that may be resumed."""
+"""Parts of the callbacks of training frameworks: a probe of the training data, and a Monitor that may be resumed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,11 +10,12 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from ..autodiff.data import head
 from ..autodiff.objective import Objective
 from ..errors import InvalidValue
-from ..monitoring.monitor import Monitor, Sink
+from ..monitoring.monitor import Monitor
+from ..monitoring.recorder import Sink
 
 
 def probe(loader: Any, batches: int, convert: Callable[[Any], Any]) -> list[Any]:
-    """`batches` batches of examples spread evenly over the loader's data set, put together as the loader does.
+    """Pick `batches` batches of examples, spread evenly over the data set and put together as the loader does.
 
     They are read once, under a fixed seed and in this process: the loader, its sampler, its workers and the random
     states do not notice.  Where examples are augmented, one version of each is taken.
@@ -46,12 +47,12 @@ def monitor_of(
     sinks: Sequence[Sink],
     **options: Any,
 ) -> Monitor:
-    """A Monitor of a training with `done` steps behind it, which goes on from `state` if there is one."""
+    """Make a Monitor of a training with `done` steps behind it, which goes on from `state` if there is one."""
     if not state and not done:
         return Monitor(objective, optimizer, sinks=sinks, **options)
     monitor = Monitor(objective, optimizer, **options)
     monitor.load_state_dict(state or _moved(monitor.state_dict(), done))
-    monitor.sinks = tuple(sinks)  # not before: the first reading was not of step 0
+    monitor.recorder.sinks = tuple(sinks)  # not before: the first measurement was not of step 0
     return monitor
 
 
@@ -74,7 +75,7 @@ def check_replicated(model: nn.Module, whole: bool, how: str, processes: int) ->
 
 
 def with_forward(model: nn.Module, forward: Callable[..., Any]) -> nn.Module:
-    """The same module, sharing all parts, with the `forward` it had before a framework replaced it on the instance."""
+    """Make a twin of a module, sharing all parts, with the `forward` it had before a framework replaced it."""
     twin = type(model).__new__(type(model))
     twin.__dict__ = model.__dict__ | {"forward": forward}
     return twin

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..autodiff.objective import Loss, Objective
 from ..errors import InvalidValue
-from ..monitoring.monitor import Monitor, Sink
+from ..monitoring.monitor import Monitor
+from ..monitoring.recorder import Sink
 from . import named
 from ._training import check_replicated, monitor_of, probe, with_forward
 
@@ -43,7 +44,7 @@ class SharpnessCallback(Callback):
         batches: how many batches of these.
         model: the part to measure, where that is not the whole module: ``lambda module: module.net``.
         report: where a report is written at the end, also if the training fails.
-        sinks: functions that get every reading; the trainer's loggers do in any case.
+        sinks: functions that get every measurement; the trainer's loggers do in any case.
         options: those of `Monitor`, such as every, budget, k, point, rule, directory.
 
     Dropout is left out of what is measured.  With several processes the first one measures.  The state is part of
@@ -65,8 +66,13 @@ class SharpnessCallback(Callback):
         sinks: Sequence[Sink] = (),
         **options: Any,
     ) -> None:
-        self.loss, self.data, self.batches, self.model, self.report = loss, data, batches, model, report
-        self.sinks, self.options = tuple(sinks), options
+        self.loss = loss
+        self.data = data
+        self.batches = batches
+        self.model = model
+        self.report = report
+        self.sinks = tuple(sinks)
+        self.options = options
         self.monitor: Monitor | None = None
         self._state: Mapping[str, Any] | None = None
 
@@ -76,8 +82,8 @@ class SharpnessCallback(Callback):
         check_replicated(pl_module, bool(names & WHOLE), type(trainer.strategy).__name__, trainer.world_size)
         if len(trainer.optimizers) != 1:
             raise InvalidValue(
-                f"the module has {len(trainer.optimizers)} optimizers, and a reading is about one; make a Monitor for"
-                " each in on_train_start, and call their step() in on_train_batch_end"
+                f"the module has {len(trainer.optimizers)} optimizers, and a measurement is about one; make a Monitor"
+                " for each in on_train_start, and call their step() in on_train_batch_end"
             )
         if not trainer.is_global_zero:
             return
@@ -103,11 +109,11 @@ class SharpnessCallback(Callback):
         self._finish(f"{type(exception).__name__}: {exception}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning writes into its checkpoints."""
+        """The state that Lightning writes into its checkpoints."""
         return {} if self.monitor is None else self.monitor.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Called by Lightning before a fit that resumes."""
+        """Keep the state for the fit that resumes; Lightning calls this before it."""
         self._state = state_dict
 
     def _finish(self, note: str) -> None:
@@ -118,7 +124,7 @@ class SharpnessCallback(Callback):
 
 
 def _sent(trainer: Any) -> Callable[[Any], Any]:
-    """What the trainer does to a batch before ``training_step``: precision, hooks of the module, device."""
+    """Treat a batch as the trainer does before ``training_step``: precision, hooks of the module, device."""
 
     def convert(batch: Any) -> Any:
         batch = trainer.lightning_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))

@@ -1,4 +1,4 @@
-"""Readings as metrics of an MLflow run.
+"""Sends measurements to an MLflow run, as metrics.
 
 from sharpscope.integrations.mlflow import sink
 
@@ -9,7 +9,7 @@ with mlflow.start_run() as run:
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..monitoring.monitor import Sink
+from ..monitoring.recorder import Sink
 from . import named
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def sink(run: "Run") -> Sink:
-    """A sink that writes to `run`, be it the active one or not."""
+    """Make a sink that writes to `run`, be it the active one or not."""
     import mlflow
 
     def send(step: int, values: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Readings as scalars of TensorBoard.
+"""Sends measurements to TensorBoard, as scalars.
 
 from sharpscope.integrations.tensorboard import sink
 
@@ -9,7 +9,7 @@ monitor = Monitor(f, optimizer, sinks=[sink(writer)])
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..monitoring.monitor import Sink
+from ..monitoring.recorder import Sink
 from . import named
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def sink(writer: "SummaryWriter") -> Sink:
-    """A sink that writes to `writer`, whose closing remains yours."""
+    """Make a sink that writes to `writer`, whose closing remains yours."""
 
     def send(step: int, values: Mapping[str, float]) -> None:
         for name, value in named(values).items():

@@ -1,4 +1,4 @@
-"""Readings as metrics of a trackio run.
+"""Sends measurements to a trackio run, as metrics.
 
 from sharpscope.integrations.trackio import sink
 
@@ -9,7 +9,7 @@ monitor = Monitor(f, optimizer, sinks=[sink(run)])
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..monitoring.monitor import Sink
+from ..monitoring.recorder import Sink
 from . import named
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def sink(run: "Run") -> Sink:
-    """A sink that writes to `run`, whose end (``trackio.finish()``) remains yours."""
+    """Make a sink that writes to `run`, whose end (``trackio.finish()``) remains yours."""
 
     def send(step: int, values: Mapping[str, float]) -> None:
         run.log(named(values), step=step)

@@ -19,12 +19,13 @@ from transformers import Trainer, TrainerCallback
 
 from ..autodiff.objective import Loss, Objective
 from ..errors import InvalidType
-from ..monitoring.monitor import Monitor, Sink
+from ..monitoring.monitor import Monitor
+from ..monitoring.recorder import Sink
 from . import named
 from ._training import check_replicated, monitor_of, probe, with_forward
 
 FILE = "sharpscope.safetensors"
-"""What is added to every checkpoint folder."""
+"""The file that is added to every checkpoint folder."""
 
 
 def output_loss(output: Any, batch: Any) -> Tensor:
@@ -36,13 +37,13 @@ class SharpnessCallback(TrainerCallback):
     """Measures the model that `trainer` trains.
 
     Args:
-        trainer: to which the callback is then added; readings go to its log and so to whatever it reports to.
+        trainer: to which the callback is then added; measurements go to its log and so to whatever it reports to.
         data: a few fixed batches (dicts) to measure on; otherwise examples spread evenly over the training data are
             taken and collated as in training.
         loss: ``loss(output, batch)``, the mean over a batch; as a rule what the model returns as its loss.
         batches: how many batches of the training data.
         report: where a report is written at the end.
-        sinks: functions that get every reading with all its columns; the trainer's log leaves those of groups out.
+        sinks: functions that get every measurement with all its columns; the trainer's log leaves those of groups out.
         options: those of `Monitor`, such as every, budget, k, point, rule, directory.
 
     Dropout and autocast are left out of what is measured.  With several processes the first one measures.  The state is
@@ -64,10 +65,15 @@ class SharpnessCallback(TrainerCallback):
         sinks: Sequence[Sink] = (),
         **options: Any,
     ) -> None:
-        self.trainer, self.data, self.loss, self.batches, self.report = trainer, data, loss, batches, report
-        self.sinks, self.options = tuple(sinks), options
+        self.trainer = trainer
+        self.data = data
+        self.loss = loss
+        self.batches = batches
+        self.report = report
+        self.sinks = tuple(sinks)
+        self.options = options
         self.monitor: Monitor | None = None
-        self._readings: list[dict[str, float]] = []
+        self._unlogged: list[dict[str, float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Make the Monitor, on the first process."""
@@ -90,10 +96,10 @@ class SharpnessCallback(TrainerCallback):
             self.monitor.step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        """Log the reading, now that the trainer has counted the step."""
+        """Log the measurement, now that the trainer has counted the step."""
         due = control.should_log
-        while self._readings:
-            self.trainer.log(self._readings.pop(0))
+        while self._unlogged:
+            self.trainer.log(self._unlogged.pop(0))
         control.should_log = due  # which every log switches off
 
     def on_save(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
@@ -110,7 +116,7 @@ class SharpnessCallback(TrainerCallback):
                 self.monitor.report(self.report)
 
     def _keep(self, step: int, values: Mapping[str, float]) -> None:
-        self._readings.append(named({name: value for name, value in values.items() if "/" not in name}))
+        self._unlogged.append(named({name: value for name, value in values.items() if "/" not in name}))
 
 
 def _without_autocast(model: nn.Module) -> nn.Module:
@@ -129,18 +135,18 @@ def _save(state: Mapping[str, Any], path: Path) -> None:
 
     tensors: dict[str, Tensor] = {}
 
-    def kept(value: Any) -> Any:
+    def separated(value: Any) -> Any:
         if not isinstance(value, Tensor):
             raise InvalidType(f"a {type(value).__name__} cannot be saved")
         tensors[str(len(tensors))] = value.detach().cpu().contiguous().clone()
         return {"tensor": str(len(tensors) - 1), "strides": value.stride()}
 
-    text = json.dumps(state, default=kept)
+    text = json.dumps(state, default=separated)
     save_file(tensors, path, metadata={"state": text})
 
 
 def _load(path: Path) -> Mapping[str, Any] | None:
-    """What `_save` wrote; None if there is nothing."""
+    """Read what `_save` wrote; None if there is nothing."""
     from safetensors import safe_open
 
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Readings in a run of Weights & Biases, with the steps of the monitor as their axis.
+"""Sends measurements to a run of Weights & Biases, with the steps of the monitor as their axis.
 
 from sharpscope.integrations.wandb import sink
 
@@ -9,7 +9,7 @@ with wandb.init(project="first") as run:
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..monitoring.monitor import Sink
+from ..monitoring.recorder import Sink
 from . import named
 
 if TYPE_CHECKING:
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def sink(run: "Run") -> Sink:
-    """A sink that writes to `run` and does not move its step, whatever else is logged, and with which steps.
+    """Make a sink that writes to `run` and does not move its step, whatever else is logged, and with which steps.
 
-    A run drops what comes for an earlier step than its present one.  So a reading joins the row that is still open, and
-    closes it only if there is a reading in it already.
+    A run drops what comes for an earlier step than its present one.  So a measurement joins the row that is still open,
+    and closes it only if there is a measurement in it already.
     """
     axis = "sharpscope/step"
     run.define_metric(axis, hidden=True)

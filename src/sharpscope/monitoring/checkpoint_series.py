@@ -1,9 +1,10 @@
-"""A series of checkpoints, measured one by one into a directory.
+"""Measures a series of checkpoints, one by one into a directory.
 
-The directory holds ``analysis.json`` (what was asked), an append-only log (one line a checkpoint, under the digest of
-its content), ``history.parquet`` and ``report.html``.  What is in the log is not measured again: a kill loses at most
-the checkpoint in work, and a later call measures what is new or has changed.  The log holds what the weights say; what
-the optimizer adds (threshold, ratio) is computed from it, so that another learning rate costs nothing.
+The directory holds ``analysis.json`` (task, k and number of parameters), an append-only log (one line a checkpoint,
+under the digest of its content), ``history.parquet`` and ``report.html``.  What is in the log is not measured again: a
+kill loses at most the checkpoint in work, and a later call measures what is new or has changed.  The log holds what
+depends on the weights alone; what the optimizer adds (threshold, ratio) is computed from it, so that another learning
+rate costs nothing.
 
 P parameters.
 """
@@ -34,7 +35,8 @@ from ..records.run_log import RunLog
 from ..report.html import write_report
 from ..symmetry.scale_groups import ScaleGroups, find_groups
 from .diagnosis import AT_THE_EDGE
-from .page import CHARTS, RUN
+from .page import CHARTS
+from .recorder import RUN
 
 RTOL = 1e-3
 """Bound on the residuals relative to λ1: eigenvalues are then right to about RTOL² λ1/gap (seen: 1e-6 to 2e-5)."""
@@ -52,7 +54,7 @@ TABLE = (
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a series of checkpoints says: a row each, and why some have none."""
+    """The measurements of a series of checkpoints: a row each, and why some have none."""
 
     history: History
     rule: GD | None = None
@@ -75,18 +77,25 @@ class Analysis:
 
     @property
     def summary(self) -> str:
-        """What was measured, how it moved, and where it stands."""
-        moves = (self._move("sharpness", "Sharpness"), self._move("spherical_sharpness", "Spherical sharpness"))
-        said = (self._counts(), *moves, self._move("radius", "The norm of the invariant weights"), self._place())
-        return " ".join(sentence for sentence in (*said, self._gaps(), self._kept()) if sentence)
+        """Sentences on what was measured, how it changed, and how far it is from the edge of stability."""
+        sentences = (
+            self._counts(),
+            self._change("sharpness", "Sharpness"),
+            self._change("spherical_sharpness", "Spherical sharpness"),
+            self._change("radius", "The norm of the invariant weights"),
+            self._stability(),
+            self._gaps(),
+            self._not_loaded(),
+        )
+        return " ".join(filter(None, sentences))
 
     def _counts(self) -> str:
         n, old = len(self.history), len(self.history) - self.measured
-        said = f"{n} checkpoint{'s' * (n != 1)}: {self.measured} measured now, {old} known from before"
-        said += f"; {len(self.refused)} could not be measured." if self.refused else "."
-        return said + " Their names say no step each: they are numbered in their order." * self.numbered
+        text = f"{n} checkpoint{'s' * (n != 1)}: {self.measured} measured now, {old} known from before"
+        text += f"; {len(self.refused)} could not be measured." if self.refused else "."
+        return text + " Their names say no step each: they are numbered in their order." * self.numbered
 
-    def _move(self, column: str, words: str) -> str:
+    def _change(self, column: str, words: str) -> str:
         step, value = self._table("step", column)
         if len(value) < 2:
             return ""
@@ -95,18 +104,18 @@ class Analysis:
         ends = f"from {value[0]:.4g} at step {step[0]:g} to {value[-1]:.4g} at step {step[-1]:g}"
         return f"{words} goes {ends}{peak}."
 
-    def _place(self) -> str:
+    def _stability(self) -> str:
         step, ratios, sharpness = self._table("step", "stability_ratio", "sharpness")
         if self.rule is None or not len(ratios):
             return ""
         low, high = AT_THE_EDGE
         ratio = float(ratios[-1])
         where = "below" if ratio < low else "above" if ratio > high else "at"
-        said = f"At step {step[-1]:g} sharpness / threshold is {ratio:.3g}: {where} the edge of stability"
+        text = f"At step {step[-1]:g} sharpness / threshold is {ratio:.3g}: {where} the edge of stability"
         if ratio <= 0:
-            return f"{said}."
+            return f"{text}."
         edge = self.rule.edge / (float(sharpness[-1]) + self.rule.weight_decay)
-        return f"{said}, which this curvature meets at a learning rate of {edge:.3g}."
+        return f"{text}, which this curvature meets at a learning rate of {edge:.3g}."
 
     def _gaps(self) -> str:
         notes = [(s, n) for s, n in zip(self.history.columns["step"], self._column("note"), strict=True) if n]
@@ -115,9 +124,9 @@ class Analysis:
         more = f" ({len(notes) - 1} more have none either)" if len(notes) > 1 else ""
         return f"There is no curvature at step {notes[0][0]}: {notes[0][1]}{more}."
 
-    def _kept(self) -> str:
-        kept = next((k for k in self._column("kept") if k), None)
-        return f"Not in the checkpoints, and left as the task returns them: {kept}." if kept else ""
+    def _not_loaded(self) -> str:
+        names = next((names for names in self._column("kept") if names), None)
+        return f"Not in the checkpoints, and left as the task returns them: {names}." if names else ""
 
     def _column(self, name: str) -> Sequence[Any]:
         return self.history.columns.get(name, [None] * len(self.history))
@@ -138,16 +147,16 @@ def analyze(
     rule: GD | None = None,
     k: int = 1,
     environment: Mapping[str, object] | None = None,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Callable[[float], None] = lambda fraction: None,
 ) -> Analysis:
     """Measure the checkpoints in `places` (files and directories) on `data`, and write the report into `out`.
 
     Args:
         model, loss, data: as of an `Objective`; the model is copied, and stays as it is.
-        name: of the task, which a directory holds to.
-        rule: what trained them, for the distance to the edge.
+        name: of the task; a directory belongs to one.
+        rule: gradient descent as it trained them, for the distance to the edge.
         k: eigenvalues to find; those after the first are the columns sharpness2, sharpness3, ...
-        progress: told the share of the checkpoints that is done.
+        progress: called with the fraction of the checkpoints that is done.
 
     Raises:
         Unusable: there is no checkpoint or none that fits, `out` holds something else, or the task has changed.
@@ -157,51 +166,53 @@ def analyze(
     files = checkpoints.series(places)
     name = name or type(model).__name__
     f = Objective(_copied(model), loss, data)
-    log = _Log(out, {"task": name, "k": k, "parameters": f.size})
+    log = _AnalysisLog(out, {"task": name, "k": k, "parameters": f.size})
     probe = _Probe(f, k, log.groups)
-    refused: dict[Path, str] = {}
     digests = {path: _digest(path) for path in files}
-    told = next((path for path in files if log.known.get(digests[path], {}).get("loss") is not None), None)
-    if told is not None:
-        probe.confirm(told, log.known[digests[told]]["loss"], out)
-    measured = 0
-    for i, path in enumerate(files):
-        if digests[path] not in log.known:
-            try:
-                digests[path], row = probe.measure(path)
-            except Unusable as error:
-                refused[path] = str(error)
-            else:
-                log.append(digests[path], row, probe.groups)
-                measured += 1
-        progress((i + 1) / len(files))
+    known = next((path for path in files if log.known.get(digests[path], {}).get("loss") is not None), None)
+    if known is not None:
+        probe.confirm(known, log.known[digests[known]]["loss"], out)
+    refused, measured = _measure_new(probe, log, digests, progress)
     if len(refused) == len(files):
         others = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
         raise Unusable(f"no checkpoint could be measured: {refused[files[0]]}{others}")
     labels = _labels(files)
-    rows = {path: log.known[digests[path]] for path in files if path not in refused}
-    steps = [checkpoints.step_of(path) for path in rows]
-    numbered = None in steps or len(set(steps)) < len(steps)
-    history = History(
-        {"run": RUN, "step": i if numbered else step, "checkpoint": labels[path], **_with_rule(row, rule)}
-        for i, (step, (path, row)) in enumerate(zip(steps, rows.items(), strict=True))
+    rows = {path: _with_rule(log.known[digests[path]], rule) for path in files if path not in refused}
+    reasons = {labels[path]: reason for path, reason in refused.items()}
+    history, numbered = _history(rows, labels)
+    found = Analysis(history, rule=rule, refused=reasons, measured=measured, numbered=numbered)
+    _write(
+        found,
+        out,
+        subtitle=f"{name}: {type(model).__name__}, {f.size} parameters",
+        config={"checkpoints": [str(p) for p in places], "k": k},
+        environment=environment or {"torch": torch.__version__},
     )
-    found = Analysis(history, rule, {labels[path]: why for path, why in refused.items()}, measured, numbered)
-    _write(out, found, name, f, {"checkpoints": [str(p) for p in places], "k": k}, environment or {})
     return found
 
 
-class _Log:
-    """What a directory was asked to hold, and the readings in it by digest."""
+def _history(rows: Mapping[Path, Mapping[str, Value]], labels: Mapping[Path, str]) -> tuple[History, bool]:
+    """The rows with their steps, and whether these are only the order of the files, whose names say no step each."""
+    steps = [checkpoints.step_of(path) for path in rows]
+    numbered = None in steps or len(set(steps)) < len(steps)
+    history = History(
+        {"run": RUN, "step": i if numbered else step, "checkpoint": labels[path], **row}
+        for i, (step, (path, row)) in enumerate(zip(steps, rows.items(), strict=True))
+    )
+    return history, numbered
 
-    def __init__(self, out: Path, asked: Mapping[str, Any]) -> None:
-        self.path, self.asked = out / "analysis.json", asked
-        there = _held(out, self.path)
-        for key, value in asked.items():
+
+class _AnalysisLog:
+    """The analysis that a directory holds, and the measurements in it by digest."""
+
+    def __init__(self, out: Path, analysis: Mapping[str, Any]) -> None:
+        self.path, self.analysis = out / "analysis.json", analysis
+        there = _read_analysis(out, self.path)
+        for key, value in analysis.items():
             if there and there.get(key) != value:
-                odd = f"{key} {there.get(key)}, not {value}"
-                raise Unusable(f"{out} holds a different analysis ({odd}); choose another --out")
-        self.groups = None if there.get("invariant") is None else _groups_of(there["invariant"])
+                mismatch = f"{key} {there.get(key)}, not {value}"
+                raise Unusable(f"{out} holds a different analysis ({mismatch}); choose another --out")
+        self.groups = None if there.get("invariant") is None else _groups_from_ranges(there["invariant"])
         try:
             self.log = RunLog(out, RUN)
             _cut_to_whole_lines(self.log.path)
@@ -222,8 +233,8 @@ class _Log:
 
     def _save(self) -> None:
         draft = self.path.with_suffix(".tmp")
-        told = {**self.asked, "invariant": None if self.groups is None else _told(self.groups)}
-        draft.write_text(json.dumps(told) + "\n", encoding="utf-8")
+        analysis = {**self.analysis, "invariant": None if self.groups is None else _ranges(self.groups)}
+        draft.write_text(json.dumps(analysis) + "\n", encoding="utf-8")
         os.replace(draft, self.path)
 
 
@@ -232,8 +243,8 @@ def _unwritten(out: Path, error: OSError) -> Unusable:
     return Unusable(f"cannot write the analysis in {out}: {error.strerror}; {kept}")
 
 
-def _held(out: Path, path: Path) -> dict[str, Any]:
-    """What analysis.json says; empty for a directory that is empty or not there yet."""
+def _read_analysis(out: Path, path: Path) -> dict[str, Any]:
+    """Read analysis.json; the result is empty for a directory that is empty or not there yet."""
     if not path.exists():
         if out.exists() and (not out.is_dir() or any(file.name != "analysis.tmp" for file in out.iterdir())):
             raise Unusable(f"{out} is not empty and holds no analysis; choose another --out")
@@ -247,7 +258,7 @@ def _held(out: Path, path: Path) -> dict[str, Any]:
     return there
 
 
-def _told(groups: ScaleGroups) -> dict[str, Any]:
+def _ranges(groups: ScaleGroups) -> dict[str, Any]:
     """The invariant weights as ranges of their indices."""
     joint = groups.joint.cpu()
     breaks = ((joint.diff() != 1).nonzero().flatten() + 1).tolist()
@@ -255,9 +266,9 @@ def _told(groups: ScaleGroups) -> dict[str, Any]:
     return {"ranges": [[part[0].item(), part[-1].item() + 1] for part in parts], "cosine": groups.joint_defect}
 
 
-def _groups_of(told: Mapping[str, Any]) -> ScaleGroups:
-    parts = [torch.arange(start, stop) for start, stop in told["ranges"]]
-    return ScaleGroups({}, {}, {}, torch.cat([torch.empty(0, dtype=torch.long), *parts]), told["cosine"])
+def _groups_from_ranges(invariant: Mapping[str, Any]) -> ScaleGroups:
+    parts = [torch.arange(start, stop) for start, stop in invariant["ranges"]]
+    return ScaleGroups({}, {}, {}, torch.cat([torch.empty(0, dtype=torch.long), *parts]), invariant["cosine"])
 
 
 def _cut_to_whole_lines(log: Path) -> None:
@@ -272,22 +283,25 @@ class _Probe:
     """A model into which one checkpoint after another is put, and what makes the next measurement cheap."""
 
     def __init__(self, f: Objective, k: int, groups: ScaleGroups | None) -> None:
-        self.f, self.k, self.groups, self.calls = f, k, groups, 0
+        self.f = f
+        self.k = k
+        self.groups = groups
+        self.calls = 0
         self.memories: Mapping[str, Memory] = {}
         parts = checkpoints.constituents(f.model)
         self.first = {name: t.detach().clone() for name, t in parts.items() if not t.requires_grad}
-        self.kept = {name: id(parts[name]) for name in f.model.state_dict() if name in self.first}
+        self.buffers = {name: id(parts[name]) for name in f.model.state_dict() if name in self.first}
 
-    def place(self, content: bytes, name: str) -> tuple[Tensor, list[str]]:
+    def load(self, content: bytes, name: str) -> tuple[Tensor, list[str]]:
         """The weights ``(P,)``, and which buffers are not in the file; those that are go into the model."""
         w, others = checkpoints.fit(self.f, checkpoints.read(content, name), name)
         checkpoints.write(self.f.model, self.first | others)
-        there = {self.kept[n] for n in others if n in self.kept}
-        return w, [n for n, part in self.kept.items() if part not in there]
+        loaded = {self.buffers[n] for n in others if n in self.buffers}
+        return w, [n for n, part in self.buffers.items() if part not in loaded]
 
     def confirm(self, path: Path, loss: float, out: Path) -> None:
-        """Raise Unusable unless the checkpoint still has this loss: old and new readings must belong together."""
-        w, _ = self.place(checkpoints.read_bytes(path), str(path))
+        """Raise Unusable unless the checkpoint still has this loss: old and new measurements must belong together."""
+        w, _ = self.load(checkpoints.read_bytes(path), str(path))
         now = self.f.value(w).item()
         if not abs(now - loss) <= torch.finfo(w.dtype).eps ** 0.5 * abs(loss):
             raise Unusable(
@@ -296,11 +310,11 @@ class _Probe:
             )
 
     def measure(self, path: Path) -> tuple[str, dict[str, Value]]:
-        """Digest and reading of a checkpoint."""
+        """Digest and measurements of a checkpoint."""
         content = checkpoints.read_bytes(path)
-        w, kept = self.place(content, str(path))
+        w, not_loaded = self.load(content, str(path))
         loss = self.f.value(w).item()
-        row: dict[str, Value] = {"loss": loss if math.isfinite(loss) else None, "kept": _some(kept)}
+        row: dict[str, Value] = {"loss": loss if math.isfinite(loss) else None, "kept": _listed(not_loaded)}
         try:
             row |= self._curvature(w) if math.isfinite(loss) else {"note": "the loss is not finite"}
         except (NotConverged, ValueError) as error:  # of products or gradients that are not finite
@@ -311,7 +325,7 @@ class _Probe:
         return hashlib.sha256(content).hexdigest(), row
 
     def _curvature(self, w: Tensor) -> dict[str, Value]:
-        if self.groups is None:  # asked of the first checkpoint, and the same for all
+        if self.groups is None:  # found at the first checkpoint, and the same for all
             self.groups = find_groups(self.f, w)
         groups = self.groups
         it = Iterate(self.f, w, step=self.calls, groups=groups, k=self.k, rtol=RTOL, start=self.memories)
@@ -325,8 +339,30 @@ class _Probe:
         return row | {"products": products}
 
 
+def _measure_new(
+    probe: _Probe, log: _AnalysisLog, digests: dict[Path, str], progress: Callable[[float], None]
+) -> tuple[dict[Path, str], int]:
+    """Measure the files that are not in the log; return the reasons why some could not be, and how many were.
+
+    A digest is set to that of the content that was measured.
+    """
+    refused: dict[Path, str] = {}
+    measured = 0
+    for i, path in enumerate(digests):
+        if digests[path] not in log.known:
+            try:
+                digests[path], row = probe.measure(path)
+            except Unusable as error:
+                refused[path] = str(error)
+            else:
+                log.append(digests[path], row, probe.groups)
+                measured += 1
+        progress((i + 1) / len(digests))
+    return refused, measured
+
+
 def _with_rule(row: Mapping[str, Any], rule: GD | None) -> dict[str, Any]:
-    """A reading, and what the optimizer makes of it."""
+    """The measurements of a checkpoint, and what follows from them for the optimizer."""
     own = {name: value for name, value in row.items() if name != "run"}
     if rule is None or own.get("sharpness") is None:
         return own
@@ -337,7 +373,7 @@ def _with_rule(row: Mapping[str, Any], rule: GD | None) -> dict[str, Any]:
     return own
 
 
-def _some(names: Sequence[str]) -> str | None:
+def _listed(names: Sequence[str]) -> str | None:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}" or None
 
@@ -351,7 +387,7 @@ def _labels(files: Sequence[Path]) -> dict[Path, str]:
 
 
 def _digest(path: Path) -> str:
-    """Of the content; empty where it cannot be read."""
+    """The digest of the content; empty where it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -367,19 +403,20 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _write(
-    out: Path, found: Analysis, name: str, f: Objective, config: dict[str, Any], environment: Mapping[str, object]
+    found: Analysis, out: Path, *, subtitle: str, config: Mapping[str, object], environment: Mapping[str, object]
 ) -> None:
+    columns = found.history.columns
     try:
         found.history.save(out / "history.parquet")
         write_report(
             out / "report.html",
             title="Sharpness along checkpoints",
-            subtitle=f"{name}: {type(f.model).__name__}, {f.size} parameters",
+            subtitle=subtitle,
             lead=found.summary,
-            charts=[chart for chart in CHARTS if any(v is not None for v in found.history.columns.get(chart.y, []))],
-            columns=found.history.columns,
+            charts=[chart for chart in CHARTS if any(v is not None for v in columns.get(chart.y, []))],
+            columns=columns,
             config={**config, "rule": found.rule or "not given", "could not be measured": list(found.refused.values())},
-            environment=environment or {"torch": torch.__version__},
+            environment=environment,
         )
     except OSError as error:
         raise _unwritten(out, error) from error

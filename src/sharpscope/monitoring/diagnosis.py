@@ -1,8 +1,8 @@
-"""What the readings of a run mean: sentences, each with the numbers it rests on and where its rule comes from.
+"""Diagnoses a run: sentences, each with the numbers it rests on and where its rule comes from.
 
-A rule is a function of the readings that returns a `Finding`, or None where it has nothing to say; `RULES` holds them
-in the order in which they are read.  They see columns of a history and `Facts` alone, so that a run on disk is
-diagnosed like a live one.  r is the ratio of sharpness to its threshold, τ the clock of weight decay.
+A rule is a function of the measurements that returns a `Finding`, or None where it has nothing to say; `RULES` holds
+them in the order in which they are read.  They see columns of a history and `Facts` alone, so that a run on disk is
+diagnosed like a live one.  r is the ratio of sharpness to its threshold, τ the intrinsic time of weight decay.
 """
 
 import math
@@ -17,7 +17,8 @@ AT_THE_EDGE = (0.95, 1.3)
 """Range of r called "at the edge": oscillation and several unstable modes push it above one."""
 
 BURSTS = (0.7, 2.0)
-"""Where the middle half of the late readings may lie for a run at the edge."""
+"""Range in which the middle half of the late measurements lies for a run at the edge."""
+
 LYU = "Lyu, Li & Arora 2022, arXiv 2206.07085"
 COHEN = "Cohen et al. 2021, arXiv 2103.00065"
 KOSSON = "Kosson et al. 2024, arXiv 2305.17212"
@@ -25,7 +26,7 @@ KOSSON = "Kosson et al. 2024, arXiv 2305.17212"
 
 @dataclass(frozen=True)
 class Facts:
-    """What stays the same along a run: counts of weights, and the number of steps that are planned (None: unknown)."""
+    """Numbers that stay the same along a run: counts of weights, and the number of planned steps (None: unknown)."""
 
     size: int = 0
     invariant: int = 0
@@ -35,8 +36,10 @@ class Facts:
     decayed_null: int = 0
     pairs: tuple[str, ...] = ()  # "a -> b": what may be rescaled by c and 1/c
     steps: int | None = None
-    overhead: float | None = None  # time of measuring over time of training, where it is newer than the last reading
-    asked: bool = True  # whether it is known which weights are invariant
+    overhead: float | None = (
+        None  # time of measuring over time of training, where it is newer than the last measurement
+    )
+    groups_known: bool = True  # whether it is known which weights are invariant
 
 
 @dataclass(frozen=True)
@@ -59,46 +62,46 @@ class Measurements:
         self.history, self.run, self.facts = history, run, facts
 
     def series(self, name: str) -> np.ndarray:
-        """The readings of a column, none where there is no such column."""
+        """The measured values of a column, none where there is no such column."""
         known = name in self.history.columns and self.run in self.history.runs
         return self.history.series(self.run, name) if known else np.empty(0)
 
     def last(self, name: str) -> float:
-        """The latest reading; not a number where there is none."""
+        """The latest value of a column; not a number where there is none."""
         values = self.series(name)
         return float(values[-1]) if len(values) else math.nan
 
     def late(self, name: str) -> np.ndarray:
-        """The last quarter of the readings, at least three."""
+        """The last quarter of the values of a column, at least three."""
         values = self.series(name)
         return values[-max(3, len(values) // 4) :]
 
-    def each(self, name: str) -> dict[str, float]:
-        """The median of the late readings of ``name/GROUP``, by group."""
+    def by_group(self, name: str) -> dict[str, float]:
+        """The median of the late values of the column ``name/GROUP``, by group."""
         prefix = f"{name}/"
         columns = [c for c in self.history.columns if c.startswith(prefix) and len(self.series(c))]
         return {c.removeprefix(prefix): float(np.median(self.late(c))) for c in columns}
 
     @property
     def ratio(self) -> float:
-        """Median of the late r; not a number where there is none."""
+        """The median of the late r; not a number where there is none."""
         late = self.late("stability_ratio")
         return float(np.median(late)) if len(late) else math.nan
 
     @property
-    def left(self) -> float:
-        """Steps that are still planned; not a number where nobody knows."""
+    def steps_left(self) -> float:
+        """Number of steps that are still planned; not a number where it is unknown."""
         return math.nan if self.facts.steps is None else max(self.facts.steps - self.last("step"), 0.0)
 
 
 def diagnose(history: History, run: str, facts: Facts) -> list[Finding]:
-    """What the readings of `run` say, most urgent first."""
-    readings = Measurements(history, run, facts)
-    return [finding for rule in RULES for finding in [rule(readings)] if finding is not None]
+    """Say what the measurements of `run` mean, most urgent first."""
+    measurements = Measurements(history, run, facts)
+    return [finding for rule in RULES for finding in [rule(measurements)] if finding is not None]
 
 
 def divergence(at: Measurements) -> Finding | None:
-    """The loss is not finite."""
+    """Report the step at which the loss was not finite."""
     steps, losses = at.history.columns.get("step", []), at.history.columns.get("loss", [])
     rows = zip(at.history.columns.get("run", []), steps, losses, strict=True)
     lost = [step for name, step, loss in rows if name == at.run and not np.isfinite(np.nan if loss is None else loss)]
@@ -109,7 +112,7 @@ def divergence(at: Measurements) -> Finding | None:
 
 
 def gaps(at: Measurements) -> Finding | None:
-    """Measurements without curvature."""
+    """Count the measurements without curvature."""
     names = ("run", "step", "loss", "sharpness", "stability_ratio")
     rows = list(zip(*(at.history.columns.get(name, [None] * len(at.history)) for name in names), strict=True))
     finite = [row for row in rows if row[0] == at.run and row[2] is not None and np.isfinite(row[2])]
@@ -117,29 +120,33 @@ def gaps(at: Measurements) -> Finding | None:
     if not missing:
         return None
     text = (
-        f"At {len(missing)} of {len(finite)} readings, first at step {missing[0]}, no curvature was found (not finite,"
-        " or not converged); what follows is about the others."
+        f"At {len(missing)} of {len(finite)} measurements, first at step {missing[0]}, no curvature was found (not"
+        " finite, or not converged); what follows is about the others."
     )
     return Finding("gaps", text, {"missing": float(len(missing)), "of": float(len(finite))})
 
 
 def regime(at: Measurements) -> Finding:
-    """Where the run stands towards the edge of stability."""
+    """Say on which side of the edge of stability the run is, and whether it is approaching."""
     ratios, late = at.series("stability_ratio"), at.late("stability_ratio")
     if not len(ratios):
-        text = "There is no reading of the curvature at a positive learning rate yet, so no threshold to compare with."
+        text = (
+            "There is no measurement of the curvature at a positive learning rate yet, so no threshold to compare with."
+        )
         return Finding("undecided", text)
     r, count = at.ratio, len(late)
     low, high = (float(q) for q in np.quantile(late, (0.25, 0.75)))
-    numbers = {"ratio": r, "quarter": low, "three quarters": high, "readings": float(count)}
-    seen = f"sharpness / threshold is {r:.2f} (median of the last {count} reading{'s' * (count > 1)})"
+    numbers = {"ratio": r, "quarter": low, "three quarters": high, "measurements": float(count)}
+    seen = f"sharpness / threshold is {r:.2f} (median of the last {count} measurement{'s' * (count > 1)})"
 
     def found(name: str, text: str, source: str = COHEN) -> Finding:
         return Finding(name, text, numbers, source)
 
     floor, ceiling = AT_THE_EDGE
     if r >= floor and _blowing_up(at):
-        text = f"Above the edge of stability: {seen}, and the loss grows from reading to reading: lower the rate."
+        text = (
+            f"Above the edge of stability: {seen}, and the loss grows from measurement to measurement: lower the rate."
+        )
         return found("above", text)
     if floor <= r <= ceiling and low >= BURSTS[0] and high <= BURSTS[1]:
         text = f"At the edge of stability: {seen}; the learning rate now sets the sharpness, not the other way round."
@@ -150,7 +157,7 @@ def regime(at: Measurements) -> Finding:
     if high >= floor:
         text = (
             f"Undecided: {seen}, with half of them between {low:.2f} and {high:.2f}, on both sides of {floor:g} or"
-            f" {ceiling:g}; a few more readings will tell."
+            f" {ceiling:g}; a few more measurements will tell."
         )
         return found("undecided", text)
     if r <= 0:
@@ -164,14 +171,14 @@ def regime(at: Measurements) -> Finding:
 
 
 def _blowing_up(at: Measurements) -> bool:
-    """The loss has grown at each of the late readings, and doubled: at the edge it goes up and down."""
+    """Say whether the loss has grown at each of the late measurements, and doubled: at the edge it goes up and down."""
     losses = at.late("loss")
     losses = losses[np.isfinite(losses)]
     return len(losses) >= 3 and bool((np.diff(losses) > 0).all()) and bool(losses[-1] > 2 * losses[0] > 0)
 
 
 def _rising(ratios: np.ndarray) -> bool:
-    """By a fifth since the first reading, and still by two per cent over the last quarter."""
+    """Say whether r has grown by a fifth since the first, and still grows by two per cent over the last quarter."""
     n = max(1, len(ratios) // 4)
     if len(ratios) < 3 or ratios[-1] <= 1.2 * ratios[0]:
         return False
@@ -179,7 +186,7 @@ def _rising(ratios: np.ndarray) -> bool:
 
 
 def _by_norm(at: Measurements) -> bool:
-    """The spherical sharpness explains less of the late rise than the norm does."""
+    """Say whether the norm explains more of the late rise than the spherical sharpness does."""
     if "spherical_sharpness" not in at.history.columns:
         return False
     ratio, spherical = at.history.table(at.run, "stability_ratio", "spherical_sharpness")
@@ -189,18 +196,18 @@ def _by_norm(at: Measurements) -> bool:
     return bool(math.log(spherical[-1] / spherical[-1 - n]) < 0.5 * math.log(ratio[-1] / ratio[-1 - n]))
 
 
-def place(at: Measurements) -> Finding | None:
-    """Where the curvature lives, in a network with invariant and other weights."""
-    shares = at.each("share")
+def top_eigenvector(at: Measurements) -> Finding | None:
+    """Say whether the curvature is that of the invariant or of the other weights, where there are both."""
+    fractions = at.by_group("share")
     other = at.facts.size - at.facts.invariant - sum(at.facts.null.values())
-    if not shares or other <= 0 or not at.ratio > 0:
+    if not fractions or other <= 0 or not at.ratio > 0:
         return None
-    inside = min(sum(shares.values()), 1.0)
-    most = max(shares, key=lambda name: shares[name])
-    numbers = {"share": inside, "other weights": float(other)}
+    inside = min(sum(fractions.values()), 1.0)
+    largest = max(fractions, key=lambda name: fractions[name])
+    numbers = {"fraction": inside, "other weights": float(other)}
     if inside >= 0.5:
         text = (
-            f"{inside:.0%} of the top eigenvector lies in scale-invariant weights (most in {most}): their norm can"
+            f"{inside:.0%} of the top eigenvector lies in scale-invariant weights (most in {largest}): their norm can"
             " adapt to the curvature, and weight decay governs it."
         )
     else:
@@ -208,11 +215,11 @@ def place(at: Measurements) -> Finding | None:
             f"Only {inside:.0%} of the top eigenvector lies in scale-invariant weights: the curvature that meets the"
             f" edge is that of the {other} other weights, whose steps weight decay does not adapt."
         )
-    return Finding("place", text, numbers, LYU)
+    return Finding("top eigenvector", text, numbers, LYU)
 
 
 def largest_rate(at: Measurements) -> Finding | None:
-    """lr/r, the rate at which the present curvature is at the edge."""
+    """Give the learning rate at which the present curvature is at the edge, lr/r."""
     if not (at.last("learning_rate") > 0 and at.ratio > 0):
         return None
     rates, ratios = at.history.table(at.run, "learning_rate", "stability_ratio")
@@ -223,7 +230,7 @@ def largest_rate(at: Measurements) -> Finding | None:
 
 
 def twice_the_rate(at: Measurements) -> Finding | None:
-    """What doubling the learning rate would change."""
+    """Say what doubling the learning rate would change."""
     r = at.ratio
     if not (r > 0 and at.last("learning_rate") > 0):
         return None
@@ -236,32 +243,32 @@ def twice_the_rate(at: Measurements) -> Finding | None:
         )
     else:
         text = "Twice the learning rate would halve the sharpness that training can hold"
-        inside = sum(at.each("share").values()) >= 0.5
+        inside = sum(at.by_group("share").values()) >= 0.5
         text += ": invariant weights get there by √2 times their norm." if inside else ": expect a jump first."
     return Finding("twice the rate", text, {"ratio": r, "doubled": 2 * r}, COHEN)
 
 
-def entry(at: Measurements) -> Finding | None:
-    """½ ln(1/r) on the clock of weight decay: when shrinking norms reach the edge, where gradients have died."""
-    r, clock = at.ratio, at.last("clock")
-    if not (0 < r < AT_THE_EDGE[0] and clock > 0) or sum(at.each("share").values()) < 0.5 or eps(at):
+def steps_to_the_edge(at: Measurements) -> Finding | None:
+    """Predict when shrinking norms reach the edge, if gradients have died: after τ = ½ ln(1/r) of weight decay."""
+    r, rate = at.ratio, at.last("clock")
+    if not (0 < r < AT_THE_EDGE[0] and rate > 0) or sum(at.by_group("share").values()) < 0.5 or eps(at):
         return None
     tau = 0.5 * math.log(1 / r)
-    steps = tau / clock
+    steps = tau / rate
     text = f"By weight decay alone the edge is {steps:.0f} steps away at the earliest (τ = ½ ln(1/{r:.2f}) = {tau:.2g})"
-    if at.left > 0:
-        text += f"; {at.left:.0f} are left" + (", so it will not get there." if steps > at.left else ".")
-    else:
-        text += "."
-    return Finding("entry", text, {"ratio": r, "tau": tau, "steps": steps, "left": at.left}, LYU)
+    if at.steps_left > 0:
+        text += f"; {at.steps_left:.0f} are left"
+    text += ", so it will not get there." if steps > at.steps_left > 0 else "."
+    numbers = {"ratio": r, "tau": tau, "steps": steps, "left": at.steps_left}
+    return Finding("steps to the edge", text, numbers, LYU)
 
 
 def invariance(at: Measurements) -> Finding:
-    """How many weights are scale-invariant."""
+    """Count the scale-invariant weights."""
     n = at.facts.invariant
-    if not at.facts.asked:
-        text = "Which weights are scale-invariant has not been asked yet: the budget has not allowed it."
-        return Finding("unasked", text)
+    if not at.facts.groups_known:
+        text = "Which weights are scale-invariant is not known yet: the budget has not allowed finding them."
+        return Finding("unknown groups", text)
     if n == 0:
         return Finding("invariance", "No weights are scale-invariant: the plain sharpness is the one to read.")
     text = (
@@ -272,7 +279,7 @@ def invariance(at: Measurements) -> Finding:
 
 
 def decay_rescales(at: Measurements) -> Finding | None:
-    """On invariant weights weight decay is no penalty, and where nothing holds a weight it only shrinks it."""
+    """Say which weights weight decay only rescales, and which it only shrinks, without being a penalty."""
     n, idle, pairs = at.facts.invariant, at.facts.decayed_null, at.facts.pairs
     if not at.last("clock") > 0 or not (n or idle or pairs):
         return None
@@ -292,30 +299,30 @@ def decay_rescales(at: Measurements) -> Finding | None:
     return Finding("decay rescales", " ".join(parts), numbers, LYU)
 
 
-def clock(at: Measurements) -> Finding | None:
-    """Whether weight decay has had time to act: τ so far and at the end."""
+def intrinsic_time(at: Measurements) -> Finding | None:
+    """Say whether weight decay has had time to act: τ so far and at the end."""
     rate, tau = at.last("clock"), at.last("tau")
     if at.facts.invariant == 0 or math.isnan(rate):
         return None
     if rate == 0:
         text = "There is no weight decay: the norm of the invariant weights can only grow, and their steps shrink."
-        return Finding("no decay", text, {"clock": 0.0}, LYU)
-    end = tau + rate * at.left
-    numbers = {"tau": tau, "clock": rate, "tau at the end": end}
+        return Finding("no decay", text, {"intrinsic time per step": 0.0}, LYU)
+    end = tau + rate * at.steps_left
+    numbers = {"tau": tau, "intrinsic time per step": rate, "tau at the end": end}
     acted = f"Weight decay has acted for τ = {tau:.3g} (by now {rate:.2g} a step)"
-    if at.left > 0:
+    if at.steps_left > 0:
         acted += f", and will have for τ = {end:.3g} at the end"
     if end < 0.1:
         return Finding("no time", f"{acted}: weight decay has no time to act in this run.", numbers, LYU)
     if tau >= 1:
-        return Finding("clock", f"{acted}: norms have had time to settle.", numbers, LYU)
+        return Finding("intrinsic time", f"{acted}: norms have had time to settle.", numbers, LYU)
     more = (1 - tau) / rate
     text = f"{acted}; it shapes the norms from about τ = 1 on, which at this rate takes {more:.0f} more steps."
-    return Finding("clock", text, numbers | {"steps": more}, LYU)
+    return Finding("intrinsic time", text, numbers | {"steps": more}, LYU)
 
 
 def settling(at: Measurements) -> Finding | None:
-    """1/(2 clock) steps until norm and rotation balance, against the steps of the run."""
+    """Compare the steps until norm and rotation balance, 1/(2·lr·wd), with those of the run."""
     rate, tau, steps = at.last("clock"), at.last("tau"), at.facts.steps
     if at.facts.invariant == 0 or not rate > 0 or steps is None or tau >= 1:
         return None
@@ -329,14 +336,14 @@ def settling(at: Measurements) -> Finding | None:
 
 
 def twice_the_decay(at: Measurements) -> Finding | None:
-    """What doubling weight decay would change."""
+    """Say what doubling weight decay would change."""
     rate = at.last("clock")
     if at.facts.invariant == 0 or not rate > 0:
         return None
-    end = at.last("tau") + rate * at.left
-    numbers = {"clock": rate, "tau at the end": end, "angle": at.last("equilibrium")}
-    text = "Twice the weight decay would double this clock"
-    if at.left > 0:
+    end = at.last("tau") + rate * at.steps_left
+    numbers = {"intrinsic time per step": rate, "tau at the end": end, "angle": at.last("equilibrium")}
+    text = "Twice the weight decay would double the intrinsic time per step"
+    if at.steps_left > 0:
         text += f" (τ = {2 * end:.3g} at the end)"
     if numbers["angle"] > 0:
         angle = math.degrees(numbers["angle"])
@@ -345,8 +352,8 @@ def twice_the_decay(at: Measurements) -> Finding | None:
 
 
 def rotation(at: Measurements) -> Finding | None:
-    """The angle per step of settled weights against its law."""
-    angles, expected = at.each("rotation"), at.last("equilibrium")
+    """Compare the angle per step of settled weights with its law."""
+    angles, expected = at.by_group("rotation"), at.last("equilibrium")
     if not angles or not expected > 0 or not at.last("tau") >= 1 or eps(at):
         return None
     relative = {name: angle / expected for name, angle in angles.items()}
@@ -363,20 +370,20 @@ def rotation(at: Measurements) -> Finding | None:
 
 
 def eps(at: Measurements) -> Finding | None:
-    """A radial gradient that balances weight decay: eps of a normalization holds the norm up, not the edge."""
-    held = {name: force for name, force in at.each("radial").items() if force >= 0.5}
-    if not held or not at.ratio < AT_THE_EDGE[0]:
+    """Name a weight whose norm is held up by the eps of a normalization: its radial gradient balances weight decay."""
+    balanced = {name: force for name, force in at.by_group("radial").items() if force >= 0.5}
+    if not balanced or not at.ratio < AT_THE_EDGE[0]:
         return None
-    name = max(held, key=lambda n: held[n])
+    name = max(balanced, key=lambda n: balanced[n])
     text = (
-        f"The eps of a normalization keeps {name} from the edge: it balances {held[name]:.0%} of its weight decay,"
+        f"The eps of a normalization keeps {name} from the edge: it balances {balanced[name]:.0%} of its weight decay,"
         " since the variance it is added to has become as small. Use a smaller eps, or larger weights and rate."
     )
-    return Finding("eps", text, {"balanced": held[name], "ratio": at.ratio}, LYU)
+    return Finding("eps", text, {"balanced": balanced[name], "ratio": at.ratio}, LYU)
 
 
 def clipping(at: Measurements) -> Finding | None:
-    """The norm of the gradients that were applied is the same at all late readings."""
+    """Notice that the norm of the gradients that were applied is the same at all late measurements."""
     norms = at.late("applied_gradient")
     if len(norms) < 3 or not norms[-1] > 0 or np.ptp(norms) > 1e-4 * norms[-1]:
         return None
@@ -390,15 +397,30 @@ def clipping(at: Measurements) -> Finding | None:
 
 
 def cost(at: Measurements) -> Finding | None:
-    """What the measuring has taken so far."""
-    share = at.last("overhead") if at.facts.overhead is None else at.facts.overhead
-    if math.isnan(share):
+    """Give the time of measuring, as a fraction of that of training."""
+    overhead = at.last("overhead") if at.facts.overhead is None else at.facts.overhead
+    if math.isnan(overhead):
         return None
-    part = f"{share:.2%} of" if share < 1 else f"{share:.1f} times"
-    return Finding("cost", f"Measuring took {part} the time of training so far.", {"overhead": share})
+    part = f"{overhead:.2%} of" if overhead < 1 else f"{overhead:.1f} times"
+    return Finding("cost", f"Measuring took {part} the time of training so far.", {"overhead": overhead})
 
 
 RULES: tuple[Callable[[Measurements], Finding | None], ...] = (
-    *(divergence, gaps, regime, place, eps, clipping, largest_rate, twice_the_rate),
-    *(invariance, decay_rescales, clock, settling, entry, twice_the_decay, rotation, cost),
+    divergence,
+    gaps,
+    regime,
+    top_eigenvector,
+    eps,
+    clipping,
+    largest_rate,
+    twice_the_rate,
+    invariance,
+    decay_rescales,
+    intrinsic_time,
+    settling,
+    steps_to_the_edge,
+    twice_the_decay,
+    rotation,
+    cost,
 )
+"""All rules, in the order in which their findings are read."""

@@ -1,6 +1,5 @@
-"""The page of a monitored run: what its readings say, its charts, and how it was set up."""
+"""Writes the page of a monitored run: its diagnosis, its charts, and how it was set up."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,42 +8,39 @@ from typing import Any
 
 import torch
 
-from ..errors import InvalidValue
 from ..records.history import History
 from ..records.run_log import RunLog
 from ..report.charts import Chart
 from ..report.html import number, render
 from .diagnosis import Facts, Finding, Measurements, diagnose
-
-RUN = "training"
+from .recorder import RUN, read_description
 
 CHARTS = (
     Chart(
         "stability",
         "Distance to the edge of stability",
-        "step",
-        "stability_ratio",
-        (RUN,),
-        "step",
-        "sharpness / threshold",
+        x="step",
+        y="stability_ratio",
+        runs=(RUN,),
+        y_label="sharpness / threshold",
         lines=((1.0, "edge of stability"),),
     ),
-    Chart("sharpness", "Sharpness", "step", "sharpness", (RUN,), "step", "λ1 of the Hessian", log_y=True),
+    Chart("sharpness", "Sharpness", x="step", y="sharpness", runs=(RUN,), y_label="λ1 of the Hessian", log_y=True),
     Chart(
         "spherical",
         "Spherical sharpness",
-        "step",
-        "spherical_sharpness",
-        (RUN,),
-        "step",
-        "λ1 at unit norm",
+        x="step",
+        y="spherical_sharpness",
+        runs=(RUN,),
+        y_label="λ1 at unit norm",
         log_y=True,
         caption="Sharpness at w/‖w‖: the part that does not depend on the scale of normalized weights.",
     ),
-    Chart("loss", "Loss", "step", "loss", (RUN,), "step", "loss at the measured point", log_y=True),
-    Chart("radius", "Norm of the scale-invariant weights", "step", "radius", (RUN,), "step", "‖w‖"),
-    Chart("rate", "Learning rate", "step", "learning_rate", (RUN,), "step", "learning rate"),
+    Chart("loss", "Loss", x="step", y="loss", runs=(RUN,), y_label="loss at the measured point", log_y=True),
+    Chart("radius", "Norm of the scale-invariant weights", x="step", y="radius", runs=(RUN,), y_label="‖w‖"),
+    Chart("rate", "Learning rate", x="step", y="learning_rate", runs=(RUN,)),
 )
+"""Charts of columns of the whole run."""
 
 BY_GROUP = (
     ("share", "Share in the top eigenvector", "share of its square", False),
@@ -52,21 +48,21 @@ BY_GROUP = (
     ("radius", "Norm of each group", "‖w‖ of the group", True),
     ("rate", "Effective learning rate of each group", "lr/‖w‖²", True),
 )
-"""Column prefix, title, axis and whether it is logarithmic."""
+"""Charts of the columns of single groups: column prefix, title, axis and whether it is logarithmic."""
 
-SHOWN = 6
-"""Groups that are drawn: those with the largest share in the top eigenvector."""
+MAX_GROUPS = 6
+"""Number of groups that are drawn: those with the largest fractions of the top eigenvector."""
 
 
 def render_run(history: History, facts: Facts, config: Mapping[str, object]) -> str:
-    """The HTML page of the readings of a run."""
+    """Make the HTML page of the measurements of a run."""
     findings = diagnose(history, RUN, facts)
     charts, rows = _by_group(history)
     whole = History([*history.rows, *rows])
     return render(
         title="Sharpness of this training run",
         subtitle=str(config.get("model", "")),
-        lead=next((f.text for f in findings if f.name not in ("gaps",)), ""),
+        lead=next((f.text for f in findings if f.name != "gaps"), ""),
         charts=[*(chart for chart in CHARTS if chart.y in history.columns), *charts],
         columns=whole.columns,
         config={name: value for name, value in config.items() if name != "model"},
@@ -75,24 +71,21 @@ def render_run(history: History, facts: Facts, config: Mapping[str, object]) -> 
     )
 
 
-def page(directory: Path) -> str:
-    """The page of the run that a `Monitor` writes, or wrote, into `directory`, from what is there so far.
+def render_directory(directory: Path) -> str:
+    """Make the page of the run that a `Monitor` writes, or wrote, into `directory`, from what is there so far.
 
     Raises:
         ValueError: no monitored run is there.
     """
-    description = Path(directory) / "monitor.json"
-    if not description.exists():
-        raise InvalidValue(f"{directory} holds no monitored run (there is no monitor.json); pass directory= to Monitor")
-    told = json.loads(description.read_text(encoding="utf-8"))
-    history = History({"run": RUN, **row} for row in RunLog(Path(directory), RUN).rows)
-    return render_run(history, Facts(**told["facts"]), told["config"])
+    facts, config = read_description(directory)
+    history = History({"run": RUN, **row} for row in RunLog(directory, RUN).rows)
+    return render_run(history, facts, config)
 
 
 def _by_group(history: History) -> tuple[list[Chart], list[dict[str, Any]]]:
     """Charts with a line for each of the groups that matter most, and the rows that they draw."""
-    shares = Measurements(history, RUN, Facts()).each("share")
-    groups = tuple(sorted(shares, key=lambda name: -shares[name])[:SHOWN])
+    fractions = Measurements(history, RUN, Facts()).by_group("share")
+    groups = tuple(sorted(fractions, key=lambda name: -fractions[name])[:MAX_GROUPS])
     if not groups:
         return [], []
     rows = [
@@ -100,11 +93,20 @@ def _by_group(history: History) -> tuple[list[Chart], list[dict[str, Any]]]:
         for group in groups
         for row in history.rows
     ]
-    part = f"The {len(groups)} of {len(shares)} scale-invariant groups with the largest shares"
-    present = [b for b in BY_GROUP if any(f"{b[0]}/{group}" in history.columns for group in groups)]
+    part = f"The {len(groups)} of {len(fractions)} scale-invariant groups with the largest fractions"
     charts = [
-        Chart(f"group-{p}", title, "step", f"{p} of a group", groups, "step", label, log_y=log, part=part)
-        for p, title, label, log in present
+        Chart(
+            f"group-{prefix}",
+            title,
+            x="step",
+            y=f"{prefix} of a group",
+            runs=groups,
+            y_label=label,
+            log_y=log,
+            part=part,
+        )
+        for prefix, title, label, log in BY_GROUP
+        if any(f"{prefix}/{group}" in history.columns for group in groups)
     ]
     return charts, rows
 

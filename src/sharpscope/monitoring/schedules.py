@@ -1,4 +1,4 @@
-"""Schedules: at which steps of a run to measure."""
+"""Schedules say at which steps of a run to measure."""
 
 from collections.abc import Callable
 
@@ -15,20 +15,20 @@ def log_spaced(per_decade: int = 10) -> Schedule:
     [0, 1, 2, 5, 10, 22, 46, 100]
     """
     if per_decade < 1:
-        raise InvalidValue(f"per_decade={per_decade}: at least one reading in a decade")
+        raise InvalidValue(f"per_decade={per_decade}: at least one measurement in a decade")
 
-    def place(step: int) -> int:
-        """How many of the values round(10^(i/per_decade)) are at most `step`."""
+    def count(step: int) -> int:
+        """Count the values round(10^(i/per_decade)) that are at most `step`."""
         i = 0
         while round(10 ** (i / per_decade)) <= step:
             i += 1
         return i
 
-    return lambda step: step == 0 or place(step) > place(step - 1)
+    return lambda step: step == 0 or count(step) > count(step - 1)
 
 
 def every_nth(n: int) -> Schedule:
-    """Steps 0, n, 2n, ..."""
+    """A schedule of the steps 0, n, 2n, ..."""
     if n < 1:
         raise InvalidValue(f"every={n}: the number of steps between measurements is at least 1")
     return lambda step: step % n == 0

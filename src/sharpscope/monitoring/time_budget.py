@@ -1,59 +1,71 @@
-"""When to measure a running training: at chosen steps, or as often as a share of its time allows.
+"""Decides when to measure a running training, so that a fraction of its time is enough.
 
-Measurements are paid in seconds.  With a share b, and c seconds for the dearest reading so far, there is one when
+Measurements are paid in seconds.  With a fraction b, and c seconds for the most expensive measurement so far, there is
+one when
 
     measured + c ≤ b · trained
 
-so that the share is kept at every moment.  Where the number N of steps is known, and with it the time the whole
-training will take, the share is kept at the end instead.  The first reading, which has to find everything, may take
-half of all that may be spent, B = b · whole, so that the beginning is seen too; what it leaves is spread over the steps
-t, with c' seconds for the dearest of the latest readings and m₁ for what had been spent after the first one:
+so that the fraction is kept at every moment.  Where the number N of steps is known, and with it the time the whole
+training will take, the fraction is kept at the end instead.  The first measurement, which has to find everything, may
+take half of all that may be spent, B = b · whole, so that the beginning is seen too; what it leaves is spread over the
+steps t, with c' seconds for the most expensive of the latest measurements and m₁ for what had been spent after the
+first one:
 
     measured + c ≤ B,       measured + c' ≤ m₁ + (B - m₁) t/N
 
-A reading that takes longer than it may is given up.
+A measurement that takes longer than it may is given up.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..autodiff.data import examples, head
 from ..autodiff.objective import Expand, Expansion, Objective
 from ..errors import InvalidValue, OutOfTime
+from .diagnosis import Finding
 
 SAFETY = 0.9
-"""Part of the share that is planned with."""
+"""Part of the time budget that is planned with."""
 
-READINGS = 24
+PLANNED_MEASUREMENTS = 24
 """Measurements that a plan wants to afford in the steps of the run (1000 where they are not known)."""
 
-LEAST, MOST = 16, 4096
-"""Examples that a planned probe holds at least, if there are as many, and at most."""
+MIN_EXAMPLES = 16
+"""The least number of examples of a planned probe, if there are as many."""
 
-PRODUCT, GROUPS = 1.5, 3.0
-"""Cost of a product, and of one of the gradients of `find_groups` (in double precision), in gradients, for the plan."""
+MAX_EXAMPLES = 4096
+"""The largest number of examples of a planned probe."""
 
-ASKED = 8
-"""Examples on which `find_groups` is asked."""
+PRODUCT_COST = 1.5
+"""Cost of a product with the Hessian in gradients, for the plan."""
+
+GROUPS_COST = 3.0
+"""Cost of one of the gradients of `find_groups`, which are in double precision, in gradients of the plan."""
+
+GROUPS_EXAMPLES = 8
+"""Number of examples on which `find_groups` runs."""
 
 
-def share_of(budget: float | str) -> float:
-    """A share as a number, from a number or a percentage.
+def parse_fraction(budget: float | str) -> float:
+    """Read a fraction of the training time from a number or a percentage.
 
-    >>> share_of("5%"), share_of(0.02)
+    >>> parse_fraction("5%"), parse_fraction(0.02)
     (0.05, 0.02)
     """
     try:
-        share = float(budget.rstrip("% ")) / 100 if isinstance(budget, str) and "%" in budget else float(budget)
+        fraction = float(budget.rstrip("% ")) / 100 if isinstance(budget, str) and "%" in budget else float(budget)
     except ValueError:
-        share = -1.0
-    if not 0 < share <= 1:
+        fraction = -1.0
+    if not 0 < fraction <= 1:
         raise InvalidValue(f"budget={budget!r}: give the share of the training time as '5%' or .05, at most 1")
-    return share
+    return fraction
 
 
 @dataclass
@@ -63,23 +75,24 @@ class Ledger:
     steps: int = 0  # that were timed
     trained: float = 0.0
     measured: float = 0.0
-    dearest: float = 0.0  # reading
-    begun: float = 0.0  # measuring up to the end of the first reading
-    readings: deque[float] = field(default_factory=lambda: deque(maxlen=8))  # seconds of the latest, but for the first
-    lately: deque[float] = field(default_factory=lambda: deque(maxlen=32))  # seconds of single steps
+    most_expensive: float = 0.0  # measurement so far
+    measured_at_first: float = 0.0  # measuring up to the end of the first measurement
+    latest_measurements: deque[float] = field(default_factory=lambda: deque(maxlen=8))  # seconds, without the first
+    latest_steps: deque[float] = field(default_factory=lambda: deque(maxlen=32))  # seconds of single steps
 
-    def note(self, seconds: float) -> None:
-        """A reading has taken so long."""
-        if self.dearest:
-            self.readings.append(seconds)
+    def add_measurement(self, seconds: float) -> None:
+        """Enter the time of a measurement."""
+        if self.most_expensive:
+            self.latest_measurements.append(seconds)
         else:
-            self.begun = self.measured + seconds
-        self.dearest = max(self.dearest, seconds)
+            self.measured_at_first = self.measured + seconds
+        self.most_expensive = max(self.most_expensive, seconds)
 
-    def stepped(self, seconds: float, steps: int) -> None:
-        """So many steps of training have taken so long."""
-        self.steps, self.trained = self.steps + steps, self.trained + seconds
-        self.lately.append(seconds / steps)
+    def add_steps(self, seconds: float, steps: int) -> None:
+        """Enter the time of so many steps of training."""
+        self.steps += steps
+        self.trained += seconds
+        self.latest_steps.append(seconds / steps)
 
     @property
     def overhead(self) -> float:
@@ -87,89 +100,98 @@ class Ledger:
         return self.measured / self.trained if self.trained else 0.0
 
     @property
-    def typical(self) -> float:
+    def typical_step(self) -> float:
         """Seconds of a step: the median of the latest, or the mean of all if that is less."""
-        return min(median(self.lately), self.trained / self.steps) if self.lately else 0.0
+        return min(median(self.latest_steps), self.trained / self.steps) if self.latest_steps else 0.0
 
 
 @dataclass(frozen=True)
-class Budget:
-    """A share of the time of training, which is planned to last `steps` steps (None: nobody knows)."""
-
-    share: float
-    steps: int | None = None
-
-    def allows(self, ledger: Ledger, step: int, first: float, usual: float) -> bool:
-        """Whether there is a reading at `step`; `first` and `usual` are seconds expected where none was seen yet."""
-        dearest = ledger.dearest or first
-        if self.steps is None or not ledger.dearest:
-            part = 1 if self.steps is None else 2
-            return ledger.measured + dearest <= max(self.whole(ledger) / part, SAFETY * self.share * ledger.trained)
-        whole = self.whole(ledger)
-        coming = max(ledger.readings, default=usual)
-        spread = ledger.begun + (whole - ledger.begun) * step / self.steps
-        return ledger.measured + coming <= spread and ledger.measured + dearest <= whole
-
-    def affords(self, ledger: Ledger, step: int, cost: float) -> bool:
-        """Whether something that is done once, after the first reading, may be done now."""
-        half = ledger.begun + (self.whole(ledger) - ledger.begun) / 2
-        return bool(ledger.dearest) and ledger.measured + cost <= max(half, SAFETY * self.share * ledger.trained)
-
-    def whole(self, ledger: Ledger) -> float:
-        """Seconds that measuring may take until the end, or until now where nobody knows the end."""
-        coming = 0 if self.steps is None else max(self.steps - ledger.steps, 0)
-        return SAFETY * self.share * (ledger.trained + ledger.typical * coming)
-
-    def seconds(self, ledger: Ledger) -> float:
-        """What may be spent in the whole run, or in 1000 steps."""
-        return 0.8 * self.share * ledger.typical * (self.steps or 1000)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured: `objective` on a number of examples, and k eigenpairs."""
+class ProbePlan:
+    """The data and the quantities to measure: `objective` on a number of examples, and k eigenpairs."""
 
     objective: Objective
     examples: int
     full: bool  # all quantities, or only those that one eigenvalue problem gives
     k: int
-    first: float  # seconds that the first reading is expected to take
-    usual: float  # and each of the others
-    asking: Objective  # of which weights are invariant: a few examples will do
-    answer: float  # seconds that this is expected to take
+    first_seconds: float  # that the first measurement is expected to take
+    usual_seconds: float  # that each of the others is expected to take
+    groups_objective: Objective  # for finding the scale-invariant groups: a few examples will do
+    groups_seconds: float  # that finding them is expected to take
 
 
-def plan(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: int, k: int) -> Plan:
-    """The largest probe, and the most quantities, with which `READINGS` readings fit into the budget.
+@dataclass(frozen=True)
+class Budget:
+    """A fraction of the time of training, which is planned to last `steps` steps (None: unknown)."""
+
+    fraction: float
+    steps: int | None = None
+
+    def allows(self, ledger: Ledger, step: int, plan: ProbePlan) -> bool:
+        """Say whether to measure at `step`; the plan's expected seconds count where none were seen yet."""
+        most_expensive = ledger.most_expensive or plan.first_seconds
+        whole = self.whole(ledger)
+        if self.steps is None or not ledger.most_expensive:
+            affordable = whole if self.steps is None else whole / 2
+            return ledger.measured + most_expensive <= max(affordable, SAFETY * self.fraction * ledger.trained)
+        coming = max(ledger.latest_measurements, default=plan.usual_seconds)
+        spread = ledger.measured_at_first + (whole - ledger.measured_at_first) * step / self.steps
+        return ledger.measured + coming <= spread and ledger.measured + most_expensive <= whole
+
+    def allows_once(self, ledger: Ledger, seconds: float) -> bool:
+        """Say whether something that is done once, after the first measurement, may be done now."""
+        half = ledger.measured_at_first + (self.whole(ledger) - ledger.measured_at_first) / 2
+        affordable = max(half, SAFETY * self.fraction * ledger.trained)
+        return bool(ledger.most_expensive) and ledger.measured + seconds <= affordable
+
+    def whole(self, ledger: Ledger) -> float:
+        """Seconds that measuring may take until the end, or until now where the end is unknown."""
+        coming = 0 if self.steps is None else max(self.steps - ledger.steps, 0)
+        return SAFETY * self.fraction * (ledger.trained + ledger.typical_step * coming)
+
+    def planned(self, ledger: Ledger) -> float:
+        """Seconds that a plan may spend in the whole run, or in 1000 steps."""
+        return 0.8 * self.fraction * ledger.typical_step * (self.steps or 1000)
+
+
+def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: int, k: int) -> ProbePlan:
+    """Plan the largest probe, and the most quantities, with which `PLANNED_MEASUREMENTS` fit into the budget.
 
     A gradient of n examples is taken to cost a + c n seconds, from one of 4 and one of 16 examples.  Where not even the
-    least probe fits, there will be fewer readings.
+    least probe fits, there will be fewer measurements.
     """
     seconds = {n: _gradient_seconds(f, w, n) for n in (4, 16)}
     slope = max(seconds[16] - seconds[4], 0.0) / 12
     fixed = max(seconds[4] - 4 * slope, 0.0)
-    most = head(f.data, MOST)
-    total = sum(map(examples, most))
-    allowed = budget.seconds(ledger)
+    largest = head(f.data, MAX_EXAMPLES)
+    total = sum(map(examples, largest))
+    allowed = budget.planned(ledger)
 
     def cost(pairs: int) -> tuple[float, float]:
-        """Gradients of the first reading, and of all."""
-        first = 4 + 25 * PRODUCT * pairs
-        return first, first + READINGS * (2 + 6 * PRODUCT * pairs)
+        """Gradients of the first measurement, and of all."""
+        first = 4 + 25 * PRODUCT_COST * pairs
+        return first, first + PLANNED_MEASUREMENTS * (2 + 6 * PRODUCT_COST * pairs)
 
     def fitting(pairs: int) -> int:
+        """Examples with which all measurements fit into the budget."""
         room = allowed / cost(pairs)[1] - fixed
         return total if room >= slope * total else int(room / slope) if slope > 0 else 0
 
-    least = min(LEAST, total)
+    least = min(MIN_EXAMPLES, total)
     choices = ((solves > 1, k), (solves > 1, 1), (False, 1))
     full, pairs = next((c for c in choices if fitting(_pairs(*c, solves)) >= min(4 * least, total)), choices[-1])
     n = min(max(fitting(_pairs(full, pairs, solves)), least), total)
     first, all_of_them = (c * (fixed + slope * n) for c in cost(_pairs(full, pairs, solves)))
-    asked = min(ASKED, total)
-    answer = GROUPS * (12 + len(f.slices)) * (fixed + slope * asked)
-    usual = (all_of_them - first) / READINGS
-    return Plan(f.on(head(most, n)), n, full, pairs, first, usual, f.on(head(most, asked)), answer)
+    groups_examples = min(GROUPS_EXAMPLES, total)
+    return ProbePlan(
+        objective=f.on(head(largest, n)),
+        examples=n,
+        full=full,
+        k=pairs,
+        first_seconds=first,
+        usual_seconds=(all_of_them - first) / PLANNED_MEASUREMENTS,
+        groups_objective=f.on(head(largest, groups_examples)),
+        groups_seconds=GROUPS_COST * (12 + len(f.slices)) * (fixed + slope * groups_examples),
+    )
 
 
 def limited(expand: Expand, deadline: float) -> Expand:
@@ -191,12 +213,40 @@ def limited(expand: Expand, deadline: float) -> Expand:
     return limited_expand
 
 
+def waiting(budget: Budget, ledger: Ledger, plan: ProbePlan | None) -> Finding:
+    """Why there is no measurement yet."""
+    first = math.nan if plan is None else plan.first_seconds
+    numbers = {
+        "seconds of training": ledger.trained,
+        "fraction": budget.fraction,
+        "seconds of a measurement": first,
+    }
+    text = "No measurement has been taken yet: "
+    if plan is None:
+        return Finding("waiting", text + "the plan waits for a few steps of the optimizer.", numbers)
+    text += (
+        f"the first takes about {first:.2g} s, and {budget.fraction:.0%} of the training so far are"
+        f" {budget.fraction * ledger.trained:.2g} s. Raise the budget, or wait."
+    )
+    return Finding("waiting", text, numbers)
+
+
+def wait_for_device(optimizer: Optimizer) -> float:
+    """Wait until all that was sent to the device of the weights is done; return the seconds that this took."""
+    device = next(p for group in optimizer.param_groups for p in group["params"]).device
+    if device.type != "cuda":
+        return 0.0
+    began = perf_counter()
+    torch.cuda.synchronize(device)
+    return perf_counter() - began
+
+
 def _pairs(full: bool, k: int, solves: int) -> int:
     return k * (solves if full else 1)
 
 
 def _gradient_seconds(f: Objective, w: Tensor, n: int) -> float:
-    """Of n examples, the second time."""
+    """Time the second of two gradients on n examples."""
     small = f.on(head(f.data, n))
     small.grad(w)
     began = perf_counter()

@@ -1,9 +1,7 @@
-"""Charts as values: what to draw against what, and their figures in matplotlib.
+"""Charts as values: which column to draw against which, for which runs.
 
-A chart names columns and runs of a history and holds no data, so one description serves two renderers: `figure` here,
-for files, and the interactive page of `report`.  Both take their points from `traces` and so draw the same ones.
-
-matplotlib is optional and imported only where a figure is made.
+A chart names columns and runs of a history and holds no data, so one description serves two renderers: `figures`, for
+files, and the interactive page of `html`.  Both take their points from `traces` and so draw the same ones.
 """
 
 import math
@@ -21,7 +19,7 @@ PATH_COLORS = ("#0072b2", "#1d2126", "#009e73", "#cc79a7")  # on the sphere, cle
 RAMP = ("#f3cf86", "#e08a2e", "#7a2a05")  # low to high
 INK, MUTED, GRID = "#1d2126", "#5d656f", "#e3e5e8"
 DASHES = ("-", "--", ":")  # the second and third time round the colours
-MOST_POINTS = 2000  # of one run in one chart: more than a screen has columns of pixels
+MAX_POINTS = 2000  # of one run in one chart: more than a screen has columns of pixels
 
 
 @dataclass(frozen=True)
@@ -33,22 +31,27 @@ class Chart:
     x: str  # column name
     y: str  # column name
     runs: tuple[str, ...]  # which runs, in this order (colours are assigned in this order)
-    x_label: str = ""
+    x_label: str = ""  # empty: the name of the column in words
     y_label: str = ""
     log_x: bool = False
     log_y: bool = False
     lines: tuple[tuple[float, str], ...] = ()  # horizontal: (value, label), e.g. (2.0, "edge of stability")
     caption: str = ""
-    part: str = ""
+    part: str = ""  # charts of one part stand together, under its name
     markers: bool = False  # dots instead of lines (e.g. error against il)
     beside: tuple[tuple[str, str], ...] = ()  # further columns to draw for every run: (column, label)
+
+    @property
+    def axis_labels(self) -> tuple[str, str]:
+        """The labels of the two axes."""
+        return self.x_label or in_words(self.x), self.y_label or in_words(self.y)
 
 
 @dataclass(frozen=True)
 class SphereChart:
     """Paths on the unit sphere: a curve of minimizers coloured by a value, and trajectories."""
 
-    name: str
+    name: str  # as of a Chart
     title: str
     curve: str  # run whose x, y, z (unit vectors) form the curve
     color: str  # column of that run that colours it (e.g. "spherical_sharpness")
@@ -56,10 +59,15 @@ class SphereChart:
     caption: str = ""
     part: str = ""
 
+    @property
+    def color_label(self) -> str:
+        """The label of the colours."""
+        return in_words(self.color)
+
 
 @dataclass(frozen=True)
 class Trace:
-    """The points of one run that a chart shows, in drawing order, and what became of the others."""
+    """The points of one run that a chart shows, in drawing order, and how many there are beside them."""
 
     run: str
     points: list[Point]
@@ -67,11 +75,20 @@ class Trace:
     hidden: int = 0  # finite points that a logarithmic axis has no place for
 
 
+def in_words(column: str) -> str:
+    """The name of a column with spaces, as a label.
+
+    >>> in_words("stability_ratio")
+    'stability ratio'
+    """
+    return column.replace("_", " ")
+
+
 @singledispatch
 def traces(chart: Any, columns: Columns) -> list[Trace]:
-    """One trace per run of the chart, in its order.  Values that are absent or not finite are no points.
+    """Make one trace per run of the chart, in its order.  Values that are absent or not finite are no points.
 
-    >>> chart = Chart("l", "Loss", "step", "loss", ("a",), "step", "loss")
+    >>> chart = Chart("l", "Loss", x="step", y="loss", runs=("a",))
     >>> traces(chart, {"run": ["a", "a", "b"], "step": [1, 0, 0], "loss": [0.5, 2.0, None]})[0].points
     [(0.0, 2.0), (1.0, 0.5)]
     """
@@ -79,7 +96,8 @@ def traces(chart: Any, columns: Columns) -> list[Trace]:
 
 
 @traces.register(Chart)
-def _(chart: Chart, columns: Columns) -> list[Trace]:
+def line_traces(chart: Chart, columns: Columns) -> list[Trace]:
+    """The lines of a chart, first those of its column `y`, then those beside."""
     result = []
     for column, label in ((chart.y, ""), *chart.beside):
         for run, points in _points(columns, dict.fromkeys(chart.runs, (chart.x, column))).items():
@@ -91,24 +109,24 @@ def _(chart: Chart, columns: Columns) -> list[Trace]:
 
 
 @traces.register(SphereChart)
-def _(chart: SphereChart, columns: Columns) -> list[Trace]:
-    """The curve first, its points `(x, y, z, color)`; then the paths, theirs `(x, y, z)`."""
+def sphere_traces(chart: SphereChart, columns: Columns) -> list[Trace]:
+    """The curve first, with points `(x, y, z, color)`, then the paths, with points `(x, y, z)`."""
     curve = _points(columns, {chart.curve: ("x", "y", "z", chart.color)})
     paths = _points(columns, dict.fromkeys(chart.paths, ("x", "y", "z")))
     return [Trace(run, thin_path(points), len(points)) for run, points in (*curve.items(), *paths.items())]
 
 
-def thin(points: list[Point], log_x: bool = False, most: int = MOST_POINTS) -> list[Point]:
-    """At most `most` points of a line: of every stretch of the axis its lowest and highest, so that bursts stay."""
-    if len(points) <= most:
+def thin(points: list[Point], log_x: bool = False) -> list[Point]:
+    """Keep at most `MAX_POINTS` of a line: the lowest and highest of every stretch of the axis, so that bursts stay."""
+    if len(points) <= MAX_POINTS:
         return points
     at = [math.log(p[0]) if log_x else p[0] for p in points]
-    stretches = most // 2 - 1
+    stretches = MAX_POINTS // 2 - 1
     width = (at[-1] - at[0]) / stretches or 1.0
     low: dict[int, int] = {}
     high: dict[int, int] = {}
-    for i, (place, point) in enumerate(zip(at, points, strict=True)):
-        stretch = min(int((place - at[0]) / width), stretches - 1)
+    for i, (x, point) in enumerate(zip(at, points, strict=True)):
+        stretch = min(int((x - at[0]) / width), stretches - 1)
         if stretch not in low or point[1] < points[low[stretch]][1]:
             low[stretch] = i
         if stretch not in high or point[1] > points[high[stretch]][1]:
@@ -116,16 +134,17 @@ def thin(points: list[Point], log_x: bool = False, most: int = MOST_POINTS) -> l
     return [points[i] for i in sorted({0, len(points) - 1, *low.values(), *high.values()})]
 
 
-def thin_path(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most `most` points of a path in space, in neighbouring pairs: one point in n would hide a period of two."""
-    if len(points) <= most:
+def thin_path(points: list[Point]) -> list[Point]:
+    """Keep at most `MAX_POINTS` of a path in space, in neighbouring pairs: one in n would hide a period of two."""
+    if len(points) <= MAX_POINTS:
         return points
-    starts = [k * (len(points) - 2) // (most // 2 - 1) for k in range(most // 2)]
+    pairs = MAX_POINTS // 2
+    starts = [k * (len(points) - 2) // (pairs - 1) for k in range(pairs)]
     return [points[i] for start in starts for i in (start, start + 1)]
 
 
 def _points(columns: Columns, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, list[Point]]:
-    """run -> its rows of the wanted columns in which every value is a finite number."""
+    """For each run, the values of its wanted columns, in those rows in which all are finite numbers."""
     result: dict[str, list[Point]] = {run: [] for run in wanted}
     known = {run: [columns[name] for name in names] for run, names in wanted.items() if set(names) <= columns.keys()}
     for row, run in enumerate(columns.get("run", ())):
@@ -137,7 +156,7 @@ def _points(columns: Columns, wanted: Mapping[str, tuple[str, ...]]) -> dict[str
 
 
 def missing(chart: Chart | SphereChart, columns: Columns) -> str:
-    """A sentence about the data the chart asks for and the columns do not hold; empty where nothing is missing."""
+    """Name the data that the chart needs and the columns do not hold; empty where nothing is missing."""
     names = (chart.x, chart.y) if isinstance(chart, Chart) else ("x", "y", "z", chart.color)
     absent = [name for name in names if name not in columns]
     if absent:
@@ -153,7 +172,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def viewpoint(points: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Azimuth and elevation (radians) from which the middle of the points is seen, a little from the side and above."""
+    """Azimuth and elevation (radians) that show the middle of the points, a little from the side and from above."""
     x, y, z = (sum(p[i] for p in points) for i in range(3))
     return math.atan2(y, x) - 0.25, max(-1.2, min(1.2, math.atan2(z, math.hypot(x, y)) + 0.25))
 

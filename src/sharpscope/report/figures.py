@@ -1,4 +1,4 @@
-"""Charts drawn by matplotlib."""
+"""Draws charts as figures of matplotlib, which is optional and imported only where a figure is made."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -32,22 +32,24 @@ if TYPE_CHECKING:
 
 @singledispatch
 def figure(chart: Any, columns: Columns) -> "Figure":
-    """The chart as a matplotlib figure (no pyplot, no global state); missing data become a sentence in it."""
+    """Draw the chart as a matplotlib figure (no pyplot, no global state); missing data become a sentence in it."""
     raise InvalidType(f"no figure of a {type(chart).__name__}; known: Chart, SphereChart")
 
 
 @figure.register(Chart)
-def _(chart: Chart, columns: Columns) -> "Figure":
+def line_figure(chart: Chart, columns: Columns) -> "Figure":
+    """Draw lines, reference lines, and a legend where there are several runs."""
     fig = _new_figure(7.2, 4.2)
     from matplotlib.patheffects import withStroke
 
     ax = fig.subplots()
-    _dress(ax, chart.title)
+    _style(ax, chart.title)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
-    ax.set_xlabel(chart.x_label, parse_math=False)
-    ax.set_ylabel(chart.y_label, parse_math=False)
+    x_label, y_label = chart.axis_labels
+    ax.set_xlabel(x_label, parse_math=False)
+    ax.set_ylabel(y_label, parse_math=False)
     ax.set_xscale("log" if chart.log_x else "linear")
     ax.set_yscale("log" if chart.log_y else "linear")
     drawn = []
@@ -60,24 +62,28 @@ def _(chart: Chart, columns: Columns) -> "Figure":
     for value, label in chart.lines:
         if drawn and (value > 0 or not chart.log_y):
             ax.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-            halo = [withStroke(linewidth=3, foreground="white")]
-            look: dict[str, Any] = {
-                "ha": "right",
-                "color": MUTED,
-                "fontsize": 9,
-                "parse_math": False,
-                "path_effects": halo,
-            }
-            ax.annotate(label, (1, value), (-2, 3), ("axes fraction", "data"), "offset points", **look)
+            ax.annotate(
+                label,
+                xy=(1, value),
+                xycoords=("axes fraction", "data"),
+                xytext=(-2, 3),
+                textcoords="offset points",
+                ha="right",
+                color=MUTED,
+                fontsize=9,
+                parse_math=False,
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+            )
     if len(drawn) > 1:
         _legend(fig, drawn)
     if not drawn:
-        _say(fig, missing(chart, columns))
+        _write(fig, missing(chart, columns))
     return fig
 
 
 @figure.register(SphereChart)
-def _(chart: SphereChart, columns: Columns) -> "Figure":
+def sphere_figure(chart: SphereChart, columns: Columns) -> "Figure":
+    """Draw the curve and the paths on a sphere, faint where they are behind it."""
     fig = _new_figure(7.2, 5.6)
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
@@ -85,21 +91,19 @@ def _(chart: SphereChart, columns: Columns) -> "Figure":
 
     ax = fig.add_subplot(projection="3d", proj_type="ortho", box_aspect=(1, 1, 1), computed_zorder=False)
     ax.set_axis_off()
-    _dress(ax, chart.title)
+    _style(ax, chart.title)
     curve, *paths = traces(chart, columns)
     if not (curve.points or any(path.points for path in paths)):
-        _say(fig, missing(chart, columns))
+        _write(fig, missing(chart, columns))
         return fig
     azimuth, elevation = viewpoint([p for path in paths for p in path.points] or curve.points)
     ax.view_init(math.degrees(elevation), math.degrees(azimuth))
     eye = (math.cos(elevation) * math.cos(azimuth), math.cos(elevation) * math.sin(azimuth), math.sin(elevation))
 
-    def draw(points: Sequence[Sequence[float]], width: float, **look: Any) -> Line3DCollection:
+    def draw(points: Sequence[Sequence[float]], width: float, **style: Any) -> None:
         segments = [(a[:3], b[:3]) for a, b in pairwise(points)]
         fade = [1.0 if sum(e * (p + q) for e, p, q in zip(eye, a, b, strict=True)) > 0 else 0.25 for a, b in segments]
-        lines = Line3DCollection(segments, linewidths=width, alpha=fade, **look)
-        ax.add_collection3d(lines, autolim=False)
-        return lines
+        ax.add_collection3d(Line3DCollection(segments, linewidths=width, alpha=fade, **style), autolim=False)
 
     for circle in graticule():
         draw(circle, 0.6, colors="#b5bac1")
@@ -108,9 +112,7 @@ def _(chart: SphereChart, columns: Columns) -> "Figure":
         ramp = LinearSegmentedColormap.from_list("ramp", RAMP)
         scale = (LogNorm if 0 < 20 * min(values) < max(values) else Normalize)(min(values), max(values))
         draw(curve.points, 4, colors=[ramp(scale((a + b) / 2)) for a, b in pairwise(values)])
-        bar = fig.colorbar(
-            ScalarMappable(scale, ramp), ax=ax, shrink=0.6, pad=0.02, label=chart.color.replace("_", " ")
-        )
+        bar = fig.colorbar(ScalarMappable(scale, ramp), ax=ax, shrink=0.6, pad=0.02, label=chart.color_label)
         bar.outline.set_visible(False)
     drawn = []
     for i, path in enumerate(paths):
@@ -144,7 +146,7 @@ def _new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def _dress(ax: "Axes", title: str) -> None:
+def _style(ax: "Axes", title: str) -> None:
     ax.set_title(title, loc="left", color=INK, fontsize=12, pad=10, parse_math=False)
     ax.tick_params(colors=MUTED, labelsize=9, which="both")
     for spine in ax.spines.values():
@@ -158,5 +160,5 @@ def _legend(fig: "Figure", drawn: Sequence[tuple[Any, str]]) -> None:
         text.set(text=run, parse_math=False)
 
 
-def _say(fig: "Figure", sentence: str) -> None:
+def _write(fig: "Figure", sentence: str) -> None:
     fig.text(0.5, 0.5, sentence, ha="center", va="center", color=MUTED, wrap=True, parse_math=False)

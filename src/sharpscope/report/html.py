@@ -1,7 +1,7 @@
-"""A study or a run as one HTML page that needs nothing else: no network, no server, no second file.
+"""Writes one HTML page that needs nothing else: no network, no server, no second file.
 
-Text comes first (what was claimed and what was seen), then the charts, then how it was made.  The page holds the points
-of its charts as JSON; `assets/report.js` draws them, with the plotting library uPlot that is kept beside it.
+Text comes first, in sections that are handed in, then the charts, then how it was made.  The page holds the points of
+its charts as JSON; `assets/report.js` draws them, with the plotting library uPlot that is kept beside it.
 """
 
 import json
@@ -13,13 +13,15 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, TypeVar
 
 from .charts import Chart, Columns, SphereChart, Trace, graticule, missing, traces, viewpoint
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 HELP = "Point at a chart to read values, drag to zoom, double-click to see all again; press a name to hide that run."
 UNSCRIPTED = "Interactive charts need scripts, which are switched off."
+Drawn = tuple[Chart | SphereChart, list[Trace]]
+Item = TypeVar("Item")
 MARK = {True: '<span class="mark" aria-hidden="true">✓</span>', False: '<span class="mark" aria-hidden="true">✗</span>'}
 
 
@@ -53,7 +55,7 @@ def render(
     figures: Mapping[str, bytes] | None = None,
     sections: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """The page: `sections` (heading, HTML) first, then the charts.
+    """Make the page: `sections` (heading, HTML) first, then the charts.
 
     `figures` (PNG bytes by chart name) stand in for the charts where scripts are switched off.
     """
@@ -61,9 +63,9 @@ def render(
     data = {chart.name: _data(chart, lines) for chart, lines in drawn if any(t.points for t in lines)}
     chapters = (
         *sections,
-        ("Charts", _charts(charts, columns, figures or {})),
-        ("Configuration", _facts("What was set", config, " open")),
-        ("Environment", _facts("Where it ran", environment)),
+        ("Charts", _charts(drawn, columns, figures or {})),
+        ("Configuration", _settings("What was set", config, unfolded=True)),
+        ("Environment", _settings("Where it ran", environment, unfolded=False)),
     )
     scripts = Template(_asset("scripts.html")).substitute(
         data=_json(data),
@@ -77,7 +79,7 @@ def render(
 def chapters_page(
     title: str, subtitle: str, lead: str, chapters: Sequence[tuple[str, str]], *, style: str = "", scripts: str = ""
 ) -> str:
-    """A page in the look of the report: headings, and chapters whose content is HTML already."""
+    """Make a page in the look of the report: headings, and chapters whose content is HTML already."""
     there = [(head, html) for head, html in chapters if html]
     return Template(_asset("report.html")).substitute(
         title=escape(title),
@@ -96,12 +98,12 @@ def _asset(name: str) -> str:
 
 
 def _json(data: object) -> str:
-    """JSON that may stand inside a script element: no `<`, so neither `</script>` nor `<!--`."""
+    """Write JSON that may stand inside a script element: no `<`, so neither `</script>` nor `<!--`."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def number(value: float) -> str:
-    """Whole numbers as they are, others to four digits, very large and very small ones with a power of ten.
+    """Write whole numbers as they are, others to four digits, very large and small ones with a power of ten.
 
     >>> number(2.0499999), number(1797), number(0.00001)
     ('2.05', '1797', '10⁻⁵')
@@ -120,25 +122,30 @@ def number(value: float) -> str:
 
 
 def note(*sentences: str) -> str:
-    """Sentences, small and below."""
+    """Set sentences small, below what they are about."""
     return "".join(f'<span class="note">{escape(sentence)}</span>' for sentence in sentences if sentence)
 
 
 def heads(*names: str) -> str:
-    """The head of a table."""
+    """Make the head of a table."""
     return "<thead><tr>" + "".join(f'<th scope="col">{name}</th>' for name in names) + "</tr></thead>"
 
 
-def _charts(charts: Sequence[Chart | SphereChart], columns: Columns, figures: Mapping[str, bytes]) -> str:
+def _row(head: str, *cells: str) -> str:
+    return f'<tr><th scope="row">{escape(head)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+
+
+def _charts(drawn: Sequence[Drawn], columns: Columns, figures: Mapping[str, bytes]) -> str:
     html = ""
-    for part, group in grouped(charts, lambda chart: chart.part):
+    for part, group in grouped(drawn, lambda item: item[0].part):
         html += f"<h3>{escape(part)}</h3>" if part else ""
-        html += f'<div class="charts">{"".join(_figure(chart, columns, figures) for chart in group)}</div>'
+        shown = "".join(_figure(chart, lines, columns, figures.get(chart.name, b"")) for chart, lines in group)
+        html += f'<div class="charts">{shown}</div>'
     return f'<p class="help">{HELP}</p>{html}' if "data-chart=" in html else html
 
 
-def _figure(chart: Chart | SphereChart, columns: Columns, figures: Mapping[str, bytes]) -> str:
-    lines, name = traces(chart, columns), escape(chart.name)
+def _figure(chart: Chart | SphereChart, lines: Sequence[Trace], columns: Columns, png: bytes) -> str:
+    name = escape(chart.name)
     thinned = "; ".join(f"{t.run}: {len(t.points)} of {t.total} points" for t in lines if len(t.points) < t.total)
     hidden = sum(t.hidden for t in lines)
     below = note(
@@ -149,12 +156,12 @@ def _figure(chart: Chart | SphereChart, columns: Columns, figures: Mapping[str, 
     if not any(t.points for t in lines):
         return f'<figure id="chart-{name}"><h4>{escape(chart.title)}</h4><p class="missing">{below}</p></figure>'
     numbers = _numbers(chart, lines) if isinstance(chart, Chart) else ""
-    said = f"Chart: {chart.title}. Runs: {', '.join(t.run for t in lines if t.points)}."
-    png = b64encode(figures.get(chart.name, b"")).decode()
-    picture = f'<img alt="{escape(said)}" src="data:image/png;base64,{png}">' if png else UNSCRIPTED
+    label = escape(f"Chart: {chart.title}. Runs: {', '.join(t.run for t in lines if t.points)}.")
+    encoded = b64encode(png).decode()
+    picture = f'<img alt="{label}" src="data:image/png;base64,{encoded}">' if png else UNSCRIPTED
     return (
         f'<figure id="chart-{name}"><h4>{escape(chart.title)}</h4>'
-        f'<div class="chart" data-chart="{name}" data-label="{escape(said)}"></div><noscript>{picture}</noscript>'
+        f'<div class="chart" data-chart="{name}" data-label="{label}"></div><noscript>{picture}</noscript>'
         f"<figcaption>{escape(chart.caption)}{below}{numbers}</figcaption></figure>"
     )
 
@@ -164,24 +171,30 @@ def _numbers(chart: Chart, lines: Sequence[Trace]) -> str:
     rows = ""
     for t in (t for t in lines if t.points):
         y = [point[1] for point in t.points]
-        cells = map(number, (t.total, y[0], y[-1], min(y), max(y)))
-        rows += f'<tr><th scope="row">{escape(t.run)}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        rows += _row(t.run, *map(number, (t.total, y[0], y[-1], min(y), max(y))))
     head = heads("Run", "Points", "First", "Last", "Lowest", "Highest")
-    table = f'<table><caption class="unseen">{escape(chart.y_label)}</caption>{head}<tbody>{rows}</tbody></table>'
+    caption = f'<caption class="unseen">{escape(chart.axis_labels[1])}</caption>'
+    table = f"<table>{caption}{head}<tbody>{rows}</tbody></table>"
     return f'<details><summary>Numbers</summary><div class="wide">{table}</div></details>'
 
 
 def _data(chart: Chart | SphereChart, lines: Sequence[Trace]) -> dict[str, object]:
-    """What the page's script needs to draw the chart."""
+    """Collect what the script of the page needs to draw the chart."""
     if isinstance(chart, Chart):
-        look = {name: getattr(chart, name) for name in ("x_label", "y_label", "log_x", "log_y", "markers")}
-        marked = [line for line in chart.lines if math.isfinite(line[0])]
-        runs = [{"name": t.run, "color": i, **_axes(t, "xy")} for i, t in enumerate(lines) if t.points]
-        return {"runs": runs, "lines": marked, **look}
+        x_label, y_label = chart.axis_labels
+        return {
+            "runs": [{"name": t.run, "color": i, **_axes(t, "xy")} for i, t in enumerate(lines) if t.points],
+            "lines": [line for line in chart.lines if math.isfinite(line[0])],
+            "x_label": x_label,
+            "y_label": y_label,
+            "log_x": chart.log_x,
+            "log_y": chart.log_y,
+            "markers": chart.markers,
+        }
     curve, *paths = lines
     return {
         "runs": [{"name": t.run, "color": i, **_axes(t, "xyz")} for i, t in enumerate(paths) if t.points],
-        "curve": {"label": chart.color.replace("_", " "), **_axes(curve, "xyzv")},
+        "curve": {"label": chart.color_label, **_axes(curve, "xyzv")},
         "grid": [_axes(Trace("", list(circle), 0), "xyz") for circle in graticule()],
         "view": viewpoint([point for t in paths for point in t.points] or curve.points),
     }
@@ -191,15 +204,14 @@ def _axes(trace: Trace, letters: str) -> dict[str, list[float]]:
     return {letter: [float(f"{point[i]:.8g}") for point in trace.points] for i, letter in enumerate(letters)}
 
 
-def _facts(head: str, rows: Mapping[str, object], state: str = "") -> str:
-    cells = ((escape(str(name)), escape(_words(value))) for name, value in rows.items())
-    html = "".join(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in cells)
-    table = f'<table class="facts"><caption class="unseen">{head}</caption><tbody>{html}</tbody></table>'
-    return f"<details{state}><summary>{head}</summary>{table}</details>" if rows else ""
+def _settings(head: str, values: Mapping[str, object], *, unfolded: bool) -> str:
+    rows = "".join(_row(str(name), _words(value)) for name, value in values.items())
+    table = f'<table class="facts"><caption class="unseen">{head}</caption><tbody>{rows}</tbody></table>'
+    return f"<details{' open' * unfolded}><summary>{head}</summary>{table}</details>" if rows else ""
 
 
 def _words(value: object) -> str:
-    """A value of a configuration, exactly; containers without their brackets."""
+    """Write a value of a configuration, exactly; containers without their brackets."""
     if isinstance(value, Mapping):
         return "; ".join(f"{k}: {_words(v)}" for k, v in value.items()) or "none"
     if isinstance(value, (list, tuple)):
@@ -207,7 +219,7 @@ def _words(value: object) -> str:
     return str(value)
 
 
-def grouped(items: Sequence[Any], part: Callable[[Any], str]) -> list[tuple[str, list[Any]]]:
-    """Items by part, parts in the order in which they first appear."""
+def grouped(items: Sequence[Item], part: Callable[[Item], str]) -> list[tuple[str, list[Item]]]:
+    """Group items by part, with the parts in the order in which they first appear."""
     parts = dict.fromkeys(map(part, items))
     return [(name, [item for item in items if part(item) == name]) for name in parts]

@@ -1,4 +1,4 @@
-"""The page of a running job, served to this machine alone, and made again when there is something new.
+"""Serves the page of a running job to this machine alone, and makes it again when there is something new.
 
 What the page shows is a function that is passed in: from a directory to HTML, or None while there is nothing to show.
 The browser asks for the version of the page, a digest of its HTML, and loads it again when that has changed, except
@@ -25,7 +25,7 @@ POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self';"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""That of the report, and the page may ask this server for its version."""
+"""The policy of the report; beyond it the page may ask this server for its version."""
 
 HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -36,16 +36,17 @@ HEADERS = {
 }
 
 HOST = re.compile(r"(localhost|127\.0\.0\.1)(:\d{1,5})?", re.IGNORECASE)
-"""Any port, so that a forwarded one will do; any other name is that of a site that had it point here."""
+"""Any port will do, as one may be forwarded; any other name is that of a site that had it point here."""
 
 PATTERNS = ("*.json", "*.jsonl", "*.parquet", "*.html", "log/*.jsonl")
 """Files whose change may change the page."""
+
 Page = Callable[[Path], str | None]
 
 
 @dataclass(frozen=True)
 class View:
-    """What the browser is given, and the `version` by which it notices another one."""
+    """The page that the browser is given, and the `version` by which it notices another one."""
 
     html: str
     version: str
@@ -55,23 +56,30 @@ class View:
 class Live:
     """The page of a directory, made again when its files have changed.
 
-    However fast a run writes, no more than the `share` of the time is spent on making pages.
+    However fast a run writes, at most this fraction of the time is spent on making pages.
     """
 
-    def __init__(self, directory: Path, page: Page, finished: Callable[[Path], bool], *, share: float = 0.1) -> None:
-        self.directory, self.page, self.finished, self.share = directory, page, finished, share
+    def __init__(
+        self, directory: Path, page: Page, finished: Callable[[Path], bool], *, max_fraction: float = 0.1
+    ) -> None:
+        self.directory = directory
+        self.page = page
+        self.finished = finished
+        self.max_fraction = max_fraction
         self._lock = threading.Lock()
-        self._seen, self._view, self._not_before = "", View("", ""), 0.0
+        self._digest = ""  # of the names, sizes and times of the files that the view was made of
+        self._view = View("", "")
+        self._not_before = 0.0
 
     def view(self) -> View:
         """The page as it is now, or was a moment ago."""
         with self._lock:
-            seen = hashlib.sha256(repr(sorted(_stamps(self.directory))).encode()).hexdigest()
+            digest = hashlib.sha256(repr(sorted(_stamps(self.directory))).encode()).hexdigest()
             began = time.monotonic()
-            if seen != self._seen and began >= self._not_before:
-                self._view, self._seen = self._made(), seen
+            if digest != self._digest and began >= self._not_before:
+                self._view, self._digest = self._make(), digest
                 ended = time.monotonic()
-                self._not_before = ended + (ended - began) * (1 / self.share - 1)
+                self._not_before = ended + (ended - began) * (1 / self.max_fraction - 1)
             return self._view
 
     def state(self) -> dict[str, str | float]:
@@ -82,14 +90,14 @@ class Live:
         state = "waiting" if view.waiting else "finished" if self.finished(self.directory) else "running"
         return {"version": view.version, "state": state, "age": round(age, 1)}
 
-    def _made(self) -> View:
+    def _make(self) -> View:
         try:
             html = self.page(self.directory)
         except Exception as error:  # a file that is half there, say: the next page may be good
             html = _plain(f"The run in {self.directory} cannot be shown at present", str(error) or type(error).__name__)
-        told = html or _plain("Waiting for the first reading", f"{self.directory} holds none yet.")
-        version = hashlib.sha256(told.encode()).hexdigest()[:16]
-        return View(_enlivened(told, version), version, html is None)
+        shown = html or _plain("Waiting for the first measurement", f"{self.directory} holds none yet.")
+        version = hashlib.sha256(shown.encode()).hexdigest()[:16]
+        return View(_with_updates(shown, version), version, html is None)
 
 
 def _stamps(directory: Path) -> Iterator[tuple[str, int, int]]:
@@ -107,8 +115,8 @@ def _plain(title: str, text: str) -> str:
     return render(title=title, subtitle="", lead=text, charts=(), columns={}, config=none, environment=none)
 
 
-def _enlivened(html: str, version: str) -> str:
-    """The page with what keeps it up to date; the policy it carries for use as a file gives way to the server's."""
+def _with_updates(html: str, version: str) -> str:
+    """Add what keeps the page up to date; the policy it carries for use as a file gives way to the server's."""
     html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html, count=1)
     asset = (files("sharpscope.report") / "assets" / "watch.html").read_text(encoding="utf-8")
     before, end, after = html.rpartition("</body>")
@@ -116,7 +124,7 @@ def _enlivened(html: str, version: str) -> str:
 
 
 def server(live: Live, port: int = 0) -> ThreadingHTTPServer:
-    """A server of the page on this machine's own address; port 0 takes any that is free.
+    """Make a server of the page on this machine's own address; port 0 takes any that is free.
 
     Raises:
         OSError, OverflowError: the port cannot be had.
@@ -151,18 +159,18 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def server_bind(self) -> None:
-        """Without asking for the name of this machine, which may take seconds."""
+        """Bind without asking for the name of this machine, which may take seconds."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = "127.0.0.1", self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A reader who went away is no news."""
+        """Ignore readers who disconnect."""
         if not isinstance(sys.exception(), OSError):
             TCPServer.handle_error(self, request, client_address)
 
 
 def _answer(live: Live, path: str, hosts: list[str]) -> tuple[int, str, bytes]:
-    """Status, type and body."""
+    """Return status, type and body of the answer."""
     if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
         return 403, "text/plain", b"This page is for this machine alone: ask for localhost or 127.0.0.1.\n"
     if path == "/":

@@ -19,7 +19,7 @@
 
   const raised = (c) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)];
   const power = (n) => `10${String(n).replace(/./g, raised)}`;
-  function number(value) { // as in report.py
+  function number(value) { // as in html.py
     const size = Math.abs(value);
     let text;
     if (Number.isInteger(value) && size < 1e7) text = String(value);
