@@ -46,6 +46,15 @@ def power(x: ArrayLike, y: ArrayLike) -> Line:
     return line(np.log(np.asarray(x, float)), np.log(np.asarray(y, float)))
 
 
+def exponent(x: ArrayLike, y: ArrayLike) -> float:
+    """Fit the exponent of a power law.
+
+    >>> round(exponent([1, 2, 4], [3, 12, 48]), 12)
+    2.0
+    """
+    return power(x, y).slope
+
+
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Give the rank correlation of Spearman, with ties at their mean rank.
 

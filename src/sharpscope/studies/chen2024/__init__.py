@@ -13,21 +13,20 @@ L blocks of M units (u, w, b), K output units ω = (a, c, e), x of norm 1, resid
     KL = mean(½‖ω_T/σ‖² - ½‖ω_0/σ‖²) - mean ∫ div ω̇ dt           σ: deviations at the start
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from ...records.run_log import RunLog
-from .._framework.claiming import charting, claiming
-from .._framework.claims import Claim, at_least, at_most, within
+from ...report.charts import Chart
+from .._framework.claims import CONTROL, Claim, at_least, at_most, labelled, under, within
 from .._framework.config import demand_positive
-from .._framework.fits import power
-from .._framework.observe_old import Observer, by_seed
+from .._framework.fits import exponent
+from .._framework.observe import run
 from .._framework.study import Job, Progress
 from .meanfield import ResidualNet
-from .particles import Flow, examples, starts, stretching
+from .particles import ParticleFlow, examples, starts, stretching
 
 PAPER = (
     "Chen, Liu, Lu, Chrysos & Cevher, Generalization of Scaled Deep ResNets in the Mean-Field Regime (arXiv 2403.09889)"
@@ -36,11 +35,12 @@ PART = "Learning and movement of units"
 EVERY, STRENGTHS, SHAPES, LAZY, GAPS = "all runs", "output units", "β constant", "β ∝ √K", "gap"
 INPUTS, EXAMPLES, BASE, STRENGTH = 5, 20, (8, 32, 64), 4.0  # d, n, (L, M, K) and β where nothing else is said
 DRAWS, TESTS = 16, 2000  # networks of each shape, and examples that a gap is measured on
+LEARNT = 3e-3  # of the first loss
 
 
 @dataclass(frozen=True)
 class Config:
-    """What turns; the defaults are the full study."""
+    """The settings of the study; the defaults are its full size."""
 
     seed: int = 0
     repeats: int = 3
@@ -58,145 +58,258 @@ QUICK = Config(repeats=1, sizes=(20, 40, 80, 160))
 
 
 def jobs(config: Config) -> list[Job]:
-    found, (L, M, K) = [], BASE
+    L, M, K = BASE
     shapes = {(l, M, K) for l in config.depths} | {(L, m, K) for m in config.widths}
     shapes |= {(L, M, k) for k in config.outputs}
+    found = []
     for seed in range(config.seed, config.seed + config.repeats):
-        own, end = {"seed": seed, "config": config}, f", seed {seed}"
-        found += [Job(f"strengths{end}", _strengths, own, 1.5), Job(f"without scaling{end}", _stretch, own, 0.2)]
+        common, ending = {"seed": seed, "config": config}, f", seed {seed}"
+        found.append(Job(f"strengths{ending}", _strengths, common, cost=1.5))
+        found.append(Job(f"without scaling{ending}", _stretch, common, cost=0.2))
         for l, m, k in sorted(shapes):
-            found.append(Job(f"L = {l}, M = {m}, K = {k}{end}", _shape, {"shape": (l, m, k), **own}, 3 * l * m / 256))
-        found += [Job(f"{n} examples{end}", _gap, {"count": n, **own}, (n / 100) ** 2) for n in config.sizes]
+            found.append(
+                Job(f"L = {l}, M = {m}, K = {k}{ending}", _shape, {"shape": (l, m, k), **common}, 3 * l * m / 256)
+            )
+        for n in config.sizes:
+            found.append(Job(f"{n} examples{ending}", _gap, {"count": n, **common}, (n / 100) ** 2))
     return found
 
 
-def _shown(seed: int, config: Config, **row: float) -> dict[str, float]:
-    """The row, and of the first repeat what charts show of it."""
-    return row | {f"shown_{name}": value for name, value in row.items() if seed == config.seed}
-
-
 def _strengths(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
-    """One network under every β; the kernel by autograd, and the divergence as the trace of a Jacobian."""
+    """Train one network under every β, with the checks of the kernel and of the divergence."""
     log.resume()
     x, y = examples(EXAMPLES, INPUTS, (seed, EXAMPLES))
     net = ResidualNet.scaled(INPUTS, *BASE, torch.tensor(config.strengths, dtype=torch.float64)[:, None])
     start = starts(net, seed)
-    one = Flow(replace(net, strength=STRENGTH), x, y, start, 3e-3, volumes=True).run()
+    one = ParticleFlow(replace(net, strength=STRENGTH), x, y, start, fraction=LEARNT, volumes=True).run()
     progress(0.3)
-    flow = Flow(net, x, y, start.expand(len(config.strengths), -1), 3e-3).run()
+    flow = ParticleFlow(net, x, y, start.expand(len(config.strengths), -1), fraction=LEARNT).run()
     log.append(run=EVERY, seed=seed, **flow.evidence)
     log.append(run=STRENGTHS, seed=seed, by_volume=one.by_volume, **flow.gaps)
     kl, msd = flow.movement()
     for i, beta in enumerate(config.strengths):
         row = {"KL": float(kl[i]), "MSD": float(msd[i]), "time": float(flow.times[i])} if flow.arrived else {}
-        log.append(run=STRENGTHS, seed=seed, **_shown(seed, config, beta=beta, **row))
-        guide = float(msd[-1]) * (beta / config.strengths[-1]) ** -2
-        log.append(run="∝ β⁻²", seed=seed, **_shown(seed, config, beta=beta, KL=guide))
-        for point in flow.curves(i) if seed == config.seed else ():
-            log.append(run=f"β = {beta:g}", **point)
+        log.append(run=STRENGTHS, seed=seed, beta=beta, **row)
+        log.append(run="∝ β⁻²", seed=seed, beta=beta, KL=float(msd[-1]) * (beta / config.strengths[-1]) ** -2)
+        if seed == config.seed:
+            for point in flow.curves(i):
+                log.append(run=f"β = {beta:g}", **point)
     for t in np.linspace(0, flow.longest, 50):
         log.append(run="bound", t=float(t), loss=float(np.exp(-t)))
 
 
 def _shape(log: RunLog, progress: Progress, shape: tuple[int, int, int], seed: int, config: Config) -> None:
-    """Distances in networks of one shape, and where only K differs, under a β that grows with √K, too."""
+    """Measure distances in networks of one shape; where only K differs, under a β that grows with √K, too."""
     log.resume()
     x, y = examples(EXAMPLES, INPUTS, (seed, EXAMPLES))
-    (L, M, K), net = shape, ResidualNet.scaled(INPUTS, *shape, STRENGTH)
-    lazy = {LAZY: STRENGTH * (K / min(config.outputs)) ** 0.5} if BASE[:2] == (L, M) and K in config.outputs else {}
-    for run, beta in {SHAPES: STRENGTH, **lazy}.items():
-        flow = Flow(replace(net, strength=beta), x, y, starts(net, seed, *shape, count=DRAWS), 3e-3).run()
+    L, M, K = shape
+    net = ResidualNet.scaled(INPUTS, L, M, K, STRENGTH)
+    only_K_differs = BASE[:2] == (L, M) and K in config.outputs
+    strengths = {SHAPES: STRENGTH}
+    if only_K_differs:
+        strengths[LAZY] = STRENGTH * (K / min(config.outputs)) ** 0.5
+    for name, beta in strengths.items():
+        start = starts(net, seed, *shape, count=DRAWS)
+        flow = ParticleFlow(replace(net, strength=beta), x, y, start, fraction=LEARNT).run()
         log.append(run=EVERY, seed=seed, **flow.evidence)
-        row = {"K": K, "distance": float(flow.movement(raw=True)[1].mean()) if flow.arrived else np.nan}
-        log.append(run=run, seed=seed, L=L, M=M, **(_shown(seed, config, **row) if lazy else row))
+        distance = float(flow.movement(raw=True)[1].mean()) if flow.arrived else np.nan
+        units = K if only_K_differs else None  # of those that are drawn
+        log.append(run=name, seed=seed, L=L, M=M, K=K, distance=distance, units=units)
 
 
 def _gap(log: RunLog, progress: Progress, count: int, seed: int, config: Config) -> None:
-    """Test loss minus training loss of one network, at a training loss of 1e-3."""
+    """Measure test loss minus training loss of one network, at a training loss of 1e-3."""
     log.resume()
     x, y = examples(count, INPUTS, (seed, count))
-    net = ResidualNet.scaled(INPUTS, *BASE[:2], 128, 2 * STRENGTH)
-    flow = Flow(net, x, y, starts(net, seed, 1), 2e-3 / float(y.square().mean())).run()
+    net = ResidualNet.scaled(INPUTS, *BASE[:2], units=128, strength=2 * STRENGTH)
+    flow = ParticleFlow(net, x, y, starts(net, seed, 1), fraction=2e-3 / float(y.square().mean())).run()
     log.append(run=EVERY, seed=seed, **flow.evidence)
     unseen = net.evaluate(flow.weights, *examples(TESTS, INPUTS, (seed, TESTS, 1))).losses
     gap = float(unseen - flow.losses) if flow.arrived else np.nan
-    log.append(run=GAPS, seed=seed, **_shown(seed, config, n=count, gap=gap))
-    for n in config.sizes if count == min(config.sizes) else ():
-        log.append(run="∝ n^-½", seed=seed, **_shown(seed, config, n=n, gap=gap * (n / count) ** -0.5))
+    log.append(run=GAPS, seed=seed, n=count, gap=gap)
+    if count == min(config.sizes):
+        for n in config.sizes:
+            log.append(run="∝ n^-½", seed=seed, n=n, gap=gap * (n / count) ** -0.5)
 
 
 def _stretch(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
-    """Spectral norms of ``∂z_L/∂x`` at the start, the median over inputs, under three divisors of a block."""
+    """Measure spectral norms of ``∂z_L/∂x`` at the start, the median over inputs, under three divisors of a block."""
     log.resume()
     x, _ = examples(TESTS // 20, INPUTS, (seed, TESTS, 2))
+    _, M, K = BASE
     for L in (4, 16, 64):
-        for run, share in (("scaled", 1 / (L * BASE[1])), ("1/M", 1 / BASE[1]), ("1/√M", BASE[1] ** -0.5)):
-            net = ResidualNet(INPUTS, L, *BASE[1:], 1.0, share)
+        for name, scale in (("scaled", 1 / (L * M)), ("1/M", 1 / M), ("1/√M", M**-0.5)):
+            net = ResidualNet(INPUTS, L, M, K, strength=1.0, block_scale=scale)
             lipschitz, gap = stretching(net, starts(net, seed, 2, L)[0], x)
-            log.append(run=run, seed=seed, L=L, lipschitz=lipschitz, gap=gap)
+            log.append(run=name, seed=seed, L=L, lipschitz=lipschitz, gap=gap)
 
 
-claim, CONTROL = claiming(PART), "negative control"
+LARGE = run(STRENGTHS).where("beta", lambda beta: beta >= 4)
 
+CLAIMS = under(
+    PART,
+    Claim(
+        "The kernel by autograd is the formula's, after training (greatest relative difference)",
+        run(STRENGTHS)["kernel_gap"].max(),
+        at_most(1e-10),
+        "identity",
+    ),
+    Claim(
+        "The divergence of the velocity is the trace of its Jacobian by autograd (greatest, relative)",
+        run(STRENGTHS)["divergence_gap"].max(),
+        at_most(1e-10),
+        "identity",
+    ),
+    Claim(
+        "β = 4: KL by volumes, determinants of the steps in place of divergences (over KL)",
+        run(STRENGTHS)["by_volume"].max(),
+        within(0.95, 1.05),
+        "identity",
+        deciding=False,
+    ),
+    Claim(
+        "The Jacobian of the blocks in the input, by autograd and by formula (greatest relative difference)",
+        run("scaled")["gap"].max(),
+        at_most(1e-10),
+        "identity",
+    ),
+    Claim(
+        "Every run learns, to 3e-3 of the first loss or to a loss of 1e-3 (share of runs)",
+        run(EVERY)["arrived"].mean(),
+        at_least(1),
+        "inequality",
+    ),
+    Claim(
+        "The loss stays below exp(-λ_min(G_0) t/n) in every run (greatest loss over bound)",
+        run(EVERY)["over_bound"].max(),
+        at_most(1),
+        "inequality",
+    ),
+    Claim(
+        "λ_min of the kernel never falls by half (least over its start, in any run)",
+        run(EVERY)["kept"].min(),
+        at_least(0.5),
+        "inequality",
+    ),
+    Claim(
+        "KL of output units from their start, computed, is positive (the least)",
+        run(STRENGTHS)["KL"].min(),
+        at_least(1e-9),
+        "inequality",
+    ),
+    *(
+        Claim(
+            f"{what} falls as β⁻² (exponent from β = 4)",
+            LARGE.reduce(exponent, "beta", column),
+            within(-2.3, -1.7),
+            "scaling",
+            deciding=column == "KL",
+        )
+        for what, column in (("KL", "KL"), ("Mean square distance", "MSD"), ("Time", "time"))
+    ),
+    Claim(
+        "Distances do not depend on depth, width or number of output units (greatest over least mean square)",
+        run(SHAPES)["distance"].max() / run(SHAPES)["distance"].min(),
+        at_most(1.5),
+        "comparison",
+    ),
+    Claim(
+        "Lazy, β ∝ √K: the more units, the less they move (exponent of the mean square distance in K)",
+        run(LAZY).reduce(exponent, "K", "distance"),
+        within(-1.4, -0.7),
+        CONTROL,
+    ),
+    Claim(
+        "The gap between test and training loss falls at least as fast as n^-½ (exponent in n)",
+        run(GAPS).reduce(exponent, "n", "gap"),
+        at_most(-0.5),
+        "scaling",
+    ),
+    Claim(
+        "Deep networks stretch inputs no more than shallow ones (Lipschitz constants, L = 64 over L = 4)",
+        run("scaled").at(L=64)["lipschitz"] / run("scaled").at(L=4)["lipschitz"],
+        at_most(1.2),
+        "comparison",
+    ),
+    Claim(
+        "Blocks divided by √M alone: deep networks do (Lipschitz constants, L = 64 over L = 4)",
+        run("1/√M").at(L=64)["lipschitz"] / run("1/√M").at(L=4)["lipschitz"],
+        at_least(10),
+        CONTROL,
+    ),
+)
 
-def _claims() -> Iterator[Claim]:
-    def exponent(run: str, x: str, y: str, least: float = 0.0) -> Observer:
-        return by_seed(run, lambda a, b: power(a[a >= least], b[a >= least]).slope, x, y)
-
-    sentence = "The kernel by autograd is the formula's, after training (greatest relative difference)"
-    yield claim(sentence, by_seed(STRENGTHS, max, "kernel_gap"), at_most(1e-10), "identity", STRENGTHS)
-    sentence = "The divergence of the velocity is the trace of its Jacobian by autograd (greatest, relative)"
-    yield claim(sentence, by_seed(STRENGTHS, max, "divergence_gap"), at_most(1e-10), "identity", STRENGTHS)
-    sentence = "β = 4: KL by volumes, determinants of the steps in place of divergences (over KL)"
-    yield claim(sentence, by_seed(STRENGTHS, max, "by_volume"), within(0.95, 1.05), "identity", STRENGTHS, aside=True)
-    sentence = "The Jacobian of the blocks in the input, by autograd and by formula (greatest relative difference)"
-    yield claim(sentence, by_seed("scaled", max, "gap"), at_most(1e-10), "identity", "scaled")
-    sentence = "Every run learns, to 3e-3 of the first loss or to a loss of 1e-3 (share of runs)"
-    yield claim(sentence, by_seed(EVERY, np.mean, "arrived"), at_least(1), "inequality", EVERY)
-    sentence = "The loss stays below exp(-λ_min(G_0) t/n) in every run (greatest loss over bound)"
-    yield claim(sentence, by_seed(EVERY, max, "over_bound"), at_most(1), "inequality", EVERY)
-    sentence = "λ_min of the kernel never falls by half (least over its start, in any run)"
-    yield claim(sentence, by_seed(EVERY, min, "kept"), at_least(0.5), "inequality", EVERY)
-    sentence = "KL of output units from their start, computed, is positive (the least)"
-    yield claim(sentence, by_seed(STRENGTHS, min, "KL"), at_least(1e-9), "inequality", STRENGTHS)
-    for y, what, decides in (("KL", "KL", True), ("MSD", "Mean square distance", False), ("time", "Time", False)):
-        sentence, slope = f"{what} falls as β⁻² (exponent from β = 4)", exponent(STRENGTHS, "beta", y, 4)
-        yield claim(sentence, slope, within(-2.3, -1.7), "scaling", STRENGTHS, aside=not decides)
-    sentence = "Distances do not depend on depth, width or number of output units (greatest over least mean square)"
-    spread = by_seed(SHAPES, lambda v: v.max() / v.min(), "distance")
-    yield claim(sentence, spread, at_most(1.5), "comparison", SHAPES)
-    sentence = "Lazy, β ∝ √K: the more units, the less they move (exponent of the mean square distance in K)"
-    yield claim(sentence, exponent(LAZY, "K", "distance"), within(-1.4, -0.7), CONTROL, LAZY)
-    sentence = "The gap between test and training loss falls at least as fast as n^-½ (exponent in n)"
-    yield claim(sentence, exponent(GAPS, "n", "gap"), at_most(-0.5), "scaling", GAPS)
-    for run, what, criterion, kind in (
-        ("scaled", "Deep networks stretch inputs no more than shallow ones", at_most(1.2), "comparison"),
-        ("1/√M", "Blocks divided by √M alone: deep networks do", at_least(10), CONTROL),
-    ):
-        deeper = by_seed(run, lambda L, v: v[L.argmax()] / v[L.argmin()], "L", "lipschitz")
-        yield claim(f"{what} (Lipschitz constants, L = 64 over L = 4)", deeper, criterion, kind, run)
-
-
-CLAIMS = tuple(_claims())
-LABELS = {"t": "flow time in units of n/λ_min(G_0)", "loss": "loss over its start", "kernel": "λ_min(G_t)/λ_min(G_0)"}
-LABELS |= {"shown_beta": "β", "shown_KL": "KL divergence, and mean square distance in deviations"}
-LABELS |= {"shown_K": "output units K", "shown_distance": "mean square distance of an output unit"}
-LABELS |= {"shown_n": "examples n", "shown_gap": "test loss minus training loss"}
-
-CAPTIONS = {
-    "loss": "What is learnt lies mostly along eigenvalues larger than the least, which makes the bound.",
-    "kernel": "It grows where units move, and hardly changes under large β.",
-    "movement": "Between the laws after and before training, computed along the paths of the units.",
-    "units": "A unit moves as far whatever their number; in the lazy regime, β ∝ √K, it stands still in the limit.",
-    "gap": "It falls faster than the bound, which is one-sided.",
+LABELS = {
+    "t": "flow time in units of n/λ_min(G_0)",
+    "loss": "loss over its start",
+    "kernel": "λ_min(G_t)/λ_min(G_0)",
+    "beta": "β",
+    "KL": "KL divergence, and mean square distance in deviations",
+    "units": "output units K",
+    "distance": "mean square distance of an output unit",
+    "n": "examples n",
+    "gap": "test loss minus training loss",
 }
-CURVES, BESIDE = ("β = 2", "β = 4", "β = 16", "β = 64"), (("shown_MSD", "mean square distance"),)
-chart = charting(PART, LABELS, CAPTIONS)
+CURVES = ("β = 2", "β = 4", "β = 16", "β = 64")
+OLD_COLUMNS = {"shown_K": "units"}
 
-CHARTS = (
-    chart("loss", "Loss and the bound of the kernel", "t", "loss", (*CURVES, "bound"), log="y"),
-    chart("kernel", "The least eigenvalue of the kernel", "t", "kernel", CURVES, lines=((0.5, "half"),)),
-    chart("movement", "Movement of output units", "shown_beta", "shown_KL", (STRENGTHS, "∝ β⁻²"), "xy", beside=BESIDE),
-    chart("units", "Distance against the number of output units", "shown_K", "shown_distance", (SHAPES, LAZY), "xy"),
-    chart("gap", "Generalization gap", "shown_n", "shown_gap", (GAPS, "∝ n^-½"), "xy"),
+CHARTS = labelled(
+    LABELS,
+    *under(
+        PART,
+        Chart(
+            "loss",
+            "Loss and the bound of the kernel",
+            x="t",
+            y="loss",
+            runs=(*CURVES, "bound"),
+            log_y=True,
+            caption="What is learnt lies mostly along eigenvalues larger than the least, which makes the bound.",
+        ),
+        Chart(
+            "kernel",
+            "The least eigenvalue of the kernel",
+            x="t",
+            y="kernel",
+            runs=CURVES,
+            lines=((0.5, "half"),),
+            caption="It grows where units move, and hardly changes under large β.",
+        ),
+        Chart(
+            "movement",
+            "Movement of output units",
+            x="beta",
+            y="KL",
+            runs=(STRENGTHS, "∝ β⁻²"),
+            repeats="first",
+            log_x=True,
+            log_y=True,
+            beside=(("MSD", "mean square distance"),),
+            caption="Between the laws after and before training, computed along the paths of the units.",
+        ),
+        Chart(
+            "units",
+            "Distance against the number of output units",
+            x="units",
+            y="distance",
+            runs=(SHAPES, LAZY),
+            repeats="first",
+            log_x=True,
+            log_y=True,
+            caption=(
+                "A unit moves as far whatever their number; in the lazy regime, β ∝ √K, it stands still in the limit."
+            ),
+        ),
+        Chart(
+            "gap",
+            "Generalization gap",
+            x="n",
+            y="gap",
+            runs=(GAPS, "∝ n^-½"),
+            repeats="first",
+            log_x=True,
+            log_y=True,
+            caption="It falls faster than the bound, which is one-sided.",
+        ),
+    ),
 )

@@ -22,112 +22,123 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WIDE = 2.0
+INNER_DEVIATION = 2.0
 """Standard deviation of w and c at the start; that of u, b, a and e is one."""
 
 
-class Units(NamedTuple):
-    """Weights by kind: u, w ``(R, L, M, d)``, b ``(R, L, M)``, a ``(R, K)``, c ``(R, K, d)``, e ``(R, K)``."""
+class UnitWeights(NamedTuple):
+    """The weights of R networks by kind."""
 
-    u: Tensor
-    w: Tensor
-    b: Tensor
-    a: Tensor
-    c: Tensor
-    e: Tensor
+    u: Tensor  # (R, L, M, d)
+    w: Tensor  # (R, L, M, d)
+    b: Tensor  # (R, L, M)
+    a: Tensor  # (R, K)
+    c: Tensor  # (R, K, d)
+    e: Tensor  # (R, K)
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One evaluation of R runs: losses ``(R,)``, gradients ``(R, P)``, mean divergences of the velocities ``(R,)``."""
+class Evaluation:
+    """Losses, gradients and divergences of R runs at one point."""
 
-    losses: Tensor
-    slopes: Tensor  # times the rates: minus the velocities
-    output_divergence: Tensor
-    block_divergence: Tensor
+    losses: Tensor  # (R,)
+    slopes: Tensor  # (R, P): gradients times the rates, which are minus the velocities
+    output_divergence: Tensor  # (R,): of the velocity, the mean over units
+    block_divergence: Tensor  # (R,)
 
 
 @dataclass(frozen=True)
 class ResidualNet:
-    """The shape of a network; β is one number, or one for each run, ``(R, 1)``."""
+    """The shape and the scaling of a residual network."""
 
-    inputs: int
-    depth: int
-    width: int
-    units: int
-    strength: float | Tensor
-    share: float  # s
+    inputs: int  # d
+    depth: int  # L
+    width: int  # M
+    units: int  # K
+    strength: float | Tensor  # β: one number, or one for each run (R, 1)
+    block_scale: float  # s
 
     @classmethod
     def scaled(cls, inputs: int, depth: int, width: int, units: int, strength: float | Tensor) -> "ResidualNet":
-        """With ``s = 1/LM``."""
-        return cls(inputs, depth, width, units, strength, 1 / (depth * width))
+        """Create a network whose blocks are divided by depth times width, ``s = 1/LM``."""
+        return cls(inputs, depth, width, units, strength, block_scale=1 / (depth * width))
 
-    def split(self, W: Tensor) -> Units:
-        """Views of weights ``(R, P)``, or of anything that has one number for each."""
+    def split(self, W: Tensor) -> UnitWeights:
+        """View weights ``(R, P)``, or anything that has one number for each of them, by kind."""
         L, M, K, d = self.depth, self.width, self.units, self.inputs
         u, w, b, a, c, e = W.split([L * M * d, L * M * d, L * M, K, K * d, K], dim=1)
         R = len(W)
-        return Units(u.view(R, L, M, d), w.view(R, L, M, d), b.view(R, L, M), a, c.view(R, K, d), e)
+        return UnitWeights(u.view(R, L, M, d), w.view(R, L, M, d), b.view(R, L, M), a, c.view(R, K, d), e)
 
     def start(self, generator: torch.Generator) -> Tensor:
-        """Weights ``(P,)`` from the laws of the start; output units in pairs (a, c, e), (-a, c, e), so that f = 0."""
+        """Draw weights ``(P,)`` with which the network is the zero function.
+
+        Output units come in pairs (a, c, e), (-a, c, e).
+        """
         L, M, K, d = self.depth, self.width, self.units, self.inputs
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-        u, w, b = normal(L, M, d), WIDE * normal(L, M, d), normal(L, M)
-        a, c, e = normal(K // 2), WIDE * normal(K // 2, d), normal(K // 2)
+        u, w, b = normal(L, M, d), INNER_DEVIATION * normal(L, M, d), normal(L, M)
+        a, c, e = normal(K // 2), INNER_DEVIATION * normal(K // 2, d), normal(K // 2)
         parts = (u, w, b, torch.cat([a, -a]), torch.cat([c, c]), torch.cat([e, e]))
         return torch.cat([part.flatten() for part in parts])
 
     def deviations(self) -> Tensor:
         """Standard deviations of the weights at the start ``(P,)``."""
         L, M, K, d = self.depth, self.width, self.units, self.inputs
-        wide, one = torch.full((L * M * d,), WIDE, dtype=torch.float64), torch.ones(L * M * d, dtype=torch.float64)
-        return torch.cat([one, wide, one[: L * M], one.new_ones(K), one.new_full((K * d,), WIDE), one.new_ones(K)])
+        sizes = [L * M * d, L * M * d, L * M, K, K * d, K]  # of u, w, b, a, c, e
+        values = [1.0, INNER_DEVIATION, 1.0, 1.0, INNER_DEVIATION, 1.0]
+        return torch.tensor(values, dtype=torch.float64).repeat_interleave(torch.tensor(sizes))
 
     def rates(self) -> Tensor:
-        """1/s for weights of blocks, K for those of output units ``(P,)``."""
-        blocks, outputs = self.depth * self.width * (2 * self.inputs + 1), self.units * (self.inputs + 2)
-        return torch.tensor([1 / self.share] * blocks + [float(self.units)] * outputs, dtype=torch.float64)
+        """Learning rates of the weights ``(P,)``: 1/s in blocks, K in output units."""
+        blocks = self.depth * self.width * (2 * self.inputs + 1)
+        outputs = self.units * (self.inputs + 2)
+        return torch.tensor([1 / self.block_scale] * blocks + [float(self.units)] * outputs, dtype=torch.float64)
 
     def features(self, W: Tensor, x: Tensor) -> Tensor:
-        """``z_L(x_i)`` ``(R, n, d)``; x is ``(n, d)`` for all runs, or ``(R, n, d)``."""
-        return self._through(self.split(W), x)[0][-1]
+        """Compute the features after the last block, ``z_L(x_i)`` ``(R, n, d)``.
+
+        Inputs are ``(n, d)``, the same for all runs, or ``(R, n, d)``.
+        """
+        return self._forward(self.split(W), x)[0][-1]
 
     def outputs(self, W: Tensor, x: Tensor) -> Tensor:
-        """``f(x_i)`` ``(R, n)``."""
+        """Compute the outputs of all runs, ``f(x_i)`` ``(R, n)``."""
         units = self.split(W)
-        z = self._through(units, x)[0][-1]
-        return self._read(units, torch.tanh(torch.baddbmm(units.e[:, None], z, units.c.mT)))
+        z = self._forward(units, x)[0][-1]
+        return self._output(units, torch.tanh(torch.baddbmm(units.e[:, None], z, units.c.mT)))
 
-    def _through(self, units: Units, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """z_0 to z_L ``(R, n, d)``, and ``tanh(w·z_{l-1} + b)`` ``(R, n, M)`` for l = 1 to L."""
+    def _forward(self, units: UnitWeights, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Compute features z_0 to z_L ``(R, n, d)``, and ``tanh(w·z_{l-1} + b)`` ``(R, n, M)`` for l = 1 to L."""
         z, hidden = [x.expand(len(units.u), *x.shape[-2:])], list[Tensor]()
         for u, w, b in zip(units.u.unbind(1), units.w.unbind(1), units.b.unbind(1), strict=True):
             hidden.append(torch.tanh(torch.baddbmm(b[:, None], z[-1], w.mT)))
-            z.append(torch.baddbmm(z[-1], hidden[-1], u, alpha=self.share))
+            z.append(torch.baddbmm(z[-1], hidden[-1], u, alpha=self.block_scale))
         return z, hidden
 
-    def _read(self, units: Units, hidden: Tensor) -> Tensor:
+    def _output(self, units: UnitWeights, hidden: Tensor) -> Tensor:
         return (hidden @ units.a[..., None])[..., 0] * (self.strength / self.units)
 
-    def _back(self, units: Units, dh: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """From ``∂/∂z_L`` ``(R, n, d)``: ``∂/∂z_l`` ``(R, L, n, d)`` and ``u_lm·∂/∂z_l`` ``(R, L, n, M)``, l ≥ 1."""
+    def _backward(self, units: UnitWeights, dh: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Propagate a derivative in the last features, ``∂/∂z_L`` ``(R, n, d)``, back through the blocks.
+
+        The result is ``∂/∂z_l`` ``(R, L, n, d)`` and ``u_lm·∂/∂z_l`` ``(R, L, n, M)`` for l ≥ 1.
+        """
         p, along = [last], list[Tensor]()
         for u, w, slope in zip(*(part.unbind(1)[::-1] for part in (units.u, units.w, dh)), strict=True):
             along.append(p[-1] @ u.mT)
-            p.append(torch.baddbmm(p[-1], along[-1] * slope, w, alpha=self.share))
+            p.append(torch.baddbmm(p[-1], along[-1] * slope, w, alpha=self.block_scale))
         return torch.stack(p[-2::-1], 1), torch.stack(along[::-1], 1)
 
-    def evaluate(self, W: Tensor, x: Tensor, y: Tensor) -> Pass:
-        """Losses, minus the velocities, and the mean divergence of the velocity over output and block units."""
+    def evaluate(self, W: Tensor, x: Tensor, y: Tensor) -> Evaluation:
+        """Compute losses, velocities, and the mean divergence of the velocity over output and over block units."""
         units = self.split(W)
-        z, hidden = self._through(units, x)
+        z, hidden = self._forward(units, x)
         t = torch.tanh(torch.baddbmm(units.e[:, None], z[-1], units.c.mT))
-        r = self._read(units, t) - y
+        r = self._output(units, t) - y
         n = y.shape[-1]
         pull = (self.strength / n) * r  # -1 times it is what an output unit sees of an example
         dt = 1 - t.square()
@@ -137,16 +148,19 @@ class ResidualNet:
         output_divergence = 2 * (outer * t * size[..., None]).sum((1, 2)) / self.units  # tanh'' = -2 tanh tanh'
         h, before = torch.stack(hidden, 1), torch.stack(z[:-1], 1)
         dh = 1 - h.square()
-        p, along = self._back(units, dh, outer @ units.c / self.units)
+        p, along = self._backward(units, dh, outer @ units.c / self.units)
         inner = along * dh
         blocks = [h.mT @ p, inner.mT @ before, inner.sum(2)]
         size = before.square().sum(3) + 1
         block_divergence = 2 * (inner * h * size[..., None]).sum((1, 2, 3)) / (self.depth * self.width)
         g = torch.cat([part.flatten(1) for part in (*blocks, *slopes)], 1)
-        return Pass(r.square().sum(1) / (2 * n), g, output_divergence, block_divergence)
+        return Evaluation(r.square().sum(1) / (2 * n), g, output_divergence, block_divergence)
 
     def field(self, W: Tensor, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
-        """``ω̇ = -(β/n) Σ_i r_i (t, a ṫ z_L(x_i), a ṫ)`` of output units ``(J, d + 2)``, in the law of one run."""
+        """Give the velocity of any output units ``(J, d + 2)`` in the law of one run.
+
+        ``ω̇ = -(β/n) Σ_i r_i (t, a ṫ z_L(x_i), a ṫ)``
+        """
         z, n = self.features(W, x)[0], len(y)
         pull = (self.strength / n * (self.outputs(W, x) - y))[0]
 
@@ -159,22 +173,26 @@ class ResidualNet:
         return velocity
 
     def input_jacobian(self, w: Tensor, x: Tensor) -> Tensor:
-        """``∂z_L/∂x = Π_l (I + s Σ_m ṫ_lm u_lm w_lmᵀ)`` ``(n, d, d)`` of one network ``(P,)`` at inputs ``(n, d)``."""
+        """Compute the Jacobian of the blocks of one network ``(P,)`` at inputs ``(n, d)``.
+
+        ``∂z_L/∂x = Π_l (I + s Σ_m ṫ_lm u_lm w_lmᵀ)`` ``(n, d, d)``
+        """
         units = self.split(w[None])
         product = torch.eye(self.inputs, dtype=w.dtype).expand(len(x), -1, -1)
-        _, hidden = self._through(units, x)
+        _, hidden = self._forward(units, x)
         for u, v, h in zip(units.u[0], units.w[0], hidden, strict=True):
             block = torch.einsum("nm,md,me->nde", 1 - h[0].square(), u, v)
-            product = product + self.share * block @ product
+            product = product + self.block_scale * block @ product
         return product
 
     def gram(self, W: Tensor, x: Tensor) -> Tensor:
-        """``G = s Σ_lm [t t' q·q' + (u·q)(u·q') ṫ ṫ' (z·z' + 1)] + (β²/K) Σ_k [t t' + a² ṫ ṫ' (z·z' + 1)]`` [N33].
+        """Compute the kernel of each run in closed form ``(R, n, n)`` [N33].
 
-        ``(R, n, n)``, with ``q = ∂f/∂z_l``, t the tanh of a unit at an input, ṫ its derivative.
+        ``G = s Σ_lm [t t' q·q' + (u·q)(u·q') ṫ ṫ' (z·z' + 1)] + (β²/K) Σ_k [t t' + a² ṫ ṫ' (z·z' + 1)]``,
+        with ``q = ∂f/∂z_l``, t the tanh of a unit at an input, ṫ its derivative.
         """
         units = self.split(W)
-        z, hidden = self._through(units, x)
+        z, hidden = self._forward(units, x)
         t = torch.tanh(torch.baddbmm(units.e[:, None], z[-1], units.c.mT))
         outer = units.a[:, None] * (1 - t.square())
         strength = torch.as_tensor(self.strength, dtype=W.dtype).view(-1, 1, 1)
@@ -182,7 +200,7 @@ class ResidualNet:
         kernel = kernel * strength**2 / self.units
         h, before = torch.stack(hidden, 1), torch.stack(z[:-1], 1)
         dh = 1 - h.square()
-        p, along = self._back(units, dh, outer @ units.c * (strength / self.units))
+        p, along = self._backward(units, dh, outer @ units.c * (strength / self.units))
         inner = along * dh
         blocks = (h @ h.mT) * (p @ p.mT) + (inner @ inner.mT) * (before @ before.mT + 1)
-        return kernel + self.share * blocks.sum(1)
+        return kernel + self.block_scale * blocks.sum(1)
