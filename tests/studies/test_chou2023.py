@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sharpscope.studies._shared.diagonal import Sensing, normalized, plain, shrinkage
+from sharpscope.studies._shared.diagonal import Sensing, normalized_flow, plain_flow, shrinkage
 from sharpscope.studies._shared.ode import Array, flow
 from sharpscope.studies._shared.oracles import basis_pursuit
 from sharpscope.studies.chou2023 import Config
@@ -30,7 +30,7 @@ def gradient(u: Array, depth: int) -> Array:
 @pytest.mark.parametrize("depth", [2, 3])
 def test_the_plain_flow_is_that_of_u(depth: int) -> None:
     u = flow(lambda u: -gradient(u, depth), begin(0.5), 1.0).end
-    assert plain(PROBLEM, begin(0.5), depth, 1.0).x == pytest.approx(u**depth, rel=1e-6)
+    assert plain_flow(PROBLEM, begin(0.5), depth, 1.0).x == pytest.approx(u**depth, rel=1e-6)
 
 
 @pytest.mark.parametrize("depth", [2, 3])
@@ -46,19 +46,19 @@ def test_the_normalized_flow_is_that_of_radius_and_direction(depth: int) -> None
 
     end = flow(field, np.append(r0, begin(0.5) / r0), 1.0).end
     assert np.linalg.norm(end[1:]) == pytest.approx(1, abs=1e-8)
-    found = normalized(PROBLEM, begin(0.5), depth, rate, 1.0)
+    found = normalized_flow(PROBLEM, begin(0.5), depth, rate, 1.0)
     assert found.radius == pytest.approx(end[0], rel=1e-6)
     assert found.x == pytest.approx((end[0] * end[1:]) ** depth, rel=1e-6)
 
 
 @pytest.mark.parametrize(("depth", "radius"), [(2, 0.3), (2, 4.0), (3, 1.0), (3, 4.0)])
 def test_it_ends_where_the_plain_flow_does_from_another_start(depth: int, radius: float) -> None:
-    end = normalized(PROBLEM, begin(radius * SCALE), depth, 0.5, 1e4)
+    end = normalized_flow(PROBLEM, begin(radius * SCALE), depth, 0.5, 1e4)
     kappa = shrinkage(np.sqrt(radius * SCALE), end.radius, 0.5)
-    other = plain(PROBLEM, kappa * begin(radius * SCALE), depth, 1e4)
+    other = plain_flow(PROBLEM, kappa * begin(radius * SCALE), depth, 1e4)
     assert end.settled and other.settled
     assert end.x == pytest.approx(other.x, abs=1e-6)
-    assert end.x != pytest.approx(plain(PROBLEM, begin(radius * SCALE), depth, 1e4).x, abs=1e-3)
+    assert end.x != pytest.approx(plain_flow(PROBLEM, begin(radius * SCALE), depth, 1e4).x, abs=1e-3)
     if depth == 2:
         assert end.moved < 1e-6
         assert end.radius**2 == pytest.approx(end.x.sum())
@@ -75,7 +75,7 @@ def test_the_start_shrinks_on_one_side_of_the_logarithmic_mean() -> None:
 def test_a_slow_radius_helps_from_a_moderate_start_and_a_fast_one_harms_from_a_small_one() -> None:
     def gain(radius: float, rate: float) -> float:
         start = begin(radius * SCALE)
-        ends = normalized(PROBLEM, start, 2, rate * SCALE, 1e4), plain(PROBLEM, start, 2, 1e4)
+        ends = normalized_flow(PROBLEM, start, 2, rate * SCALE, 1e4), plain_flow(PROBLEM, start, 2, 1e4)
         return PROBLEM.error(ends[0].x) / PROBLEM.error(ends[1].x)
 
     assert gain(0.2, 0.1) < 0.2

@@ -141,7 +141,7 @@ def test_minimize_finds_the_minimum_of_a_stretched_bowl_and_of_the_banana() -> N
     first = torch.tensor([-1.2, 1.0], dtype=torch.float64)
     found = minimize(banana.slope, first, below=1e-25)
     assert found.loss <= 1e-25 and found.gradient < 1e-9 and first[0] == -1.2
-    assert minimize(banana.slope, first, evaluations=5).loss > 1e-3
+    assert minimize(banana.slope, first, max_evaluations=5).loss > 1e-3
 
 
 def test_nonsense_is_refused() -> None:

@@ -13,11 +13,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """Times ``(T,)``, states ``(T, P)``, and whether the residual at which to stop was reached."""
+    """The states of a flow at some times."""
 
-    times: Array
-    states: Array
-    settled: bool
+    times: Array  # (T,)
+    states: Array  # (T, P)
+    settled: bool  # the residual at which to stop was reached
 
     @property
     def end(self) -> Array:
@@ -37,7 +37,7 @@ def flow(
     rtol: float = 1e-9,
     atol: float = 1e-14,
 ) -> Curve:
-    """``ẏ = field(y)`` from `start` ``(P,)`` to time `until`, or until ``residual(y) <= small``.
+    """Solve ``ẏ = field(y)`` from `start` ``(P,)`` to time `until`, or until ``residual(y) <= small``.
 
     States are those at the times `at` (sorted, from 0; by default those of the solver), and the one at which the
     residual was reached.  "DOP853" is explicit of order 8; "LSODA" also follows stiff stretches.
@@ -68,7 +68,9 @@ def flow(
 
 
 def descent(field: Callable[[Array], Array], start: Array, rate: float, steps: int) -> Array:
-    """``y ← y + rate·field(y)``: all states ``(steps + 1, P)``; with minus a gradient, gradient descent.
+    """Take explicit Euler steps, ``y ← y + rate·field(y)``; with minus a gradient as field, gradient descent.
+
+    The result is all states ``(steps + 1, P)``.
 
     >>> descent(lambda y: -y, np.array([8.0]), 0.5, 3).ravel().tolist()
     [8.0, 4.0, 2.0, 1.0]

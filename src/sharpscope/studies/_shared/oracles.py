@@ -1,4 +1,4 @@
-"""Convex and constrained problems with known answers, against which implicit biases are held."""
+"""Convex and constrained problems solved by themselves, for comparison with what training finds."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,10 @@ Array = NDArray[np.float64]
 
 
 def basis_pursuit(a: Array, y: Array) -> Array:
-    """``argmin ‖x‖₁`` subject to ``A x = y``, A ``(n, d)``: a linear program in ``x = p - q``, ``p, q ≥ 0``."""
+    """Find the solution of least ℓ₁ norm, ``argmin ‖x‖₁`` subject to ``A x = y``, A ``(n, d)``.
+
+    It is a linear program in ``x = p - q`` with ``p, q ≥ 0``.
+    """
     from scipy.optimize import linprog
 
     d = a.shape[1]
@@ -24,9 +27,10 @@ def basis_pursuit(a: Array, y: Array) -> Array:
 def least_nuclear_norm(
     a: Array, b: Array, shape: tuple[int, int], *, step: float = 0.5, iterations: int = 4000
 ) -> Array:
-    """``argmin ‖M‖_*`` subject to ``⟨A_i, M⟩ = b_i`` by Douglas-Rachford splitting; A ``(n, p·q)``, M ``(p, q)``.
+    """Find the matrix of least nuclear norm, ``argmin ‖M‖_*`` subject to ``⟨A_i, M⟩ = b_i``, A ``(n, p·q)``.
 
-    The shadow sequence: soft thresholding of singular values by `step`, then projection on the affine set.
+    By Douglas-Rachford splitting: soft thresholding of singular values by `step`, then projection on the affine set.
+    The result is the last projection.
     """
     inverse = np.linalg.pinv(a)
     z = inverse @ b
@@ -39,27 +43,26 @@ def least_nuclear_norm(
 
 
 def least_frobenius_norm(a: Array, b: Array, shape: tuple[int, int]) -> Array:
-    """``argmin ‖M‖_F`` subject to ``⟨A_i, M⟩ = b_i``."""
+    """Find the matrix of least Frobenius norm, ``argmin ‖M‖_F`` subject to ``⟨A_i, M⟩ = b_i``, A ``(n, p·q)``."""
     return (np.linalg.pinv(a) @ b).reshape(shape)
 
 
 def within_orthant(value_and_grad: Callable[[Array], tuple[float, Array]], start: Array) -> Array:
-    """The minimizer of a smooth function that keeps the signs of `start` (zero is allowed), by L-BFGS-B from there."""
+    """Minimize a smooth function by L-BFGS-B from `start`, keeping its signs; zero is allowed."""
     from scipy.optimize import minimize
 
     signs = np.sign(start)
 
-    def folded(x: Array) -> tuple[float, Array]:
+    def of_absolute_values(x: Array) -> tuple[float, Array]:
         value, g = value_and_grad(signs * x)
         return value, signs * g
 
-    bounds = [(0, None)] * len(start)
     found = minimize(
-        folded,
+        of_absolute_values,
         np.abs(start),
         jac=True,
         method="L-BFGS-B",
-        bounds=bounds,
+        bounds=[(0, None)] * len(start),
         options={"maxiter": 100000, "maxfun": 100000, "ftol": 1e-15, "gtol": 1e-10},
     )
     return signs * found.x

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...autodiff.batched import BatchedRuns, Slope
-from .._shared.minimize import Minimum, minimize
+from .._shared.minimize import LocalMinimum, minimize
 from .._shared.oracles import least_frobenius_norm, least_nuclear_norm
 
 Array = NDArray[np.float64]
@@ -147,12 +147,12 @@ def balanced(m: Array, depth: int) -> Tensor:
     return torch.from_numpy(np.concatenate([w.ravel() for w in layers]))
 
 
-def plain(p: Measured, w: Tensor) -> Minimum:
+def plain(p: Measured, w: Tensor) -> LocalMinimum:
     """A zero of the loss by L-BFGS, from w ``(L·d·d,)``."""
     return minimize(BatchedRuns(p.losses).recorded(w[None]), w, below=1e-24)
 
 
-def flat(p: Measured, w: Tensor, penalties: Sequence[float]) -> list[Minimum]:
+def flat(p: Measured, w: Tensor, penalties: Sequence[float]) -> list[LocalMinimum]:
     """``argmin loss + λ tr ∇²`` for each penalty λ, from where the last one ended."""
     found = []
     for penalty in penalties:
@@ -168,8 +168,8 @@ class Solved:
 
     p: Measured
     start: Tensor
-    plain: Minimum
-    path: Sequence[Minimum]
+    plain: LocalMinimum
+    path: Sequence[LocalMinimum]
     convex: Array  # of least nuclear norm
     square: Array  # of least Frobenius norm
 
