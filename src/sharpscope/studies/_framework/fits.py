@@ -46,12 +46,13 @@ def power(x: ArrayLike, y: ArrayLike) -> Line:
     return line(np.log(np.asarray(x, float)), np.log(np.asarray(y, float)))
 
 
-def exponent(x: ArrayLike, y: ArrayLike) -> float:
-    """Fit the exponent of a power law.
+def slope(x: ArrayLike, y: ArrayLike) -> float:
+    """Slope of the line that fits y over x best."""
+    return line(x, y).slope
 
-    >>> round(exponent([1, 2, 4], [3, 12, 48]), 12)
-    2.0
-    """
+
+def exponent(x: ArrayLike, y: ArrayLike) -> float:
+    """Exponent of the power of x that fits y best."""
     return power(x, y).slope
 
 
