@@ -13,32 +13,34 @@ Rows v_k = αw_k and lengths g_k = ‖w_k‖ at the start, w_k ~ N(0, I), r the 
     ‖v_k‖² ← ‖v_k‖² + lr²‖∇_{v_k}‖²                                   at every step
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...autodiff.batched import gram
 from ...records.run_log import RunLog
-from .._framework.claiming import charting, claiming
-from .._framework.claims import WIDER, Claim, at_least, at_most, within
+from ...report.charts import Chart
+from .._framework.claims import CONTROL, WIDER, Claim, at_least, at_most, labelled, under, within
 from .._framework.config import demand_positive
-from .._framework.fits import power
-from .._framework.observe_old import Observer, by_seed, over
+from .._framework.fits import exponent
+from .._framework.observe import Quantity, run
 from .._framework.study import Job, Progress
-from .weightnorm import MOST, ReluNet, apart
+from .weightnorm import MAX_STEPS, ReluNet, relative_difference
 
 PAPER = (
     "Dukler, Gu & Montúfar, Optimization Theory for ReLU Neural Networks Trained with Normalization Layers"
     " (arXiv 2006.06878)"
 )
-PART, WN, PLAIN = "Convergence and step sizes", "normalized", "unnormalized"
-TRIED, SHOWN = (0.5, 1.0, 4.0), (0.25, 1.0, 4.0)  # α of step sizes and drift, and of the curves
+PART = "Convergence and step sizes"
+NORMALIZED, UNNORMALIZED, SMALL = "normalized", "unnormalized", "small α"
+TRIED = (0.5, 1.0, 4.0)  # α of step sizes and drift
+SHOWN = (0.25, 1.0, 4.0)  # α of the curves
+LEARNT = 1e-4  # of the first loss
 
 
 @dataclass(frozen=True)
 class Config:
-    """What turns; the defaults are the full study."""
+    """The settings of the study; the defaults are its full size."""
 
     seed: int = 0
     repeats: int = 3
@@ -58,146 +60,239 @@ QUICK = Config(repeats=1, widths=(125, 250, 500, 1000))
 def jobs(config: Config) -> list[Job]:
     found = []
     for seed in range(config.seed, config.seed + config.repeats):
-        own, end = {"seed": seed, "config": config}, f", seed {seed}"
-        found += [Job(f"convergence{end}", _converge, own, 0.5), Job(f"time{end}", _time, own, 2.0)]
-        found += [Job(f"drift at m = {m}{end}", _drift, {"width": m, **own}, m / 1500) for m in config.widths]
-        found += [Job(f"steps, {_named(a)}{end}", _steps, {"scale": a, **own}, 0.3) for a in (None, *TRIED)]
+        common, ending = {"seed": seed, "config": config}, f", seed {seed}"
+        found.append(Job(f"convergence{ending}", _converge, common, cost=0.5))
+        found.append(Job(f"time{ending}", _time, common, cost=2.0))
+        for m in config.widths:
+            found.append(Job(f"drift at m = {m}{ending}", _drift, {"width": m, **common}, cost=m / 1500))
+        for scale in (None, *TRIED):
+            found.append(Job(f"steps, {named(scale)}{ending}", _steps, {"scale": scale, **common}, cost=0.3))
     return found
 
 
+def named(scale: float | None) -> str:
+    """The name of the runs with this α."""
+    return f"α = {scale:g}" if scale else UNNORMALIZED
+
+
 def _converge(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
-    """Every α, and no normalization, at 1/λ_max: kernels, the bound, and steps to 1e-4 of the first loss."""
+    """Descend at 1/λ_max for every α and without normalization, and compare kernels and the bound."""
     log.resume()
     plain = ReluNet.draw(config.width, (seed,), None)
     unnormalized = gram(plain.outputs, plain.start[None])[0]
     for done, scale in enumerate((None, *config.scales)):
         net = ReluNet.draw(config.width, (seed,), scale)
-        (low, high), (V, G) = net.ends(net.start), net.parts(net.start)
-        loss, end = net.followed(1 / high, 1e-4)
+        low, high = net.kernel_range(net.start)
+        V, G = net.kernel_parts(net.start)
+        loss, end = net.descent(1 / high, LEARNT)
         time = np.arange(len(loss)) / high
         bound = np.exp(-low * time)
-        row = {"steps": float(len(loss) - 1), "kept": net.ends(end)[0] / low}
-        row |= {"over_bound": float((loss / bound)[1:].max()), "sum": apart(V + G, unnormalized)}
-        row["autograd"] = max(apart(net.kernel(w), gram(net.outputs, w[None])[0]) for w in (net.start, end))
-        log.append(run=WN if scale else PLAIN, seed=seed, scale=scale, **row)
-        for t, value, most in zip(time[1:], loss[1:], bound[1:], strict=True):
-            if seed == config.seed and scale in SHOWN:
-                log.append(run=_named(scale), time=float(t), loss=float(value))
-                log.append(run=f"{_named(scale)}, bound", time=float(t), loss=float(most))
+        kernels = [(net.kernel(w), gram(net.outputs, w[None])[0]) for w in (net.start, end)]
+        log.append(
+            run=NORMALIZED if scale else UNNORMALIZED,
+            seed=seed,
+            scale=scale,
+            steps=float(len(loss) - 1),
+            kept=net.kernel_range(end)[0] / low,
+            over_bound=float((loss / bound)[1:].max()),
+            sum=relative_difference(V + G, unnormalized),
+            autograd=max(relative_difference(formula, exact) for formula, exact in kernels),
+        )
+        if seed == config.seed and scale in SHOWN:
+            for t, value, limit in zip(time[1:], loss[1:], bound[1:], strict=True):
+                log.append(run=named(scale), time=float(t), loss=float(value))
+                log.append(run=f"{named(scale)}, bound", time=float(t), loss=float(limit))
         progress((done + 1) / (len(config.scales) + 1))
 
 
 def _time(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
-    """Steps times step size to 1e-4 of the first loss, with steps a fifth as long; larger α beside the small."""
+    """Measure steps times step size until the loss has fallen, with steps a fifth as long."""
     log.resume()
     times, scales = list[float](), sorted({*config.small, *config.scales})
     for scale in scales:
         net = ReluNet.draw(config.width, (seed,), scale)
-        rate = 0.2 / net.ends(net.start)[1]
-        (end,) = net.swept([rate], 1e-4)
+        rate = 0.2 / net.kernel_range(net.start)[1]
+        (end,) = net.descents([rate], LEARNT)
         times.append(end.steps * rate if end.converged else np.nan)
         law = times[0] * (scale / scales[0]) ** 2
-        for run, time in (("small α" if scale in config.small else "larger α", times[-1]), ("∝ α²", law)):
-            log.append(run=run, seed=seed, scale=scale, **_shown(seed, config, time=time))
+        log.append(run=SMALL if scale in config.small else "larger α", seed=seed, scale=scale, time=times[-1])
+        log.append(run="∝ α²", seed=seed, scale=scale, time=law)
         progress(len(times) / len(scales))
 
 
 def _drift(log: RunLog, progress: Progress, width: int, seed: int, config: Config) -> None:
-    """``‖Λ_end - Λ_0‖₂ / λ_max(Λ_0)`` at 1e-3 of the first loss, the mean of several networks."""
+    """Measure how far the kernel has moved at 1e-3 of the first loss, the mean of several networks."""
     log.resume()
     for scale in TRIED:
-        drift = float(np.mean([ReluNet.draw(width, (seed, width, i), scale).drift(1e-3) for i in range(3)]))
-        log.append(run=_named(scale), seed=seed, m=width, **_shown(seed, config, drift=drift))
+        nets = [ReluNet.draw(width, (seed, width, i), scale) for i in range(3)]
+        drift = float(np.mean([net.kernel_drift(1e-3) for net in nets]))
+        log.append(run=named(scale), seed=seed, m=width, drift=drift)
 
 
 def _steps(log: RunLog, progress: Progress, scale: float | None, seed: int, config: Config) -> None:
-    """Steps to 1e-4 of the first loss at k·2/λ_max, and how ‖v‖² has grown; at k = 2, the law of its growth."""
+    """Count steps at k·2/λ_max, and measure how ‖v‖² has grown; at k = 2, compare its growth with the law."""
     log.resume()
     net = ReluNet.draw(config.width, (seed,), scale)
-    edge = 2 / net.ends(net.start)[1]
-    for k, end in zip(config.factors, net.swept([k * edge for k in config.factors], 1e-4), strict=True):
-        row = {"needed": end.steps, "growth": end.growth} if end.converged else {"needed": MOST}
-        log.append(run=_named(scale), seed=seed, k=k, converged=float(end.converged), **_shown(seed, config, **row))
+    edge = 2 / net.kernel_range(net.start)[1]
+    ends = net.descents([k * edge for k in config.factors], LEARNT)
+    for k, end in zip(config.factors, ends, strict=True):
+        row = {"needed": end.steps, "growth": end.growth} if end.converged else {"needed": MAX_STEPS}
+        log.append(run=named(scale), seed=seed, k=k, converged=float(end.converged), **row)
     if scale:
-        log.append(run=_named(scale), seed=seed, lengths=net.lengthened(2 * edge, 50))
+        log.append(run=named(scale), seed=seed, lengths=net.length_mismatch(2 * edge, 50))
 
 
-def _shown(seed: int, config: Config, **row: float) -> dict[str, float]:
-    """The row, and of the first repeat what charts show of it."""
-    return row | {f"shown_{name}": value for name, value in row.items() if seed == config.seed}
+def longest_step(name: str) -> Quantity:
+    """The largest k with which a run converges."""
+    return run(name).where("converged", lambda converged: converged == 1)["k"].max()
 
 
-def _named(scale: float | None) -> str:
-    return f"α = {scale:g}" if scale else PLAIN
+HALF, ONE, FOUR = map(named, TRIED)
+STEPS_WITHOUT = run(UNNORMALIZED)["steps"].last()
 
-
-def _reach(run: str) -> Observer:
-    """The largest k with which a run converges, over that without normalization."""
-    return over(*(by_seed(name, lambda k, good: k[good == 1].max(), "k", "converged") for name in (run, PLAIN)))
-
-
-HALF, ONE, FOUR = map(_named, TRIED)
-claim, CONTROL = claiming(PART), "negative control"
-
-
-def _claims() -> Iterator[Claim]:
-    sentence = "V + G at the start is the kernel of the unnormalized network (greatest relative difference)"
-    yield claim(sentence, by_seed(WN, max, "sum"), at_most(1e-10), "identity", WN)
-    sentence = "The kernel by autograd is V/α² + G, at the start and the end (greatest relative difference)"
-    yield claim(sentence, by_seed(WN, max, "autograd"), at_most(1e-10), "identity", WN)
-    sentence = "Every step, also at k = 2, adds lr²‖∇‖² to ‖v‖² (greatest relative difference)"
-    yield claim(sentence, by_seed(HALF, max, "lengths"), at_most(1e-10), "identity", HALF)
-    sentence = "The loss stays below exp(-λ_min(Λ_0) t) for every α (greatest loss over bound)"
-    yield claim(sentence, by_seed(WN, max, "over_bound"), at_most(1), "inequality", WN)
-    sentence = "λ_min of the kernel does not fall by half (end over start, the least of all α)"
-    yield claim(sentence, by_seed(WN, min, "kept"), at_least(0.5), "inequality", WN)
-    sentence = "Small α: the time to converge is that of V/α² (exponent of the time in α)"
-    exponent = by_seed("small α", lambda scale, time: power(scale, time).slope, "scale", "time")
-    yield claim(sentence, exponent, within(1.8, 2.2), "scaling", "small α")
-    for run in (HALF, ONE, FOUR):
-        sentence = f"{run}: the wider the network, the less its kernel moves (exponent in the width)"
-        exponent = by_seed(run, lambda m, drift: power(m, drift).slope, "m", "drift")
-        yield claim(sentence, exponent, at_most(-0.4), "scaling", run)
-    sentence = "α = 0.5 stands longer steps (longest that converges, over that without normalization)"
-    yield claim(sentence, _reach(HALF), at_least(4), "comparison", HALF, PLAIN)
-    sentence = "α = 4 does not (longest step that converges, over that without normalization)"
-    yield claim(sentence, _reach(FOUR), at_most(3.99), CONTROL, FOUR, PLAIN)
-    sentence = "α = 4 needs more steps of 1/λ_max (over those without normalization)"
-    needed, plain = by_seed(WN, lambda scale, v: v[scale == 4][0], "scale", "steps"), by_seed(PLAIN, max, "steps")
-    yield claim(sentence, over(needed, plain), at_least(1.001), CONTROL, WN, PLAIN)
-    sentence = "Normalization needs fewer steps of 1/λ_max at the best α (over those without)"
-    yield claim(sentence, over(by_seed(WN, min, "steps"), plain), at_most(0.8), WIDER, WN, PLAIN)
-
-
-CLAIMS = tuple(_claims())
+CLAIMS = under(
+    PART,
+    Claim(
+        "V + G at the start is the kernel of the unnormalized network (greatest relative difference)",
+        run(NORMALIZED)["sum"].max(),
+        at_most(1e-10),
+        "identity",
+    ),
+    Claim(
+        "The kernel by autograd is V/α² + G, at the start and the end (greatest relative difference)",
+        run(NORMALIZED)["autograd"].max(),
+        at_most(1e-10),
+        "identity",
+    ),
+    Claim(
+        "Every step, also at k = 2, adds lr²‖∇‖² to ‖v‖² (greatest relative difference)",
+        run(HALF)["lengths"].last(),
+        at_most(1e-10),
+        "identity",
+    ),
+    Claim(
+        "The loss stays below exp(-λ_min(Λ_0) t) for every α (greatest loss over bound)",
+        run(NORMALIZED)["over_bound"].max(),
+        at_most(1),
+        "inequality",
+    ),
+    Claim(
+        "λ_min of the kernel does not fall by half (end over start, the least of all α)",
+        run(NORMALIZED)["kept"].min(),
+        at_least(0.5),
+        "inequality",
+    ),
+    Claim(
+        "Small α: the time to converge is that of V/α² (exponent of the time in α)",
+        run(SMALL).reduce(exponent, "scale", "time"),
+        within(1.8, 2.2),
+        "scaling",
+    ),
+    *(
+        Claim(
+            f"{name}: the wider the network, the less its kernel moves (exponent in the width)",
+            run(name).reduce(exponent, "m", "drift"),
+            at_most(-0.4),
+            "scaling",
+        )
+        for name in (HALF, ONE, FOUR)
+    ),
+    Claim(
+        "α = 0.5 stands longer steps (longest that converges, over that without normalization)",
+        longest_step(HALF) / longest_step(UNNORMALIZED),
+        at_least(4),
+        "comparison",
+    ),
+    Claim(
+        "α = 4 does not (longest step that converges, over that without normalization)",
+        longest_step(FOUR) / longest_step(UNNORMALIZED),
+        at_most(3.99),
+        CONTROL,
+    ),
+    Claim(
+        "α = 4 needs more steps of 1/λ_max (over those without normalization)",
+        run(NORMALIZED).at(scale=4)["steps"] / STEPS_WITHOUT,
+        at_least(1.001),
+        CONTROL,
+    ),
+    Claim(
+        "Normalization needs fewer steps of 1/λ_max at the best α (over those without)",
+        run(NORMALIZED)["steps"].min() / STEPS_WITHOUT,
+        at_most(0.8),
+        WIDER,
+    ),
+)
 
 LABELS = {
     "time": "flow time, steps × step size",
     "loss": "loss over its start",
     "scale": "α",
-    "shown_time": "flow time to 1e-4 of the first loss",
     "k": "k, steps of k · 2/λ_max",
-    "shown_needed": "steps to 1e-4 of the first loss",
-    "shown_growth": "‖v‖² at the end over the start",
+    "needed": "steps to 1e-4 of the first loss",
+    "growth": "‖v‖² at the end over the start",
     "m": "width m",
-    "shown_drift": "‖Λ_end - Λ_0‖ over λ_max(Λ_0)",
+    "drift": "‖Λ_end - Λ_0‖ over λ_max(Λ_0)",
 }
 
-CAPTIONS = {
-    "loss": "No network is slower than its bound, half the rate of its first kernel.  Steps of 1/λ_max.",
-    "time": "Up to α = 1 the time grows with α²; beyond, G takes over, which does not depend on α.",
-    "steps": "Beyond k = 1 a quadratic diverges.  Too long a step lengthens v and so shortens the next.",
-    "growth": "Of the runs that converge.  Without normalization v is w.",
-    "drift": "At 1e-3 of the first loss, the mean of six networks.",
-}
-CURVES = tuple(f"{_named(scale)}{what}" for scale in SHOWN for what in ("", ", bound"))
-RUNS, GIVEN_UP = (PLAIN, HALF, ONE, FOUR), ((MOST, "did not converge"),)
-chart = charting(PART, LABELS, CAPTIONS)
-
-CHARTS = (
-    chart("loss", "Loss and the bound of its kernel", "time", "loss", CURVES, log="xy"),
-    chart("time", "Time to converge", "scale", "shown_time", ("∝ α²", "small α", "larger α"), log="xy"),
-    chart("steps", "Steps to converge", "k", "shown_needed", RUNS, log="xy", lines=GIVEN_UP),
-    chart("growth", "How much ‖v‖² has grown", "k", "shown_growth", RUNS, log="xy"),
-    chart("drift", "Movement of the kernel", "m", "shown_drift", (HALF, ONE, FOUR), log="xy"),
+CHARTS = labelled(
+    LABELS,
+    *under(
+        PART,
+        Chart(
+            "loss",
+            "Loss and the bound of its kernel",
+            x="time",
+            y="loss",
+            runs=tuple(f"{named(scale)}{what}" for scale in SHOWN for what in ("", ", bound")),
+            log_x=True,
+            log_y=True,
+            caption="No network is slower than its bound, half the rate of its first kernel.  Steps of 1/λ_max.",
+        ),
+        Chart(
+            "time",
+            "Time to converge",
+            x="scale",
+            y="time",
+            y_label="flow time to 1e-4 of the first loss",
+            runs=("∝ α²", SMALL, "larger α"),
+            repeats="first",
+            log_x=True,
+            log_y=True,
+            caption="Up to α = 1 the time grows with α²; beyond, G takes over, which does not depend on α.",
+        ),
+        Chart(
+            "steps",
+            "Steps to converge",
+            x="k",
+            y="needed",
+            runs=(UNNORMALIZED, HALF, ONE, FOUR),
+            repeats="first",
+            log_x=True,
+            log_y=True,
+            lines=((MAX_STEPS, "did not converge"),),
+            caption="Beyond k = 1 a quadratic diverges.  Too long a step lengthens v and so shortens the next.",
+        ),
+        Chart(
+            "growth",
+            "How much ‖v‖² has grown",
+            x="k",
+            y="growth",
+            runs=(UNNORMALIZED, HALF, ONE, FOUR),
+            repeats="first",
+            log_x=True,
+            log_y=True,
+            caption="Of the runs that converge.  Without normalization v is w.",
+        ),
+        Chart(
+            "drift",
+            "Movement of the kernel",
+            x="m",
+            y="drift",
+            runs=(HALF, ONE, FOUR),
+            repeats="first",
+            log_x=True,
+            log_y=True,
+            caption="At 1e-3 of the first loss, the mean of three networks.",
+        ),
+    ),
 )

@@ -26,59 +26,59 @@ from ...optimizers.gd import GD
 
 Array = NDArray[np.float64]
 
-GROWTH = 1e4
+MAX_GROWTH = 1e4
 """Growth of ‖v‖² from which a run does not count as converged: its steps have become too short to mean anything."""
 
-MOST = 5000
+MAX_STEPS = 5000
 """Steps after which a run is given up."""
 
 
 @dataclass(frozen=True)
-class End:
-    """Where a run ended: weights ``(P,)``, its steps, growth of ‖v‖², and whether it converged, ‖v‖² below `GROWTH`."""
+class DescentEnd:
+    """The end of a descent, and how it was reached."""
 
-    weights: Tensor
+    weights: Tensor  # (P,)
     steps: int
-    growth: float
-    converged: bool
+    growth: float  # of ‖v‖²
+    converged: bool  # to the loss that was asked for, with a growth below MAX_GROWTH
 
 
 @dataclass(frozen=True)
 class ReluNet:
-    """Inputs x ``(n, d)`` of norm 1, targets y ``(n,)``, signs c ``(m,)``, rows w ``(m, d)``, and α, if normalized."""
+    """A two-layer network with its examples, at its start."""
 
-    x: Tensor
-    y: Tensor
-    signs: Tensor
-    rows: Tensor
-    scale: float | None
+    x: Tensor  # (n, d), of norm 1
+    y: Tensor  # (n,)
+    signs: Tensor  # c (m,)
+    rows: Tensor  # w (m, d)
+    scale: float | None  # α; None: not normalized
 
     @classmethod
     def draw(
         cls, width: int, seed: Sequence[int], scale: float | None, examples: int = 20, inputs: int = 10
     ) -> "ReluNet":
-        """Networks of one seed compute the same function at the start, whatever α."""
+        """Draw a network and examples; those of one seed are the same function at the start, whatever α."""
         rng = np.random.default_rng([111, *seed])
         x, y = rng.standard_normal((examples, inputs)), rng.standard_normal(examples)
         signs, rows = rng.choice([-1.0, 1.0], width), rng.standard_normal((width, inputs))
         x /= np.linalg.norm(x, axis=1, keepdims=True)
-        made = [torch.as_tensor(a) for a in (x, y / np.abs(y).max(), signs, rows)]
-        return cls(made[0], made[1], made[2], made[3], scale)
+        y /= np.abs(y).max()
+        return cls(torch.as_tensor(x), torch.as_tensor(y), torch.as_tensor(signs), torch.as_tensor(rows), scale)
 
     @property
     def start(self) -> Tensor:
-        """``(αw, ‖w‖)`` flat ``(m d + m,)``, or w ``(m d,)``."""
+        """The weights at the start, flat: ``(αw, ‖w‖)`` ``(m d + m,)``, without normalization w ``(m d,)``."""
         if self.scale is None:
             return self.rows.flatten()
         return torch.cat([self.scale * self.rows.flatten(), self.rows.norm(dim=1)])
 
     def split(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        """v ``(R, m, d)`` and g ``(R, m)`` (unnormalized, of no columns) of weights ``(R, P)``."""
+        """Split weights ``(R, P)`` into v ``(R, m, d)`` and g ``(R, m)``, which is empty without normalization."""
         size = self.rows.numel()
         return W[:, :size].reshape(len(W), *self.rows.shape), W[:, size:]
 
     def outputs(self, W: Tensor) -> Tensor:
-        """``f(x_i)`` ``(R, n)``."""
+        """Compute the outputs of all runs, ``f(x_i)`` ``(R, n)``."""
         v, g = self.split(W)
         before = self.x @ v.mT
         if self.scale is not None:
@@ -86,11 +86,14 @@ class ReluNet:
         return before.relu() @ (self.signs / len(self.signs) ** 0.5)
 
     def losses(self, W: Tensor) -> Tensor:
-        """``½‖r‖²`` ``(R,)``."""
+        """Compute the losses of all runs, ``½‖r‖²`` ``(R,)``."""
         return 0.5 * (self.outputs(W) - self.y).square().sum(1)
 
-    def parts(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """V and G ``(n, n)`` at weights ``(P,)``; unnormalized, ``s = 1`` and ``g = ‖v‖``."""
+    def kernel_parts(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the kernels of directions and of lengths, V and G ``(n, n)``, at weights ``(P,)``.
+
+        Without normalization, ``s = 1`` and ``g = ‖v‖``.
+        """
         (v,), (g,) = self.split(w[None])
         size, m = v.norm(dim=1), len(self.rows)
         along = self.x @ (v / size[:, None]).T
@@ -102,72 +105,87 @@ class ReluNet:
         return V / m, radial @ radial.T / m
 
     def kernel(self, w: Tensor) -> Tensor:
-        """``Λ = V/α² + G`` ``(n, n)``, unnormalized ``V + G``."""
-        V, G = self.parts(w)
+        """Compute the kernel in closed form, ``Λ = V/α² + G`` ``(n, n)``, without normalization ``V + G``."""
+        V, G = self.kernel_parts(w)
         return V / (self.scale or 1.0) ** 2 + G
 
-    def ends(self, w: Tensor) -> tuple[float, float]:
-        """λ_min and λ_max of the kernel."""
+    def kernel_range(self, w: Tensor) -> tuple[float, float]:
+        """Compute the least and the largest eigenvalue of the kernel."""
         values = torch.linalg.eigvalsh(self.kernel(w))
         return float(values[0]), float(values[-1])
 
-    def grown(self, w: Tensor) -> float:
-        """``Σ_k ‖v_k‖²`` over its start."""
+    def growth(self, w: Tensor) -> float:
+        """Compute ``Σ_k ‖v_k‖²`` over its start."""
         size = self.rows.numel()
         return float(w[:size].square().sum() / self.start[:size].square().sum())
 
-    def swept(self, rates: Sequence[float], share: float, most: int = MOST) -> list[End]:
-        """One descent for each rate, to ``loss ≤ share·first``, in stretches: those that ended are left out."""
+    def descents(self, rates: Sequence[float], fraction: float, max_steps: int = MAX_STEPS) -> list[DescentEnd]:
+        """Descend with each step size until the loss is at most a fraction of the first.
+
+        All run side by side in stretches, after each of which those that ended are left out.
+        """
         f, w = BatchedRuns(self.losses), self.start
-        first = float(f.value(w[None]))
-        found: dict[int, End] = {}
-        index, W, taken, length = list(range(len(rates))), w.expand(len(rates), -1), 0, 50
-        while index:
-            rules = [GD(rates[i]) for i in index]
-            now = descend(f.slope, W, rules, min(length, most - taken), until=lambda losses: losses <= share * first)
-            stay = []
-            for row, i in enumerate(index):
-                steps, growth = taken + int(now.steps[row]), self.grown(now.weights[row])
-                over = not growth < GROWTH
-                if now.reached[row] or now.diverged[row] or over or steps >= most:
-                    found[i] = End(now.weights[row], steps, growth, bool(now.reached[row]) and not over)
+        target = fraction * float(f.value(w[None]))
+        found: dict[int, DescentEnd] = {}
+        running, W = list(range(len(rates))), w.expand(len(rates), -1)
+        taken, stretch = 0, 50
+        while running:
+            rules = [GD(rates[i]) for i in running]
+            now = descend(f.slope, W, rules, min(stretch, max_steps - taken), until=lambda losses: losses <= target)
+            rest = []
+            for row, i in enumerate(running):
+                steps, growth = taken + int(now.steps[row]), self.growth(now.weights[row])
+                exploded = not growth < MAX_GROWTH
+                if now.reached[row] or now.diverged[row] or exploded or steps >= max_steps:
+                    converged = bool(now.reached[row]) and not exploded
+                    found[i] = DescentEnd(now.weights[row], steps, growth, converged)
                 else:
-                    stay.append(row)
-            index, W, taken, length = [index[row] for row in stay], now.weights[stay], taken + length, 2 * length
+                    rest.append(row)
+            running, W = [running[row] for row in rest], now.weights[rest]
+            taken, stretch = taken + stretch, 2 * stretch
         return [found[i] for i in range(len(rates))]
 
-    def followed(self, rate: float, share: float, most: int = MOST) -> tuple[Array, Tensor]:
-        """Losses over the first of a descent to `share`, one for each iterate, and the weights ``(P,)`` at its end."""
+    def descent(self, rate: float, fraction: float, max_steps: int = MAX_STEPS) -> tuple[Array, Tensor]:
+        """Descend to a fraction of the first loss: the losses of all iterates over the first, and the last weights."""
         f, w = BatchedRuns(self.losses), self.start
         first, curve = float(f.value(w[None])), list[float]()
 
         def watch(t: int, W: Tensor, losses: Tensor, g: Tensor) -> None:
             curve.append(float(losses[0]) / first)
 
-        end = descend(f.slope, w[None], GD(rate), most, until=lambda losses: losses <= share * first, watch=watch)
+        def until(losses: Tensor) -> Tensor:
+            return losses <= fraction * first
+
+        end = descend(f.slope, w[None], GD(rate), max_steps, until=until, watch=watch)
         return np.array(curve), end.weights[0]
 
-    def drift(self, share: float) -> float:
-        """``‖Λ_end - Λ_0‖₂ / λ_max(Λ_0)`` of a descent with steps of 1/λ_max to `share` of the first loss."""
+    def kernel_drift(self, fraction: float) -> float:
+        """Measure how far the kernel moves in a descent with steps of 1/λ_max to a fraction of the first loss.
+
+        ``‖Λ_end - Λ_0‖₂ / λ_max(Λ_0)``
+        """
         first = self.kernel(self.start)
-        high = self.ends(self.start)[1]
-        (end,) = self.swept([1 / high], share)
+        high = self.kernel_range(self.start)[1]
+        (end,) = self.descents([1 / high], fraction)
         return float(torch.linalg.matrix_norm(self.kernel(end.weights) - first, 2)) / high
 
-    def lengthened(self, rate: float, steps: int) -> float:
-        """``max_k |‖v_k‖² - ‖v_k'‖² - lr²‖∇_{v_k'}‖²| / ‖v_k‖²`` over the steps of a descent, primes before."""
-        expected, gap = list[Tensor](), [0.0]
+    def length_mismatch(self, rate: float, steps: int) -> float:
+        """Measure how far the steps of a descent are from the law of the lengths of v, the greatest, relative.
+
+        ``max_k |‖v_k‖² - ‖v_k'‖² - lr²‖∇_{v_k'}‖²| / ‖v_k‖²``, primes before the step
+        """
+        expected, mismatches = list[Tensor](), [0.0]
 
         def watch(t: int, W: Tensor, losses: Tensor, g: Tensor) -> None:
             squares, slopes = (self.split(z)[0].square().sum(2) for z in (W, g))
             if expected:
-                gap.append(float(((squares - expected.pop()) / squares).abs().max()))
+                mismatches.append(float(((squares - expected.pop()) / squares).abs().max()))
             expected.append(squares + rate**2 * slopes)
 
         descend(BatchedRuns(self.losses).slope, self.start[None], GD(rate), steps, watch=watch)
-        return max(gap)
+        return max(mismatches)
 
 
-def apart(a: Tensor, b: Tensor) -> float:
-    """``max |a - b| / max |b|``."""
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """Compute the largest difference of entries over the largest entry, ``max |a - b| / max |b|``."""
     return float((a - b).abs().max() / b.abs().max())
