@@ -9,10 +9,10 @@ from sharpscope.studies._shared.ode import descent
 from sharpscope.studies.fojtik2025 import Config
 from sharpscope.studies.fojtik2025.datum import (
     X,
-    by_flow,
-    dense,
+    dense_sharpness,
     errors,
     field,
+    flow_end,
     gain,
     losses,
     product,
@@ -27,7 +27,7 @@ RNG = np.random.default_rng(0)
 def test_flow_and_sharpness_are_those_of_autograd() -> None:
     W = RNG.standard_normal((5, 12))
     assert np.allclose(field(W), -BatchedRuns(losses).grad(torch.as_tensor(W)).numpy(), rtol=1e-11, atol=1e-13)
-    assert sharpness(W) == pytest.approx([dense(w) for w in W], rel=1e-11)
+    assert sharpness(W) == pytest.approx([dense_sharpness(w) for w in W], rel=1e-11)
 
 
 def test_the_extremes_are_single_coordinates() -> None:
@@ -44,16 +44,16 @@ def test_the_extremes_are_single_coordinates() -> None:
 
 
 def test_a_sweep_is_many_single_runs() -> None:
-    starts, shares = 0.05 + 1e-3 * RNG.standard_normal((2, 12)), np.array([0.2, 0.8, 1.2, 1.5, 4.0])
-    runs = sweep(starts, shares, 3000)
-    assert runs.kept.tolist() == [[True] * 4 + [False]] * 2
-    end, critical = by_flow(starts[1])
+    starts, fractions = 0.05 + 1e-3 * RNG.standard_normal((2, 12)), np.array([0.2, 0.8, 1.2, 1.5, 4.0])
+    runs = sweep(starts, fractions, 3000)
+    assert runs.converged.tolist() == [[True] * 4 + [False]] * 2
+    end, critical = flow_end(starts[1])
     alone = descent(field, starts[1], 1.2 * critical, 3000)[-1]
     assert product(alone) == pytest.approx(product(runs.ends[1, 2]), abs=1e-7)
     assert product(alone) @ X == pytest.approx(1, abs=1e-8) and product(end) @ X == pytest.approx(1, abs=1e-8)
     assert runs.stability_ratio[1, 2] == pytest.approx(sharpness(alone) * 1.2 * critical / 2, rel=1e-6)
     assert runs.norm[1, 2] == pytest.approx(alone @ alone / (end @ end), rel=1e-6)
-    found = summary(runs, 1, shares, np.array([np.eye(6)[5] / X[5]]))
+    found = summary(runs, 1, fractions, np.array([np.eye(6)[5] / X[5]]))
     assert found["least_norm"] == 1 and found["interior"] == 0 and found["at_edge"] == 1
     assert max(found["norm_apart"], found["sharp_apart"]) < 0.05
     assert found["norm_order"] == 1 and found["sharp_order"] == -1

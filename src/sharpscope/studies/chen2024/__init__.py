@@ -21,7 +21,7 @@ import torch
 from ...records.run_log import RunLog
 from ...report.charts import Chart
 from .._framework.claims import CONTROL, Claim, at_least, at_most, labelled, under, within
-from .._framework.config import demand_positive
+from .._framework.config import demand_positive, seeds
 from .._framework.fits import exponent
 from .._framework.observe import run
 from .._framework.study import Job, Progress
@@ -62,7 +62,7 @@ def jobs(config: Config) -> list[Job]:
     shapes = {(l, M, K) for l in config.depths} | {(L, m, K) for m in config.widths}
     shapes |= {(L, M, k) for k in config.outputs}
     found = []
-    for seed in range(config.seed, config.seed + config.repeats):
+    for seed in seeds(config):
         common, ending = {"seed": seed, "config": config}, f", seed {seed}"
         found.append(Job(f"strengths{ending}", _strengths, common, cost=1.5))
         found.append(Job(f"without scaling{ending}", _stretch, common, cost=0.2))

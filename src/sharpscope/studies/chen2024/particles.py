@@ -19,6 +19,7 @@ from torch import Tensor
 from ...autodiff.batched import gram, jacobian
 from ...optimizers.descend import descend
 from ...optimizers.gd import GD
+from .._shared.streams import stream
 from .meanfield import ResidualNet
 
 STEP = 0.3
@@ -41,7 +42,7 @@ def examples(count: int, inputs: int, seed: Sequence[int]) -> tuple[Tensor, Tens
 
 def starts(net: ResidualNet, *seed: int, count: int = 1) -> Tensor:
     """Draw the initial weights of several networks ``(count, P)``."""
-    draw = torch.Generator().manual_seed(int(np.random.SeedSequence([114, *seed]).generate_state(1)[0]))
+    draw = stream(114, *seed)
     return torch.stack([net.start(draw) for _ in range(count)])
 
 

@@ -23,7 +23,7 @@ from ...errors import InvalidValue
 from ...records.run_log import RunLog
 from ...report.charts import Chart
 from .._framework.claims import CONTROL, WIDER, Claim, at_least, at_most, labelled, median, under
-from .._framework.config import demand_positive
+from .._framework.config import demand_positive, seeds
 from .._framework.observe import run
 from .._framework.study import Job, Progress
 from .._shared.diagonal import Array, Sensing, normalized_flow, plain_flow, shrinkage
@@ -60,7 +60,7 @@ QUICK = Config(radii=(0.05, 0.2, 0.6, 1.5, 2.5), rates=(0.5, 0.1), cubic=False)
 
 def jobs(config: Config) -> list[Job]:
     found = []
-    for seed in range(config.seed, config.seed + config.repeats):
+    for seed in seeds(config):
         common = {"seed": seed, "config": config}
         for radius in config.radii:
             found.append(Job(f"start {radius:g}, seed {seed}", _recover, {"radius": radius, **common}, cost=0.5))

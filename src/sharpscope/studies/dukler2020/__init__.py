@@ -21,7 +21,7 @@ from ...autodiff.batched import gram
 from ...records.run_log import RunLog
 from ...report.charts import Chart
 from .._framework.claims import CONTROL, WIDER, Claim, at_least, at_most, labelled, under, within
-from .._framework.config import demand_positive
+from .._framework.config import demand_positive, seeds
 from .._framework.fits import exponent
 from .._framework.observe import Quantity, run
 from .._framework.study import Job, Progress
@@ -59,7 +59,7 @@ QUICK = Config(repeats=1, widths=(125, 250, 500, 1000))
 
 def jobs(config: Config) -> list[Job]:
     found = []
-    for seed in range(config.seed, config.seed + config.repeats):
+    for seed in seeds(config):
         common, ending = {"seed": seed, "config": config}, f", seed {seed}"
         found.append(Job(f"convergence{ending}", _converge, common, cost=0.5))
         found.append(Job(f"time{ending}", _time, common, cost=2.0))

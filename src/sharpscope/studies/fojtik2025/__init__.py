@@ -10,7 +10,6 @@ on digits.  The control is the teacher that has the least norm itself: for it no
     critical rate η_c = 2/(largest λ1 along the gradient flow);   edge of stability: λ1·η/2 = 1
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,28 +22,28 @@ from ...linalg.lanczos import lanczos
 from ...optimizers.descend import descend
 from ...optimizers.gd import GD
 from ...records.run_log import RunLog
-from .._framework.claiming import charting, claiming
-from .._framework.claims import WIDER, Claim, at_least, at_most, within
-from .._framework.config import demand_positive
+from ...report.charts import Chart
+from .._framework.claims import CONTROL, WIDER, Claim, at_least, at_most, labelled, under, within
+from .._framework.config import demand_positive, seeds
 from .._framework.fits import spearman
-from .._framework.observe_old import Observer, by_seed
+from .._framework.observe import run
 from .._framework.study import Job, Progress
 from .._shared.data import flat_digits
 from .._shared.deep import Stack, losses
-from .datum import Array, X, dense, errors, gain, product, sharpness, summary, sweep
+from .datum import X, dense_sharpness, errors, gain, product, sharpness, summary, sweep
 
 PAPER = (
     "Fojtik, Matveev, Chou, Kutyniok & Maly, Conflicting Biases at the Edge of Stability: Norm versus Sharpness"
     " Regularization (arXiv 2505.21423)"
 )
 TOY, NET = "A diagonal net with one datum", "A network on digits"
-OVER = {"norm ‖(u, v)‖²": "norm_over", "sharpness": "sharp_over"}
+OVER_FLOW = {"norm ‖(u, v)‖²": "norm_over", "sharpness": "sharp_over"}
 TEACHERS = {"least sharp": 0, "in between": 2, "least norm": 5}  # all of β on one coordinate
 
 
 @dataclass(frozen=True)
 class Config:
-    """What turns; the defaults are the full study."""
+    """The settings of the study; the defaults are its full size."""
 
     seed: int = 0
     repeats: int = 3
@@ -63,143 +62,243 @@ QUICK = Config(repeats=1)
 
 
 def jobs(config: Config) -> list[Job]:
-    seeds = range(config.seed, config.seed + config.repeats)
-    works = (("toy", _toy, 3.0), ("network", _network, 20.0))
-    return [Job(f"{name}, seed {s}", w, {"seed": s, "config": config}, cost) for s in seeds for name, w, cost in works]
+    found = []
+    for seed in seeds(config):
+        common = {"seed": seed, "config": config}
+        found.append(Job(f"toy, seed {seed}", _toy, common, cost=3.0))
+        found.append(Job(f"network, seed {seed}", _network, common, cost=20.0))
+    return found
 
 
 def _toy(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
-    """Gradient descent from all starts at all rates side by side, against the flow from the same starts."""
+    """Descend from all starts at all rates side by side, and compare with the flow from the same starts."""
     log.resume()
     starts = 0.05 + 1e-3 * np.random.default_rng([921, seed]).standard_normal((config.starts, 2 * len(X)))
-    shares = np.linspace(0.1, 1.95, config.rates)
-    runs = sweep(starts, shares, config.steps)
-    for i in np.flatnonzero(2 * runs.kept.sum(0) > len(starts)):  # rates at which most converge
-        columns = {"norm_over": runs.norm, "sharp_over": runs.sharp, "stability_ratio": runs.stability_ratio}
-        row = {name: float(np.median(v[runs.kept[:, i], i])) for name, v in columns.items()}
-        log.append(run="toy", seed=seed, share=float(shares[i]), **row, **_shown(row, shares[i], seed, config))
-        for name, column in OVER.items():
-            log.append(run=name, **_shown({"over": row[column]}, shares[i], seed, config))
+    fractions = np.linspace(0.1, 1.95, config.rates)
+    runs = sweep(starts, fractions, config.steps)
+    columns = {"norm_over": runs.norm, "sharp_over": runs.sharp, "stability_ratio": runs.stability_ratio}
+    for i in np.flatnonzero(2 * runs.converged.sum(0) > len(starts)):  # rates at which most converge
+        fraction = float(fractions[i])
+        medians = {name: float(np.median(v[runs.converged[:, i], i])) for name, v in columns.items()}
+        log.append(run="toy", seed=seed, share=fraction, **medians)
+        for name, column in OVER_FLOW.items():
+            log.append(run=name, seed=seed, share=fraction, over=medians[column])
     draws = np.random.default_rng([922, seed]).dirichlet(np.ones(len(X)), config.teachers) / X
     for k, start in enumerate(starts):
-        apart = float(abs(sharpness(start) / dense(start) - 1))
-        log.append(run="starts", seed=seed, apart=apart, **summary(runs, k, shares, draws))
-    ok = runs.kept[0]
+        mismatch = float(abs(sharpness(start) / dense_sharpness(start) - 1))
+        log.append(run="starts", seed=seed, apart=mismatch, **summary(runs, k, fractions, draws))
+    converged = runs.converged[0]
+    products = product(runs.ends[0, converged])
     for name, j in TEACHERS.items():
-        for share, e in zip(shares[ok], errors(product(runs.ends[0, ok]), np.eye(len(X))[j] / X[j]), strict=True):
-            log.append(run=name, **_shown({"error": float(e)}, share, seed, config))
+        teacher = np.eye(len(X))[j] / X[j]
+        for fraction, error in zip(fractions[converged], errors(products, teacher), strict=True):
+            log.append(run=name, seed=seed, share=float(fraction), error=float(error))
     progress(1.0)
 
 
-def _shown(row: dict[str, float], share: float, seed: int, config: Config) -> dict[str, float]:
-    """What is drawn, of the first repeat."""
-    return {f"shown_{name}": v for name, v in {"share": float(share), **row}.items() if seed == config.seed}
-
-
 def _network(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
-    """64→24→24→10 with tanh on 150 digits to a training loss of .01, from one start at all rates."""
+    """Train 64→24→24→10 with tanh on 150 digits to a training loss of .01, from one start at all rates."""
     log.resume()
     data, stack = flat_digits(150, 1000, 4.0, seed), Stack(64, 24, 2, 10, activation="tanh")
     f = BatchedRuns(partial(losses, stack, data.x, data.y))
     start = stack.draw(1, [923, seed], variance=1.0)
-    along = list[float]()
+    along_the_flow = list[float]()
 
     def watch(t: int, W: Tensor, loss: Tensor, g: Tensor) -> None:
         if t % 400 == 0:
-            along.append(_top(f, W[0], 1e-2))
+            along_the_flow.append(_sharpness(f, W[0], 1e-2))
             progress(min(t / 7000, 1) / 2)
 
     until = partial(torch.ge, torch.tensor(config.target))
     slow = descend(f.recorded(start), start, GD(0.06), config.steps, until=until, watch=watch)
-    sharp = _top(f, slow.weights[0])
-    critical = 2 / max(*along, sharp)
+    of_flow = _sharpness(f, slow.weights[0])
+    critical = 2 / max(*along_the_flow, of_flow)
     W = start.repeat(len(config.shares), 1)
-    done = descend(f.recorded(W), W, [GD(s * critical) for s in config.shares], 6000, until=until)
+    rules = [GD(fraction * critical) for fraction in config.shares]
+    done = descend(f.recorded(W), W, rules, 6000, until=until)
     tests = BatchedRuns(partial(losses, stack, data.test_x, data.test_y)).value(done.weights).tolist()
-    for share, w, ok, test in zip(config.shares, done.weights, done.reached, tests, strict=True):
-        if ok:
-            top = _top(f, w)
-            row = {"norm": w.norm().item(), "sharp_over": top / sharp, "test": test}
-            row["stability_ratio"] = top * share * critical / 2
-            log.append(run="network", seed=seed, share=share, **row, **_shown(row, share, seed, config))
+    for fraction, w, reached, test in zip(config.shares, done.weights, done.reached, tests, strict=True):
+        if reached:
+            top = _sharpness(f, w)
+            log.append(
+                run="network",
+                seed=seed,
+                share=fraction,
+                norm=w.norm().item(),
+                sharp_over=top / of_flow,
+                test=test,
+                stability_ratio=top * fraction * critical / 2,
+            )
 
 
-def _top(f: BatchedRuns, w: Tensor, rtol: float = 1e-3) -> float:
-    """λ1 of the Hessian; its error is of order rtol²."""
+def _sharpness(f: BatchedRuns, w: Tensor, rtol: float = 1e-3) -> float:
+    """Compute λ1 of the Hessian; its error is of order rtol²."""
     return lanczos(f.operator(w), rtol=rtol).values[0].item()
 
 
-def _beyond(run: str, reduce: Callable[[Array], float], column: str, above: float) -> Observer:
-    """A number of a column at the rates above so many η_c."""
-    return by_seed(run, lambda share, v: reduce(v[share > above]), "share", column)
+STARTS, NETWORK = run("starts"), run("network")
 
-
-def _farthest(centre: float) -> Callable[[Array], float]:
-    return lambda v: float(v[np.abs(v - centre).argmax()])
-
-
-def _claims() -> Iterator[Claim]:
-    claim, run = claiming(TOY), "starts"
-    sentence = "Below .9 η_c the norm is that of the flow (greatest relative distance of ‖(u, v)‖²)"
-    yield claim(sentence, by_seed(run, max, "norm_apart"), at_most(0.05), "comparison", run)
-    sentence = "Below .9 η_c the sharpness is that of the flow (greatest relative distance)"
-    yield claim(sentence, by_seed(run, max, "sharp_apart"), at_most(0.05), "comparison", run)
-    sentence = "Beyond η_c the norm grows with the rate (rank correlation)"
-    yield claim(sentence, by_seed(run, min, "norm_order"), at_least(0.9), "comparison", run)
-    sentence = "Beyond η_c the sharpness falls with the rate (rank correlation)"
-    yield claim(sentence, by_seed(run, max, "sharp_order"), at_most(-0.9), "comparison", run)
-    sentence = "Beyond η_c runs end at the edge of stability (sharpness·η/2, median of the starts, farthest from .955)"
-    yield claim(
-        sentence, _beyond("toy", _farthest(0.955), "stability_ratio", 1.03), within(0.9, 1.01), "inequality", "toy"
-    )
-    sentence = "Single runs beyond η_c that end at the edge (share)"
-    yield claim(sentence, by_seed(run, np.mean, "at_edge"), at_least(0.9), "comparison", run, aside=True, note=JUMP)
-    sentence = "Random teachers for whom a rate in between is better than both ends by a tenth (share)"
-    yield claim(sentence, by_seed(run, np.median, "interior"), at_least(0.5), "comparison", run)
-    sentence = "Sharpness in closed form and by automatic derivatives (relative difference)"
-    yield claim(sentence, by_seed(run, max, "apart"), at_most(1e-10), "identity", run)
-    sentence = "For the teacher of least norm the smallest rate is best (least error over that at it)"
-    yield claim(sentence, by_seed(run, min, "least_norm"), at_least(1), "negative control", run)
-    claim, run = claiming(NET), "network"
-    sentence = "Beyond η_c training ends at the edge of stability (sharpness·η/2, the farthest from 1)"
-    yield claim(sentence, _beyond(run, _farthest(1), "stability_ratio", 1), within(0.9, 1.1), "inequality", run)
-    sentence = "The larger the rate, the larger the norm (rank correlation)"
-    yield claim(sentence, by_seed(run, spearman, "share", "norm"), at_least(0.9), "comparison", run)
-    sentence = "Below η_c the sharpness is that of the flow (greatest relative distance)"
-    apart = by_seed(run, lambda share, v: np.abs(v[share < 1] - 1).max(), "share", "sharp_over")
-    yield claim(sentence, apart, at_most(0.05), "negative control", run)
-    sentence = "A rate in between has the least test loss, by a tenth (least over that at the better end)"
-    yield claim(sentence, by_seed(run, lambda v: float(gain(v)), "test"), at_most(0.9), WIDER, run)
-
-
-JUMP = "Just before the largest rate that converges, some runs jump past the edge to flatter solutions."
-CLAIMS = tuple(_claims())
+CLAIMS = (
+    *under(
+        TOY,
+        Claim(
+            "Below .9 η_c the norm is that of the flow (greatest relative distance of ‖(u, v)‖²)",
+            STARTS["norm_apart"].max(),
+            at_most(0.05),
+            "comparison",
+        ),
+        Claim(
+            "Below .9 η_c the sharpness is that of the flow (greatest relative distance)",
+            STARTS["sharp_apart"].max(),
+            at_most(0.05),
+            "comparison",
+        ),
+        Claim(
+            "Beyond η_c the norm grows with the rate (rank correlation)",
+            STARTS["norm_order"].min(),
+            at_least(0.9),
+            "comparison",
+        ),
+        Claim(
+            "Beyond η_c the sharpness falls with the rate (rank correlation)",
+            STARTS["sharp_order"].max(),
+            at_most(-0.9),
+            "comparison",
+        ),
+        Claim(
+            "Beyond η_c runs end at the edge of stability (sharpness·η/2, median of the starts, farthest from .955)",
+            run("toy").where("share", lambda rate: rate > 1.03)["stability_ratio"].farthest_from(0.955),
+            within(0.9, 1.01),
+            "inequality",
+        ),
+        Claim(
+            "Single runs beyond η_c that end at the edge (share)",
+            STARTS["at_edge"].mean(),
+            at_least(0.9),
+            "comparison",
+            deciding=False,
+            note="Just before the largest rate that converges, some runs jump past the edge to flatter solutions.",
+        ),
+        Claim(
+            "Random teachers for whom a rate in between is better than both ends by a tenth (share)",
+            STARTS["interior"].median(),
+            at_least(0.5),
+            "comparison",
+        ),
+        Claim(
+            "Sharpness in closed form and by automatic derivatives (relative difference)",
+            STARTS["apart"].max(),
+            at_most(1e-10),
+            "identity",
+        ),
+        Claim(
+            "For the teacher of least norm the smallest rate is best (least error over that at it)",
+            STARTS["least_norm"].min(),
+            at_least(1),
+            CONTROL,
+        ),
+    ),
+    *under(
+        NET,
+        Claim(
+            "Beyond η_c training ends at the edge of stability (sharpness·η/2, the farthest from 1)",
+            NETWORK.where("share", lambda rate: rate > 1)["stability_ratio"].farthest_from(1),
+            within(0.9, 1.1),
+            "inequality",
+        ),
+        Claim(
+            "The larger the rate, the larger the norm (rank correlation)",
+            NETWORK.reduce(spearman, "share", "norm"),
+            at_least(0.9),
+            "comparison",
+        ),
+        Claim(
+            "Below η_c the sharpness is that of the flow (greatest relative distance)",
+            abs(NETWORK.where("share", lambda rate: rate < 1)["sharp_over"] - 1).max(),
+            at_most(0.05),
+            CONTROL,
+        ),
+        Claim(
+            "A rate in between has the least test loss, by a tenth (least over that at the better end)",
+            NETWORK["test"].reduce(gain),
+            at_most(0.9),
+            WIDER,
+        ),
+    ),
+)
 
 LABELS = {
-    "shown_share": "learning rate over η_c",
-    "shown_norm": "norm",
-    "shown_over": "over the flow's",
-    "shown_stability_ratio": "sharpness·η/2",
-    "shown_error": "‖β - β*‖²",
-    "shown_test": "test loss",
+    "share": "learning rate over η_c",
+    "norm": "norm",
+    "over": "over the flow's",
+    "stability_ratio": "sharpness·η/2",
+    "error": "‖β - β*‖²",
+    "test": "test loss",
 }
+OLD_COLUMNS = {"edge": "stability_ratio", "shown_share": "share", "shown_over": "over", "shown_error": "error"}
 
-CAPTIONS = {
-    "conflict": "Up to η_c nothing depends on the rate; beyond it sharpness falls, norm grows.  Medians over starts.",
-    "teachers": "Whose weight is all on one coordinate: smallest x, third, largest.  One start; the last rates jump.",
-    "edge": "Beyond η_c the final sharpness is 2/η, below it that of the flow.",
-    "net-norm": "The norm of all weights when the training loss has reached .01.",
-    "net-test": "Reported: mostly the largest rates do best here, and none in between by much.",
-}
-AT, toy, net = "shown_share", charting(TOY, LABELS, CAPTIONS), charting(NET, LABELS, CAPTIONS)
-FLOW, EDGE = ((1.0, "gradient flow"),), ((1.0, "edge of stability"),)
-
-OLD_COLUMNS = {"edge": "stability_ratio", "shown_edge": "shown_stability_ratio"}
-
-CHARTS = (
-    toy("conflict", "Norm and sharpness against the rate", AT, "shown_over", tuple(OVER), lines=FLOW, markers=True),
-    toy("teachers", "Error for three teachers", AT, "shown_error", tuple(TEACHERS), markers=True),
-    net("edge", "Distance to the edge", AT, "shown_stability_ratio", ("network", "toy"), lines=EDGE, markers=True),
-    net("net-norm", "Norm of the network", AT, "shown_norm", ("network",), markers=True),
-    net("net-test", "Test loss of the network", AT, "shown_test", ("network",), markers=True),
+CHARTS = labelled(
+    LABELS,
+    *under(
+        TOY,
+        Chart(
+            "conflict",
+            "Norm and sharpness against the rate",
+            x="share",
+            y="over",
+            runs=tuple(OVER_FLOW),
+            repeats="first",
+            lines=((1.0, "gradient flow"),),
+            markers=True,
+            caption=(
+                "Up to η_c nothing depends on the rate; beyond it sharpness falls, norm grows.  Medians over starts."
+            ),
+        ),
+        Chart(
+            "teachers",
+            "Error for three teachers",
+            x="share",
+            y="error",
+            runs=tuple(TEACHERS),
+            repeats="first",
+            markers=True,
+            caption=(
+                "Whose weight is all on one coordinate: smallest x, third, largest.  One start; the last rates jump."
+            ),
+        ),
+    ),
+    *under(
+        NET,
+        Chart(
+            "edge",
+            "Distance to the edge",
+            x="share",
+            y="stability_ratio",
+            runs=("network", "toy"),
+            repeats="first",
+            lines=((1.0, "edge of stability"),),
+            markers=True,
+            caption="Beyond η_c the final sharpness is 2/η, below it that of the flow.",
+        ),
+        Chart(
+            "net-norm",
+            "Norm of the network",
+            x="share",
+            y="norm",
+            runs=("network",),
+            repeats="first",
+            markers=True,
+            caption="The norm of all weights when the training loss has reached .01.",
+        ),
+        Chart(
+            "net-test",
+            "Test loss of the network",
+            x="share",
+            y="test",
+            runs=("network",),
+            repeats="first",
+            markers=True,
+            caption="Reported: mostly the largest rates do best here, and none in between by much.",
+        ),
+    ),
 )
