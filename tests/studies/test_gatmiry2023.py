@@ -13,24 +13,24 @@ from sharpscope.studies._shared.oracles import least_nuclear_norm
 from sharpscope.studies.gatmiry2023 import Config
 from sharpscope.studies.gatmiry2023.factors import (
     MATRICES,
-    Measured,
+    MatrixSensing,
     balanced,
     distance,
     entrywise,
-    flat,
+    flat_solutions,
     gaussian,
     least_trace,
     nuclear,
-    plain,
-    relabelled,
-    solved,
+    plain_solution,
+    solve,
     start,
+    with_label_noise,
 )
 
 DEPTHS = (2, 3, 4)
 
 
-def weights(p: Measured, rows: int, seed: int = 0) -> torch.Tensor:
+def weights(p: MatrixSensing, rows: int, seed: int = 0) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(rows, p.depth * p.truth.numel(), generator=draw, dtype=torch.float64)
 
@@ -88,7 +88,7 @@ def test_the_flat_solution_is_the_convex_one_and_with_few_measurements_is_not() 
     for n in (4, 15):
         p = gaussian(n, 4, 2, seed=5)
         w = start(p, 5)
-        fitted, end = plain(p, w), flat(p, w, (1e-2, 1e-3))[-1]
+        fitted, end = plain_solution(p, w), flat_solutions(p, w, (1e-2, 1e-3))[-1]
         assert fitted.loss < 1e-24 and end.gradient < 1e-6
         convex = least_nuclear_norm(p.a.numpy(), p.labels.numpy(), (4, 4))
         m, other = (p.matrix(v.weights[None])[0].numpy() for v in (end, fitted))
@@ -98,10 +98,10 @@ def test_the_flat_solution_is_the_convex_one_and_with_few_measurements_is_not() 
 
 
 def test_what_is_solved_comes_in_rows_by_the_names_of_matrices() -> None:
-    p, told = gaussian(15, 4, 3, seed=7), list[float]()
-    found = solved(p, start(p, 7), (1e-2, 1e-3), told.append)
+    p, progress = gaussian(15, 4, 3, seed=7), list[float]()
+    found = solve(p, start(p, 7), (1e-2, 1e-3), progress.append)
     rows = found.rows()
-    assert [*rows] == ["start", *MATRICES] == ["start", *found.matrices] and told == sorted(told)
+    assert [*rows] == ["start", *MATRICES] == ["start", *found.matrices] and progress == sorted(progress)
     assert max(rows[name]["trace_off"] for name in ("start", "plain", "flat")) < 1e-12
     assert rows["flat"]["nuclear"] == nuclear(found.matrices["flat"]) < rows["plain"]["nuclear"]
     assert rows["flat"]["trace"] == pytest.approx(p.trace(found.path[-1].weights[None]).item(), rel=1e-12)
@@ -116,11 +116,11 @@ def test_measured_entries_are_different_ones() -> None:
     assert nuclear(p.truth.numpy()) == pytest.approx(2)  # √d
 
 
-def test_noise_on_the_labels_ends_when_told_and_exact_labels_leave_a_solution_alone() -> None:
+def test_noise_on_the_labels_ends_in_time_and_exact_labels_leave_a_solution_alone() -> None:
     p = gaussian(8, 4, 2, seed=6)
-    w = plain(p, start(p, 6)).weights
+    w = plain_solution(p, start(p, 6)).weights
     noise = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    slope = relabelled(p, noise, 4, lambda step: 0.5, 10, seed=0)
+    slope = with_label_noise(p, noise, batch=4, rate=lambda step: 0.5, noisy_steps=10, seed=0)
     W = w.expand(2, -1).clone()
     _, loud = slope(W, 9)
     _, quiet = slope(W, 10)

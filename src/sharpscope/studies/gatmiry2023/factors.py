@@ -33,60 +33,66 @@ MATRICES = ("plain", "flat", "least nuclear norm", "least Frobenius norm")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Measurements A ``(n, d·d)`` of a matrix M* ``(d, d)``, fitted by L layers; weights W ``(R, L·d·d)``."""
+class MatrixSensing:
+    """Linear measurements of a matrix, fitted by a product of L layers; weights are W ``(R, L·d·d)``."""
 
-    a: Tensor
-    truth: Tensor
-    depth: int
+    a: Tensor  # A (n, d·d)
+    truth: Tensor  # M* (d, d)
+    depth: int  # L
 
     @cached_property
     def labels(self) -> Tensor:
-        """``b_i = ⟨A_i, M*⟩`` ``(n,)``."""
+        """The values that were measured, ``b_i = ⟨A_i, M*⟩`` ``(n,)``."""
         return self.a @ self.truth.flatten()
 
     def layers(self, W: Tensor) -> tuple[Tensor, ...]:
-        """``W_1, .., W_L``, each ``(R, d, d)``."""
+        """Split weights into the layers ``W_1, .., W_L``, each ``(R, d, d)``."""
         return W.view(len(W), self.depth, *self.truth.shape).unbind(1)
 
     def matrix(self, W: Tensor) -> Tensor:
-        """``M = W_L⋯W_1`` ``(R, d, d)``."""
+        """Multiply the layers, ``M = W_L⋯W_1`` ``(R, d, d)``."""
         m, *others = self.layers(W)
         for w in others:
             m = w @ m
         return m
 
     def matrix_of(self, w: Tensor) -> Array:
-        """M ``(d, d)`` of one set of weights ``(L·d·d,)``."""
+        """Multiply the layers of one set of weights ``(L·d·d,)``, M ``(d, d)``."""
         return np.asarray(self.matrix(w[None])[0].numpy())
 
     def losses(self, W: Tensor) -> Tensor:
-        """``(1/n) Σ (⟨A_i, M⟩ - b_i)²`` ``(R,)``."""
+        """Compute the losses ``(1/n) Σ (⟨A_i, M⟩ - b_i)²`` ``(R,)``."""
         return (self.matrix(W).flatten(1) @ self.a.T - self.labels).square().mean(1)
 
     def trace(self, W: Tensor) -> Tensor:
-        """``tr ∇² = (2/n) Σ_i Σ_l ‖W_{L:l+1}ᵀ A_i W_{l-1:1}ᵀ‖²_F`` ``(R,)``."""
+        """Compute the trace of the Hessian by its formula ``(R,)``.
+
+        ``tr ∇² = (2/n) Σ_i Σ_l ‖W_{L:l+1}ᵀ A_i W_{l-1:1}ᵀ‖²_F``
+        """
         sides = [((p @ p.mT).flatten(1), (q.mT @ q).flatten(1)) for p, q in self._sides(W)]
         return torch.stack([((p @ self._moments) * q).sum(1) for p, q in sides]).sum(0)
 
     def dense_trace(self, W: Tensor) -> Tensor:
-        """The same ``(R,)`` from all second derivatives."""
+        """Compute the trace of the Hessian from all second derivatives ``(R,)``."""
         return BatchedRuns(self.losses).hessian(W).diagonal(dim1=1, dim2=2).sum(1)
 
     def mean_trace(self, W: Tensor) -> Tensor:
-        """``2 Σ_l ‖W_{L:l+1}‖²_F ‖W_{l-1:1}‖²_F`` ``(R,)``: the trace in the mean over Gaussian measurements."""
+        """Compute the mean of the trace over Gaussian measurements ``(R,)``.
+
+        ``2 Σ_l ‖W_{L:l+1}‖²_F ‖W_{l-1:1}‖²_F``
+        """
         sides = [p.square().sum((1, 2)) * q.square().sum((1, 2)) for p, q in self._sides(W)]
         return 2 * torch.stack(sides).sum(0)
 
     @cached_property
     def _moments(self) -> Tensor:
-        """``(2/n) Σ_i A_ac A_bd`` as a matrix from cd to ab."""
+        """The second moments of the measurements, ``(2/n) Σ_i A_ac A_bd``, as a matrix from cd to ab."""
         d = len(self.truth)
         a = self.a.view(-1, d, d)
         return 2 / len(a) * torch.einsum("iac,ibd->abcd", a, a).reshape(d * d, d * d)
 
     def _sides(self, W: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What stands left and right of each layer: ``W_{L:l+1}`` and ``W_{l-1:1}``."""
+        """Multiply the layers left and right of each layer, ``W_{L:l+1}`` and ``W_{l-1:1}``."""
         layers = self.layers(W)
         left = [torch.eye(len(self.truth), dtype=W.dtype).expand_as(layers[0])]
         right = left[:]
@@ -96,20 +102,20 @@ class Measured:
         return list(zip(left[::-1], right, strict=True))
 
 
-def gaussian(n: int, d: int, depth: int, seed: int) -> Measured:
-    """n matrices of N(0, 1) entries, and ``M* = √d u vᵀ/‖u‖‖v‖``."""
+def gaussian(n: int, d: int, depth: int, seed: int) -> MatrixSensing:
+    """Measure ``M* = √d u vᵀ/‖u‖‖v‖`` by n matrices of N(0, 1) entries."""
     rng = np.random.default_rng([101, seed, n])
     a = rng.standard_normal((n, d * d))
-    return Measured(torch.from_numpy(a), _rank_one(rng, d), depth)
+    return MatrixSensing(torch.from_numpy(a), _rank_one(rng, d), depth)
 
 
-def entrywise(n: int, d: int, depth: int, seed: int, draw: int) -> Measured:
-    """n different single entries, (i, j) drawn in proportion to p_i p_j with p from .15 to 1."""
+def entrywise(n: int, d: int, depth: int, seed: int, draw: int) -> MatrixSensing:
+    """Measure n different single entries, (i, j) drawn in proportion to p_i p_j with p from .15 to 1."""
     rng = np.random.default_rng([102, seed, draw])
     p = np.linspace(0.15, 1, d)
     weights = np.outer(p, p).ravel()
     picked = rng.choice(d * d, n, replace=False, p=weights / weights.sum())
-    return Measured(torch.eye(d * d, dtype=torch.float64)[picked], _rank_one(rng, d), depth)
+    return MatrixSensing(torch.eye(d * d, dtype=torch.float64)[picked], _rank_one(rng, d), depth)
 
 
 def _rank_one(rng: np.random.Generator, d: int) -> Tensor:
@@ -117,29 +123,32 @@ def _rank_one(rng: np.random.Generator, d: int) -> Tensor:
     return torch.from_numpy(np.sqrt(d) * np.outer(u, v) / np.linalg.norm(u) / np.linalg.norm(v))
 
 
-def start(p: Measured, seed: int) -> Tensor:
-    """``N(0, 1/d)`` entries ``(L·d·d,)``."""
-    rng = np.random.default_rng([103, seed, p.depth, len(p.a)])
-    return torch.from_numpy(rng.standard_normal(p.depth * p.truth.numel()) / np.sqrt(len(p.truth)))
+def start(problem: MatrixSensing, seed: int) -> Tensor:
+    """Draw initial weights ``(L·d·d,)`` from ``N(0, 1/d)``."""
+    rng = np.random.default_rng([103, seed, problem.depth, len(problem.a)])
+    return torch.from_numpy(rng.standard_normal(problem.depth * problem.truth.numel()) / np.sqrt(len(problem.truth)))
 
 
 def nuclear(m: Array) -> float:
-    """``‖M‖_*``, the sum of singular values."""
+    """Compute the nuclear norm, ``‖M‖_*``: the sum of singular values."""
     return float(np.linalg.norm(m, "nuc"))
 
 
 def distance(m: Array, other: Array) -> float:
-    """``‖M - M'‖_F / ‖M'‖_F``."""
+    """Compute the relative distance of two matrices, ``‖M - M'‖_F / ‖M'‖_F``."""
     return float(np.linalg.norm(m - other) / np.linalg.norm(other))
 
 
 def least_trace(m: Array, depth: int) -> float:
-    """``F_L(M) = 2L d^{2/L} ‖M‖_*^{2-2/L}``."""
+    """Compute the least mean trace of all factorizations of a matrix, ``F_L(M) = 2L d^{2/L} ‖M‖_*^{2-2/L}``."""
     return float(2 * depth * len(m) ** (2 / depth) * nuclear(m) ** (2 - 2 / depth))
 
 
 def balanced(m: Array, depth: int) -> Tensor:
-    """``W_1 = αD^{½}Vᵀ``, ``W_L = αUD^{½}``, others ``γI``: where F_L is attained; weights ``(L·d·d,)``."""
+    """Factor a matrix so that F_L is attained; weights ``(L·d·d,)``.
+
+    ``W_1 = αD^{½}Vᵀ``, ``W_L = αUD^{½}``, others ``γI``
+    """
     u, s, vt = np.linalg.svd(m)
     scale = (len(m) / s.sum()) ** ((depth - 2) / (2 * depth))
     middle = scale * np.sqrt(s.sum() / len(m)) * np.eye(len(m))
@@ -147,93 +156,104 @@ def balanced(m: Array, depth: int) -> Tensor:
     return torch.from_numpy(np.concatenate([w.ravel() for w in layers]))
 
 
-def plain(p: Measured, w: Tensor) -> LocalMinimum:
-    """A zero of the loss by L-BFGS, from w ``(L·d·d,)``."""
-    return minimize(BatchedRuns(p.losses).recorded(w[None]), w, below=1e-24)
+def plain_solution(problem: MatrixSensing, w: Tensor) -> LocalMinimum:
+    """Find a zero of the loss by L-BFGS, from w ``(L·d·d,)``."""
+    return minimize(BatchedRuns(problem.losses).recorded(w[None]), w, below=1e-24)
 
 
-def flat(p: Measured, w: Tensor, penalties: Sequence[float]) -> list[LocalMinimum]:
-    """``argmin loss + λ tr ∇²`` for each penalty λ, from where the last one ended."""
+def flat_solutions(problem: MatrixSensing, w: Tensor, penalties: Sequence[float]) -> list[LocalMinimum]:
+    """Find ``argmin loss + λ tr ∇²`` for each penalty λ, from where the last one ended."""
     found = []
     for penalty in penalties:
-        f = BatchedRuns(lambda W, penalty=penalty: p.losses(W) + penalty * p.trace(W))
+        f = BatchedRuns(lambda W, penalty=penalty: problem.losses(W) + penalty * problem.trace(W))
         found.append(minimize(f.recorded(w[None]), w))
         w = found[-1].weights
     return found
 
 
 @dataclass(frozen=True)
-class Solved:
-    """What fits one set of measurements: a plain solution, flat ones for each penalty, and two convex problems."""
+class Solutions:
+    """The matrices that fit one set of measurements, by factorizations and by convex problems."""
 
-    p: Measured
+    problem: MatrixSensing
     start: Tensor
     plain: LocalMinimum
-    path: Sequence[LocalMinimum]
+    path: Sequence[LocalMinimum]  # flat solutions, one for each penalty
     convex: Array  # of least nuclear norm
     square: Array  # of least Frobenius norm
 
     @property
     def matrices(self) -> dict[str, Array]:
-        """By the names `MATRICES`."""
-        ends = (self.p.matrix_of(found.weights) for found in (self.plain, self.path[-1]))
-        return dict(zip(MATRICES, (*ends, self.convex, self.square), strict=True))
+        """The four matrices by their names in `MATRICES`."""
+        plain, flat = (self.problem.matrix_of(found.weights) for found in (self.plain, self.path[-1]))
+        return dict(zip(MATRICES, (plain, flat, self.convex, self.square), strict=True))
 
     def rows(self) -> dict[str, dict[str, float]]:
-        """The start, then every matrix, against M*, against the least nuclear norm and, if it is a product, F_L.
-
-        `mean_ratio` is the mean trace over F_L, `attained_off` how far balanced factors of the same M are from F_L.
-        """
-        p, matrices, ends = self.p, self.matrices, dict(zip(MATRICES, (self.plain, self.path[-1]), strict=False))
-        points = torch.stack([self.start, *(found.weights for found in ends.values())])
-        traces, dense = p.trace(points).tolist(), p.dense_trace(points).tolist()
+        """Compare the start and every matrix with M*, with the least nuclear norm and, if it is a product, with F_L."""
+        ends = (self.plain, self.path[-1])
+        points = torch.stack([self.start, *(end.weights for end in ends)])
+        traces, dense = self.problem.trace(points).tolist(), self.problem.dense_trace(points).tolist()
         off = [abs(trace / exact - 1) for trace, exact in zip(traces, dense, strict=True)]
-        rows = {"start": {"trace_off": off[0]}}
-        for i, (name, found) in enumerate(ends.items(), 1):
-            m, w = matrices[name], found.weights[None]
-            least = least_trace(m, p.depth)
-            rows[name] = {
-                "residual": p.losses(w).item(),
-                "gradient": found.gradient,
-                "nuclear": nuclear(m),
-                "nuclear_ratio": nuclear(m) / nuclear(self.convex),
-                "recovery": distance(m, p.truth.numpy()),
-                "off_convex": distance(m, self.convex),
-                "trace": traces[i],
-                "least": least,
-                "trace_ratio": traces[i] / least,
-                "mean_ratio": p.mean_trace(w).item() / least,
-                "attained_off": abs(p.mean_trace(balanced(m, p.depth)[None]).item() / least - 1),
-                "trace_off": off[i],
-            }
-        for name in MATRICES[2:]:
-            m = matrices[name]
-            rows[name] = {"recovery": distance(m, p.truth.numpy()), "nuclear_ratio": nuclear(m) / nuclear(self.convex)}
-        return rows
+        rows = {name: self._compared(m) for name, m in self.matrices.items()}
+        for i, (name, end) in enumerate(zip(MATRICES[:2], ends, strict=True), 1):
+            rows[name] |= self._of_factors(end, traces[i]) | {"trace_off": off[i]}
+        return {"start": {"trace_off": off[0]}, **rows}
+
+    def _compared(self, m: Array) -> dict[str, float]:
+        ratio = nuclear(m) / nuclear(self.convex)
+        return {"recovery": distance(m, self.problem.truth.numpy()), "nuclear_ratio": ratio}
+
+    def _of_factors(self, end: LocalMinimum, trace: float) -> dict[str, float]:
+        """Compare the trace of a product, and its mean over measurements, with F_L.
+
+        `attained_off` is how far balanced factors of the same matrix are from F_L.
+        """
+        problem, w = self.problem, end.weights[None]
+        m = problem.matrix_of(end.weights)
+        least = least_trace(m, problem.depth)
+        return {
+            "residual": problem.losses(w).item(),
+            "gradient": end.gradient,
+            "nuclear": nuclear(m),
+            "off_convex": distance(m, self.convex),
+            "trace": trace,
+            "least": least,
+            "trace_ratio": trace / least,
+            "mean_ratio": problem.mean_trace(w).item() / least,
+            "attained_off": abs(problem.mean_trace(balanced(m, problem.depth)[None]).item() / least - 1),
+        }
 
 
-def solved(p: Measured, w: Tensor, penalties: Sequence[float], progress: Callable[[float], None]) -> Solved:
-    """All solutions, the factorizations from w ``(L·d·d,)``; it reports the share that is done."""
-    a, b, (d, _) = p.a.numpy(), p.labels.numpy(), p.truth.shape
-    convex, square = least_nuclear_norm(a, b, (d, d)), least_frobenius_norm(a, b, (d, d))
+def solve(
+    problem: MatrixSensing, w: Tensor, penalties: Sequence[float], progress: Callable[[float], None]
+) -> Solutions:
+    """Find all solutions, the factorizations from w ``(L·d·d,)`` on."""
+    a, b, shape = problem.a.numpy(), problem.labels.numpy(), (len(problem.truth), len(problem.truth))
+    convex, square = least_nuclear_norm(a, b, shape), least_frobenius_norm(a, b, shape)
     progress(0.05)
-    fitted = plain(p, w)
+    plain = plain_solution(problem, w)
     progress(0.2)
-    path = flat(p, w, penalties)
+    path = flat_solutions(problem, w, penalties)
     progress(0.9)
-    return Solved(p, w, fitted, path, convex, square)
+    return Solutions(problem, w, plain, path, convex, square)
 
 
-def relabelled(p: Measured, noise: Tensor, batch: int, rates: Callable[[int], float], loud: int, seed: int) -> Slope:
-    """Gradients on `batch` labels drawn at each step, with noise of deviation `noise` ``(R,)`` until step `loud`."""
+def with_label_noise(
+    problem: MatrixSensing, noise: Tensor, *, batch: int, rate: Callable[[int], float], noisy_steps: int, seed: int
+) -> Slope:
+    """Give gradients on mini-batches whose labels are drawn with noise at each step, times a rate for each step.
+
+    The noise has deviation `noise` ``(R,)`` and ends after `noisy_steps` steps.
+    """
     draw = torch.Generator().manual_seed(seed)
-    labels = p.labels
+    labels = problem.labels
 
     def slope(W: Tensor, step: int) -> tuple[Tensor, Tensor]:
         pick = torch.randperm(len(labels), generator=draw)[:batch]
-        noisy = labels[pick] + noise[:, None] * (step < loud) * torch.randn(batch, generator=draw, dtype=W.dtype)
-        f = BatchedRuns(lambda W: (p.matrix(W).flatten(1) @ p.a[pick].T - noisy).square().mean(1))
+        normal = torch.randn(batch, generator=draw, dtype=W.dtype)
+        noisy = labels[pick] + noise[:, None] * (step < noisy_steps) * normal
+        f = BatchedRuns(lambda W: (problem.matrix(W).flatten(1) @ problem.a[pick].T - noisy).square().mean(1))
         losses, g = f.value_and_grad(W)
-        return losses, rates(step) * g
+        return losses, rate(step) * g
 
     return slope
