@@ -2,8 +2,8 @@
 
 A two-layer ReLU network whose rows are split into length g and direction v/‖v‖ converges linearly, and the scale α of v
 at the start chooses which half of its kernel rules: directions if α is small, lengths if it is large.  Here the kernel
-is had by autograd and by formula, the loss is held against the bound made of its least eigenvalue, and the time to
-converge against α².  Descent never shortens v, so too long a step makes later ones shorter: small α stand far longer
+is computed by autograd and by formula, the loss is compared with the bound made of its least eigenvalue, and the time
+to converge with α².  Descent never shortens v, so too long a step makes later ones shorter: small α stand far longer
 steps than the network without normalization that starts from the same function.  At α = 4 they do not, and need more.
 
 Rows v_k = αw_k and lengths g_k = ‖w_k‖ at the start, w_k ~ N(0, I), r the residuals, loss ½‖r‖², t steps times lr:

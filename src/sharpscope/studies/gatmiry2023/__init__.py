@@ -3,8 +3,8 @@
 Among all deep linear networks that fit linear measurements of a matrix exactly, those with the least trace of the
 Hessian have, nearly, the end-to-end matrix of least nuclear norm (sum of singular values), whatever their depth, as
 long as the measurements see all matrices of low rank alike; and that matrix is the one that was measured.  Here random
-Gaussian measurements of a matrix of rank one are fitted with and without a penalty on the trace, and what comes out is
-held against the convex problem solved by itself.  In the controls it can be another matrix: measurements are too few,
+Gaussian measurements of a matrix of rank one are fitted with and without a penalty on the trace, and the result is
+compared with the solution of the convex problem.  In the controls it can be another matrix: measurements are too few,
 or they are single entries, some of them seen far more often than others.  SGD on noisy labels shows the same pull
 without any penalty.
 

@@ -193,11 +193,11 @@ class Solutions:
         ends = (self.plain, self.path[-1])
         points = torch.stack([self.start, *(end.weights for end in ends)])
         traces, dense = self.problem.trace(points).tolist(), self.problem.dense_trace(points).tolist()
-        off = [abs(trace / exact - 1) for trace, exact in zip(traces, dense, strict=True)]
+        mismatches = [abs(trace / exact - 1) for trace, exact in zip(traces, dense, strict=True)]
         rows = {name: self._compared(m) for name, m in self.matrices.items()}
         for i, (name, end) in enumerate(zip(MATRICES[:2], ends, strict=True), 1):
-            rows[name] |= self._of_factors(end, traces[i]) | {"trace_off": off[i]}
-        return {"start": {"trace_off": off[0]}, **rows}
+            rows[name] |= self._of_factors(end, traces[i]) | {"trace_off": mismatches[i]}
+        return {"start": {"trace_off": mismatches[0]}, **rows}
 
     def _compared(self, m: Array) -> dict[str, float]:
         ratio = nuclear(m) / nuclear(self.convex)
