@@ -20,7 +20,7 @@ import torch
 
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import CONTROL, Claim, at_least, at_most, labelled, under, within
+from .._framework.claims import comparison, control, identity, inequality, labelled, scaling, under
 from .._framework.config import demand_positive, seeds
 from .._framework.fits import exponent
 from .._framework.observe import run
@@ -148,94 +148,64 @@ LARGE = run(STRENGTHS).where("beta", lambda beta: beta >= 4)
 
 CLAIMS = under(
     PART,
-    Claim(
+    identity(
         "The kernel by autograd is the formula's, after training (greatest relative difference)",
-        run(STRENGTHS)["kernel_gap"].max(),
-        at_most(1e-10),
-        "identity",
+        run(STRENGTHS)["kernel_gap"].max() <= 1e-10,
     ),
-    Claim(
+    identity(
         "The divergence of the velocity is the trace of its Jacobian by autograd (greatest, relative)",
-        run(STRENGTHS)["divergence_gap"].max(),
-        at_most(1e-10),
-        "identity",
+        run(STRENGTHS)["divergence_gap"].max() <= 1e-10,
     ),
-    Claim(
+    identity(
         "β = 4: KL by volumes, determinants of the steps in place of divergences (over KL)",
-        run(STRENGTHS)["by_volume"].max(),
-        within(0.95, 1.05),
-        "identity",
+        run(STRENGTHS)["by_volume"].max().within(0.95, 1.05),
         deciding=False,
     ),
-    Claim(
+    identity(
         "The Jacobian of the blocks in the input, by autograd and by formula (greatest relative difference)",
-        run("scaled")["gap"].max(),
-        at_most(1e-10),
-        "identity",
+        run("scaled")["gap"].max() <= 1e-10,
     ),
-    Claim(
+    inequality(
         "Every run learns, to 3e-3 of the first loss or to a loss of 1e-3 (share of runs)",
-        run(EVERY)["arrived"].mean(),
-        at_least(1),
-        "inequality",
+        run(EVERY)["arrived"].mean() >= 1,
     ),
-    Claim(
+    inequality(
         "The loss stays below exp(-λ_min(G_0) t/n) in every run (greatest loss over bound)",
-        run(EVERY)["over_bound"].max(),
-        at_most(1),
-        "inequality",
+        run(EVERY)["over_bound"].max() <= 1,
     ),
-    Claim(
-        "λ_min of the kernel never falls by half (least over its start, in any run)",
-        run(EVERY)["kept"].min(),
-        at_least(0.5),
-        "inequality",
+    inequality(
+        "λ_min of the kernel never falls by half (least over its start, in any run)", run(EVERY)["kept"].min() >= 0.5
     ),
-    Claim(
-        "KL of output units from their start, computed, is positive (the least)",
-        run(STRENGTHS)["KL"].min(),
-        at_least(1e-9),
-        "inequality",
+    inequality(
+        "KL of output units from their start, computed, is positive (the least)", run(STRENGTHS)["KL"].min() >= 1e-9
     ),
     *(
-        Claim(
+        scaling(
             f"{what} falls as β⁻² (exponent from β = 4)",
-            LARGE.reduce(exponent, "beta", column),
-            within(-2.3, -1.7),
-            "scaling",
+            LARGE.reduce(exponent, "beta", column).within(-2.3, -1.7),
             deciding=column == "KL",
         )
         for what, column in (("KL", "KL"), ("Mean square distance", "MSD"), ("Time", "time"))
     ),
-    Claim(
+    comparison(
         "Distances do not depend on depth, width or number of output units (greatest over least mean square)",
-        run(SHAPES)["distance"].max() / run(SHAPES)["distance"].min(),
-        at_most(1.5),
-        "comparison",
+        run(SHAPES)["distance"].max() / run(SHAPES)["distance"].min() <= 1.5,
     ),
-    Claim(
+    control(
         "Lazy, β ∝ √K: the more units, the less they move (exponent of the mean square distance in K)",
-        run(LAZY).reduce(exponent, "K", "distance"),
-        within(-1.4, -0.7),
-        CONTROL,
+        run(LAZY).reduce(exponent, "K", "distance").within(-1.4, -0.7),
     ),
-    Claim(
+    scaling(
         "The gap between test and training loss falls at least as fast as n^-½ (exponent in n)",
-        run(GAPS).reduce(exponent, "n", "gap"),
-        at_most(-0.5),
-        "scaling",
+        run(GAPS).reduce(exponent, "n", "gap") <= -0.5,
     ),
-    Claim(
+    comparison(
         "Deep networks stretch inputs no more than shallow ones (Lipschitz constants, L = 64 over L = 4)",
-        run("scaled").at(L=64)["lipschitz"] / run("scaled").at(L=4)["lipschitz"],
-        at_most(1.2),
-        "comparison",
+        run("scaled").at(L=64)["lipschitz"] / run("scaled").at(L=4)["lipschitz"] <= 1.2,
     ),
-    Claim(
+    control(
         "Blocks divided by √M alone: deep networks do (Lipschitz constants, L = 64 over L = 4)",
-        run("1/√M").at(L=64)["lipschitz"] / run("1/√M").at(L=4)["lipschitz"],
-        at_least(10),
-        CONTROL,
+        run("1/√M").at(L=64)["lipschitz"] / run("1/√M").at(L=4)["lipschitz"] >= 10,
     ),
 )
 

@@ -22,7 +22,7 @@ import numpy as np
 from ...errors import InvalidValue
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import CONTROL, WIDER, Claim, at_least, at_most, labelled, median, under
+from .._framework.claims import comparison, control, identity, labelled, under, wider_claim
 from .._framework.config import demand_positive, seeds
 from .._framework.observe import run
 from .._framework.study import Job, Progress
@@ -134,64 +134,41 @@ MODERATE = SLOW.between(radius=(0.05, 0.6))
 CLAIMS = under(  # starts and rates in units of ‖x*‖₁
     PART,
     *(
-        Claim(
+        identity(
             f"{layers} layers: the normalized flow ends where the plain one does from κ·u_0 (relative distance)",
-            run(name)["apart"].max(),
-            at_most(1e-4),
-            "identity",
+            run(name)["apart"].max() <= 1e-4,
         )
         for name, layers in (("L = 2", "Two"), ("L = 3", "Three"))
     ),
-    Claim(
+    identity(
         "Two layers: log v̂ + r²/2η stays in the kernel of A (greatest change of an entry)",
-        run(ALL)["moved"].max(),
-        at_most(1e-5),
-        "identity",
+        run(ALL)["moved"].max() <= 1e-5,
     ),
-    Claim(
+    comparison(
         "η = 0.1, r_0² from 0.05 to 0.6: normalization makes the error small (greatest, relative)",
-        MODERATE["error"].max(),
-        median(at_most(0.05)),
-        "comparison",
+        (MODERATE["error"].max() <= 0.05).in_the_median(),
         note="Judged on the median over draws of A and x*: about one draw in eight misses .05.",
     ),
-    Claim(
+    comparison(
         "And smaller than that of the plain flow (greatest ratio of errors)",
-        MODERATE["gain"].max(),
-        median(at_most(0.2)),
-        "comparison",
+        (MODERATE["gain"].max() <= 0.2).in_the_median(),
     ),
-    Claim(
-        "η = 0.1, r_0² = 2.5: it does not (ratio of errors)",
-        SLOW.at(radius=2.5)["gain"],
-        median(at_least(0.8)),
-        CONTROL,
-    ),
-    Claim(
+    control("η = 0.1, r_0² = 2.5: it does not (ratio of errors)", (SLOW.at(radius=2.5)["gain"] >= 0.8).in_the_median()),
+    comparison(
         "Whether κ < 1 names the better flow (share of all starts and rates)",
-        run(ALL)["right"].over_repeats(np.mean),
-        at_least(0.95),
-        "comparison",
+        run(ALL)["right"].over_repeats(np.mean) >= 0.95,
     ),
-    Claim(
+    comparison(
         "η = 0.5, r_0² = 0.05: a fast radius harms (ratio of errors)",
-        FAST.at(radius=0.05)["gain"],
-        median(at_least(1)),
-        "comparison",
+        (FAST.at(radius=0.05)["gain"] >= 1).in_the_median(),
         deciding=False,
     ),
-    Claim(
-        "Basis pursuit finds the sparse solution (relative error)",
-        run(LINEAR)["error"].max(),
-        at_most(1e-6),
-        "comparison",
-        deciding=False,
+    comparison(
+        "Basis pursuit finds the sparse solution (relative error)", run(LINEAR)["error"].max() <= 1e-6, deciding=False
     ),
-    Claim(
+    wider_claim(
         "Starts larger than the solution: recovery from r_0² = 1.5, η = 0.1 (relative error)",
-        SLOW.at(radius=1.5)["error"],
-        median(at_most(0.05)),
-        WIDER,
+        (SLOW.at(radius=1.5)["error"] <= 0.05).in_the_median(),
     ),
 )
 

@@ -20,7 +20,7 @@ import numpy as np
 from ...autodiff.batched import gram
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import CONTROL, WIDER, Claim, at_least, at_most, labelled, under, within
+from .._framework.claims import comparison, control, identity, inequality, labelled, scaling, under, wider_claim
 from .._framework.config import demand_positive, seeds
 from .._framework.fits import exponent
 from .._framework.observe import Quantity, run
@@ -152,74 +152,52 @@ STEPS_WITHOUT = run(UNNORMALIZED)["steps"].last()
 
 CLAIMS = under(
     PART,
-    Claim(
+    identity(
         "V + G at the start is the kernel of the unnormalized network (greatest relative difference)",
-        run(NORMALIZED)["sum"].max(),
-        at_most(1e-10),
-        "identity",
+        run(NORMALIZED)["sum"].max() <= 1e-10,
     ),
-    Claim(
+    identity(
         "The kernel by autograd is V/α² + G, at the start and the end (greatest relative difference)",
-        run(NORMALIZED)["autograd"].max(),
-        at_most(1e-10),
-        "identity",
+        run(NORMALIZED).reduce(max, "autograd") <= 1e-10,
     ),
-    Claim(
+    identity(
         "Every step, also at k = 2, adds lr²‖∇‖² to ‖v‖² (greatest relative difference)",
-        run(HALF)["lengths"].last(),
-        at_most(1e-10),
-        "identity",
+        run(HALF)["lengths"].last() <= 1e-10,
     ),
-    Claim(
+    inequality(
         "The loss stays below exp(-λ_min(Λ_0) t) for every α (greatest loss over bound)",
-        run(NORMALIZED)["over_bound"].max(),
-        at_most(1),
-        "inequality",
+        run(NORMALIZED)["over_bound"].max() <= 1,
     ),
-    Claim(
+    inequality(
         "λ_min of the kernel does not fall by half (end over start, the least of all α)",
-        run(NORMALIZED)["kept"].min(),
-        at_least(0.5),
-        "inequality",
+        run(NORMALIZED)["kept"].min() >= 0.5,
     ),
-    Claim(
+    scaling(
         "Small α: the time to converge is that of V/α² (exponent of the time in α)",
-        run(SMALL).reduce(exponent, "scale", "time"),
-        within(1.8, 2.2),
-        "scaling",
+        run(SMALL).reduce(exponent, "scale", "time").within(1.8, 2.2),
     ),
     *(
-        Claim(
+        scaling(
             f"{name}: the wider the network, the less its kernel moves (exponent in the width)",
-            run(name).reduce(exponent, "m", "drift"),
-            at_most(-0.4),
-            "scaling",
+            run(name).reduce(exponent, "m", "drift") <= -0.4,
         )
         for name in (HALF, ONE, FOUR)
     ),
-    Claim(
+    comparison(
         "α = 0.5 stands longer steps (longest that converges, over that without normalization)",
-        longest_step(HALF) / longest_step(UNNORMALIZED),
-        at_least(4),
-        "comparison",
+        longest_step(HALF) / longest_step(UNNORMALIZED) >= 4,
     ),
-    Claim(
+    control(
         "α = 4 does not (longest step that converges, over that without normalization)",
-        longest_step(FOUR) / longest_step(UNNORMALIZED),
-        at_most(3.99),
-        CONTROL,
+        longest_step(FOUR) / longest_step(UNNORMALIZED) <= 3.99,
     ),
-    Claim(
+    control(
         "α = 4 needs more steps of 1/λ_max (over those without normalization)",
-        run(NORMALIZED).at(scale=4)["steps"] / STEPS_WITHOUT,
-        at_least(1.001),
-        CONTROL,
+        run(NORMALIZED).at(scale=4)["steps"] / STEPS_WITHOUT >= 1.001,
     ),
-    Claim(
+    wider_claim(
         "Normalization needs fewer steps of 1/λ_max at the best α (over those without)",
-        run(NORMALIZED)["steps"].min() / STEPS_WITHOUT,
-        at_most(0.8),
-        WIDER,
+        run(NORMALIZED)["steps"].min() / STEPS_WITHOUT <= 0.8,
     ),
 )
 

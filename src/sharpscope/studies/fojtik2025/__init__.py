@@ -23,7 +23,7 @@ from ...optimizers.descend import descend
 from ...optimizers.gd import GD
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import CONTROL, WIDER, Claim, at_least, at_most, labelled, under, within
+from .._framework.claims import comparison, control, identity, inequality, labelled, under, wider_claim
 from .._framework.config import demand_positive, seeds
 from .._framework.fits import spearman
 from .._framework.observe import run
@@ -137,92 +137,63 @@ def _sharpness(f: BatchedRuns, w: Tensor, rtol: float = 1e-3) -> float:
 
 
 STARTS, NETWORK = run("starts"), run("network")
+BEYOND = run("toy").where("share", lambda rate: rate > 1.03)
 
 CLAIMS = (
     *under(
         TOY,
-        Claim(
+        comparison(
             "Below .9 η_c the norm is that of the flow (greatest relative distance of ‖(u, v)‖²)",
-            STARTS["norm_apart"].max(),
-            at_most(0.05),
-            "comparison",
+            STARTS["norm_apart"].max() <= 0.05,
         ),
-        Claim(
+        comparison(
             "Below .9 η_c the sharpness is that of the flow (greatest relative distance)",
-            STARTS["sharp_apart"].max(),
-            at_most(0.05),
-            "comparison",
+            STARTS["sharp_apart"].max() <= 0.05,
         ),
-        Claim(
-            "Beyond η_c the norm grows with the rate (rank correlation)",
-            STARTS["norm_order"].min(),
-            at_least(0.9),
-            "comparison",
+        comparison("Beyond η_c the norm grows with the rate (rank correlation)", STARTS["norm_order"].min() >= 0.9),
+        comparison(
+            "Beyond η_c the sharpness falls with the rate (rank correlation)", STARTS["sharp_order"].max() <= -0.9
         ),
-        Claim(
-            "Beyond η_c the sharpness falls with the rate (rank correlation)",
-            STARTS["sharp_order"].max(),
-            at_most(-0.9),
-            "comparison",
-        ),
-        Claim(
+        inequality(
             "Beyond η_c runs end at the edge of stability (sharpness·η/2, median of the starts, farthest from .955)",
-            run("toy").where("share", lambda rate: rate > 1.03)["stability_ratio"].farthest_from(0.955),
-            within(0.9, 1.01),
-            "inequality",
+            BEYOND["stability_ratio"].farthest_from(0.955).within(0.9, 1.01),
         ),
-        Claim(
+        comparison(
             "Single runs beyond η_c that end at the edge (share)",
-            STARTS["at_edge"].mean(),
-            at_least(0.9),
-            "comparison",
+            STARTS["at_edge"].mean() >= 0.9,
             deciding=False,
             note="Just before the largest rate that converges, some runs jump past the edge to flatter solutions.",
         ),
-        Claim(
+        comparison(
             "Random teachers for whom a rate in between is better than both ends by a tenth (share)",
-            STARTS["interior"].median(),
-            at_least(0.5),
-            "comparison",
+            STARTS["interior"].median() >= 0.5,
         ),
-        Claim(
+        identity(
             "Sharpness in closed form and by automatic derivatives (relative difference)",
-            STARTS["apart"].max(),
-            at_most(1e-10),
-            "identity",
+            STARTS["apart"].max() <= 1e-10,
         ),
-        Claim(
+        control(
             "For the teacher of least norm the smallest rate is best (least error over that at it)",
-            STARTS["least_norm"].min(),
-            at_least(1),
-            CONTROL,
+            STARTS["least_norm"].min() >= 1,
         ),
     ),
     *under(
         NET,
-        Claim(
+        inequality(
             "Beyond η_c training ends at the edge of stability (sharpness·η/2, the farthest from 1)",
-            NETWORK.where("share", lambda rate: rate > 1)["stability_ratio"].farthest_from(1),
-            within(0.9, 1.1),
-            "inequality",
+            NETWORK.where("share", lambda rate: rate > 1)["stability_ratio"].farthest_from(1).within(0.9, 1.1),
         ),
-        Claim(
+        comparison(
             "The larger the rate, the larger the norm (rank correlation)",
-            NETWORK.reduce(spearman, "share", "norm"),
-            at_least(0.9),
-            "comparison",
+            NETWORK.reduce(spearman, "share", "norm") >= 0.9,
         ),
-        Claim(
+        control(
             "Below η_c the sharpness is that of the flow (greatest relative distance)",
-            abs(NETWORK.where("share", lambda rate: rate < 1)["sharp_over"] - 1).max(),
-            at_most(0.05),
-            CONTROL,
+            abs(NETWORK.where("share", lambda rate: rate < 1)["sharp_over"] - 1).max() <= 0.05,
         ),
-        Claim(
+        wider_claim(
             "A rate in between has the least test loss, by a tenth (least over that at the better end)",
-            NETWORK["test"].reduce(gain),
-            at_most(0.9),
-            WIDER,
+            NETWORK["test"].reduce(gain) <= 0.9,
         ),
     ),
 )

@@ -26,7 +26,7 @@ from ...optimizers.descend import descend
 from ...optimizers.gd import GD
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import CONTROL, WIDER, Claim, at_least, at_most, labelled, median, under, within
+from .._framework.claims import comparison, control, identity, inequality, labelled, under, wider_claim
 from .._framework.config import demand_positive, seeds
 from .._framework.observe import joined, run
 from .._framework.study import Job, Progress
@@ -161,101 +161,66 @@ WITH_NOISE, WITHOUT_NOISE = run(f"{NOISY}: end"), run(f"{EXACT}: end")
 
 CLAIMS = under(
     PART,
-    Claim(
+    identity(
         "The trace of the Hessian is its formula, at the start and at both solutions (relative error)",
-        joined(*(rows["trace_off"].over_repeats(np.max) for rows in (run("start"), PLAIN, FLAT))),
-        at_most(1e-8),
-        "identity",
+        joined(*(rows["trace_off"].over_repeats(np.max) for rows in (run("start"), PLAIN, FLAT))) <= 1e-8,
     ),
-    Claim(
+    identity(
         "Balanced factors have the mean trace F_L (relative error, plain and flat matrices)",
-        joined(*(rows["attained_off"].over_repeats(np.max) for rows in (PLAIN, FLAT))),
-        at_most(1e-10),
-        "identity",
+        joined(*(rows["attained_off"].over_repeats(np.max) for rows in (PLAIN, FLAT))) <= 1e-10,
     ),
-    Claim(
+    inequality(
         "Without a penalty the trace is above F_L of its matrix (ratio, least over depths and measurements)",
-        PLAIN["trace_ratio"].min(),
-        at_least(0.9),
-        "inequality",
+        PLAIN["trace_ratio"].min() >= 0.9,
     ),
-    Claim(
+    comparison(
         "The flat solution has the least mean trace there is for its matrix (mean trace over F_L, greatest)",
-        FLAT["mean_ratio"].max(),
-        at_most(1.1),
-        "comparison",
+        FLAT["mean_ratio"].max() <= 1.1,
     ),
-    Claim(
+    comparison(
         "And so the least trace, up to the draw of the measurements (trace over F_L, each draw)",
-        FLAT["trace_ratio"],
-        median(within(0.9, 1.1)),
-        "comparison",
+        FLAT["trace_ratio"].within(0.9, 1.1).in_the_median(),
     ),
-    Claim(
+    comparison(
         "The same in every single draw (least and greatest)",
-        FLAT["trace_ratio"].extent(),
-        within(0.9, 1.1),
-        "comparison",
-        note=(
-            "At n = 40 the trace of single draws scatters about its mean by 5 % at depth 2, 9 % at 3 and 13 % at 4:"
-            " about 2 of 10 seeds miss this in quick size, and most in full size, which has more and deeper draws."
-        ),
+        FLAT["trace_ratio"].extent().within(0.9, 1.1),
+        note="At n = 40 the trace of single draws scatters about its mean by 5 % at depth 2, 9 % at 3 and 13 % at 4:"
+        " about 2 of 10 seeds miss this in quick size, and most in full size, which has more and deeper draws.",
     ),
-    Claim(
+    comparison(
         "The flat solution has the least nuclear norm (its nuclear norm over the least, greatest)",
-        FLAT["nuclear_ratio"].max(),
-        at_most(1.02),
-        "comparison",
+        FLAT["nuclear_ratio"].max() <= 1.02,
     ),
-    Claim(
-        "It is the matrix that was measured (relative error, greatest)",
-        FLAT["recovery"].max(),
-        at_most(1e-2),
-        "comparison",
-    ),
-    Claim(
+    comparison("It is the matrix that was measured (relative error, greatest)", FLAT["recovery"].max() <= 1e-2),
+    comparison(
         "Without a penalty it is not (nuclear norm over the least, least over depths and measurements)",
-        PLAIN["nuclear_ratio"].min(),
-        at_least(1.2),
-        "comparison",
+        PLAIN["nuclear_ratio"].min() >= 1.2,
     ),
-    Claim(
+    control(
         "With 20 measurements the flat solution is not that of least nuclear norm (relative distance, each draw)",
-        run(f"flat{FEW}")["off_convex"],
-        median(at_least(0.1)),
-        CONTROL,
+        (run(f"flat{FEW}")["off_convex"] >= 0.1).in_the_median(),
     ),
-    Claim(
+    control(
         "Nor need it be where entries are measured, some more often (relative distance, greatest of the draws)",
-        run(f"flat{ENTRIES}")["off_convex"].max(),
-        at_least(0.1),
-        CONTROL,
+        run(f"flat{ENTRIES}")["off_convex"].max() >= 0.1,
     ),
-    Claim(
+    comparison(
         "Nor is it in half of the draws of entries (relative distance, each draw)",
-        run(f"flat{ENTRIES}")["off_convex"],
-        median(at_least(0.1)),
-        "comparison",
+        (run(f"flat{ENTRIES}")["off_convex"] >= 0.1).in_the_median(),
         deciding=False,
         note="Single draws are a coin toss: in about half of them the convex problem itself recovers the matrix.",
     ),
-    Claim(
+    comparison(
         "SGD: noise on the labels lowers the trace (with noise over without)",
-        WITH_NOISE["trace"].last() / WITHOUT_NOISE["trace"].last(),
-        at_most(0.8),
-        "comparison",
+        WITH_NOISE["trace"].last() / WITHOUT_NOISE["trace"].last() <= 0.8,
     ),
-    Claim(
+    comparison(
         "And with it the nuclear norm (with noise over without)",
-        WITH_NOISE["nuclear"].last() / WITHOUT_NOISE["nuclear"].last(),
-        at_most(1),
-        "comparison",
+        WITH_NOISE["nuclear"].last() / WITHOUT_NOISE["nuclear"].last() <= 1,
     ),
-    Claim(
+    wider_claim(
         "Noise on the labels comes to the least nuclear norm by itself (its nuclear norm over the least)",
-        WITH_NOISE["nuclear_ratio"].last(),
-        at_most(1.02),
-        WIDER,
+        WITH_NOISE["nuclear_ratio"].last() <= 1.02,
         note="It is still falling when the run ends.",
     ),
 )
