@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sharpscope.errors import InvalidValue
 from sharpscope.report.charts import Chart, Columns, Point, SphereChart, missing, thin, thin_path, traces, viewpoint
 from sharpscope.report.figures import figure, save_figures
 
@@ -151,3 +152,15 @@ def test_columns_beside_are_drawn_for_every_run() -> None:
         ("r: 2/η̃", [(0.0, 3.0)]),
         ("s: 2/η̃", []),
     ]
+
+
+def test_a_chart_of_the_first_repeat_leaves_out_the_others() -> None:
+    """The first has the least seed; rows without a seed belong to no repeat."""
+    rows: Columns = {"run": ["r"] * 4 + ["law"], "seed": [7, 7, 9, 9, None], "n": [1, 2, 1, 2, 1], "y": [3, 4, 5, 6, 8]}
+    chart = Chart("c", "C", "n", "y", ("r", "law"), beside=(("n", "n"),), repeats="first")
+    assert [t.points for t in traces(chart, rows)] == [[(1, 3), (2, 4)], [(1, 8)], [(1, 1), (2, 2)], [(1, 1)]]
+    assert missing(chart, rows) == ""
+    unrepeated = {name: values for name, values in rows.items() if name != "seed"}
+    assert [len(t.points) for t in traces(chart, unrepeated)] == [4, 1, 4, 1]
+    with pytest.raises(InvalidValue, match="repeats of the chart 'c' is 'last'; it must be 'all' or 'first'"):
+        Chart("c", "C", "n", "y", ("r",), repeats="last")

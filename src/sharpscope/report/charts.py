@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
-from ..errors import InvalidType
+from ..errors import InvalidType, InvalidValue
 
 Columns = Mapping[str, Sequence[Any]]
 Point = tuple[float, ...]
@@ -40,6 +40,11 @@ class Chart:
     part: str = ""  # charts of one part stand together, under its name
     markers: bool = False  # dots instead of lines (e.g. error against il)
     beside: tuple[tuple[str, str], ...] = ()  # further columns to draw for every run: (column, label)
+    repeats: str = "all"  # "first": of a run that was repeated, only the rows with the least number in column "seed"
+
+    def __post_init__(self) -> None:
+        if self.repeats not in ("all", "first"):
+            raise InvalidValue(f"repeats of the chart '{self.name}' is '{self.repeats}'; it must be 'all' or 'first'")
 
     @property
     def axis_labels(self) -> tuple[str, str]:
@@ -99,6 +104,7 @@ def traces(chart: Any, columns: Columns) -> list[Trace]:
 def line_traces(chart: Chart, columns: Columns) -> list[Trace]:
     """The lines of a chart, first those of its column `y`, then those beside."""
     result = []
+    columns = _first_repeat(columns) if chart.repeats == "first" else columns
     for column, label in ((chart.y, ""), *chart.beside):
         for run, points in _points(columns, dict.fromkeys(chart.runs, (chart.x, column))).items():
             shown = [p for p in points if (p[0] > 0 or not chart.log_x) and (p[1] > 0 or not chart.log_y)]
@@ -153,6 +159,14 @@ def _points(columns: Columns, wanted: Mapping[str, tuple[str, ...]]) -> dict[str
             if all(map(math.isfinite, point)):
                 result[run].append(point)
     return result
+
+
+def _first_repeat(columns: Columns) -> Columns:
+    """The rows of the repeat with the least seed, and those that belong to no repeat."""
+    seeds = columns.get("seed", ())
+    least = min((seed for seed in seeds if seed is not None), default=None)
+    rows = [row for row, seed in enumerate(seeds) if seed in (None, least)]
+    return {name: [values[row] for row in rows] for name, values in columns.items()} if seeds else columns
 
 
 def missing(chart: Chart | SphereChart, columns: Columns) -> str:
