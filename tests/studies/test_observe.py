@@ -17,6 +17,7 @@ from sharpscope.studies._framework.claims import (
     under,
     wider_claim,
 )
+from sharpscope.studies._framework.fits import exponent, slope
 from sharpscope.studies._framework.observe import joined, measured, run
 
 TAU = (0.5, 1.0, 2.0, 4.0)
@@ -42,6 +43,11 @@ def test_repeats_by_name_are_those_of_this_run_alone() -> None:
 def test_repeats_by_column() -> None:
     assert run("a")["gap"].last()(BY_COLUMN, None) == (3 / 32, 4 / 32)
     assert run("a").reduce(lambda n, gap: (n * gap).sum(), "n", "gap")(BY_COLUMN, None) == (9.0, 12.0)
+
+
+def test_slopes_and_exponents_of_one_column_over_another() -> None:
+    assert run("a").reduce(exponent, "n", "gap")(BY_COLUMN, None) == pytest.approx((-1, -1), rel=1e-12)
+    assert run("a, longer").reduce(slope, "tau", "x")(BY_NAME, None) == pytest.approx((10, 10), rel=1e-12)
 
 
 def test_arithmetic_is_between_equal_repeats() -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,12 @@ def test_the_verdicts_are_what_they_were(old: Path) -> None:
     ]
     for verdict, was in zip(now, before, strict=True):
         assert numbers(verdict.observed) == pytest.approx(numbers(was["observed"]), rel=1e-9, nan_ok=True), was["claim"]
+
+
+def test_columns_that_have_become_one_complete_each_other() -> None:
+    history = History([{"run": "a", "excess": 1.0, "drawn": 3.0}, {"run": "b", "drawn": 2.0}])
+    study = SimpleNamespace(OLD_COLUMNS={"drawn": "excess"})
+    assert columns_of_today(study, history).columns == {"run": ["a", "b"], "excess": [1.0, 2.0]}
 
 
 @pytest.mark.parametrize("name", ["cohen2025", "fojtik2025"])

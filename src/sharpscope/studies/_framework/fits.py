@@ -46,6 +46,16 @@ def power(x: ArrayLike, y: ArrayLike) -> Line:
     return line(np.log(np.asarray(x, float)), np.log(np.asarray(y, float)))
 
 
+def slope(x: ArrayLike, y: ArrayLike) -> float:
+    """Slope of the line that fits y over x best."""
+    return line(x, y).slope
+
+
+def exponent(x: ArrayLike, y: ArrayLike) -> float:
+    """Exponent of the power of x that fits y best."""
+    return power(x, y).slope
+
+
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Give the rank correlation of Spearman, with ties at their mean rank.
 

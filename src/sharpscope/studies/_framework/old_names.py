@@ -19,11 +19,16 @@ COLUMNS = (
 
 
 def columns_of_today(study: Any, history: History) -> History:
-    """The history of a run of `study`, with its columns under their names of today."""
+    """The history of a run of `study`, with its columns under their names of today.
+
+    Where several columns have become one, each row has the value of the first that is not empty there.
+    """
     own: Mapping[str, str] = getattr(study, "OLD_COLUMNS", {})
     columns: dict[str, list[Any]] = {}
     for name, values in history.columns.items():
-        columns.setdefault(own.get(name) or _renamed(name), values)
+        today = own.get(name) or _renamed(name)
+        known = columns.get(today, [None] * len(values))
+        columns[today] = [new if value is None else value for value, new in zip(known, values, strict=True)]
     history.columns = columns
     return history
 
