@@ -1,4 +1,4 @@
-"""Checks that the fields of every configuration have to pass."""
+"""Fields that configurations have in common: numbers are positive, and repeats have seeds of their own."""
 
 from typing import Any
 
@@ -20,3 +20,8 @@ def demand_positive(config: Any, *free: str) -> None:
                 raise InvalidValue(f"seed is {value}; it must not be negative")
         elif name not in free and not isinstance(value, bool) and not all(v > 0 for v in numbers):
             raise InvalidValue(f"{name} is {value}; it must be positive")
+
+
+def seeds(config: Any) -> range:
+    """The seeds of a study that repeats itself: as many as its field `repeats`, from its field `seed` on."""
+    return range(config.seed, config.seed + config.repeats)
