@@ -9,13 +9,13 @@ from sharpscope.studies.zou2021 import FALLING, FLAT, Config
 from sharpscope.studies.zou2021.linear_sgd import (
     SPECTRA,
     LinearRegression,
-    bound,
     effective_dimension,
     expected_risks,
     expected_tail_risk,
-    least_squares,
+    half_bound,
     least_squares_and_ridge,
     next_moments,
+    ridge_risks,
     sampled_risks,
 )
 
@@ -89,7 +89,7 @@ def test_sgd_itself_has_that_mean() -> None:
 def test_the_bound_holds_and_falls_with_the_spectrum(spectrum: str) -> None:
     p = problem(spectrum, 300)
     exact = expected_risks(p, (10, 40, 160))
-    assert all(e <= 2 * bound(p, n) for e, n in zip(exact, (10, 40, 160), strict=True))
+    assert all(e <= 2 * half_bound(p, n) for e, n in zip(exact, (10, 40, 160), strict=True))
     assert effective_dimension(p, 160) < 0.6 * effective_dimension(p, 10)
 
 
@@ -108,12 +108,12 @@ def test_the_bound_is_its_sums() -> None:
     dimension = 1 / 8 + 8 / 16 * (lam[1:] ** 2).sum()
     bias = delta[0] / lam[0] / 4 + (lam[1:] * delta[1:]).sum()
     variance = (0.25 + 3 * (delta[0] + 2 * (lam[1:] * delta[1:]).sum())) / (1 - 0.75) * dimension
-    assert bound(p, n) == pytest.approx(bias + variance)
+    assert half_bound(p, n) == pytest.approx(bias + variance)
 
 
 def test_least_squares_is_the_pseudoinverse() -> None:
     p, n = problem("1/i^1.5", 30), 12
-    found = least_squares(p, n, [0.0, 0.3], np.random.default_rng(3))
+    found = ridge_risks(p, n, [0.0, 0.3], np.random.default_rng(3))
     rng = np.random.default_rng(3)
     x = rng.standard_normal((n, 30)) * np.sqrt(p.eigenvalues)
     y = x @ -p.start + p.noise * rng.standard_normal(n)
@@ -125,7 +125,7 @@ def test_least_squares_is_the_pseudoinverse() -> None:
 def test_the_best_of_six_penalties_is_no_worse_than_any() -> None:
     p, rng = problem("1/i²", 30), np.random.default_rng(3)
     least, ridge = least_squares_and_ridge(p, 12, 1, np.random.default_rng(3))
-    risks = least_squares(p, 12, [0.0, *(10.0**j * 12 for j in range(-5, 1))], rng)
+    risks = ridge_risks(p, 12, [0.0, *(10.0**j * 12 for j in range(-5, 1))], rng)
     assert (least, ridge) == pytest.approx((risks[0], min(risks[1:])))
 
 

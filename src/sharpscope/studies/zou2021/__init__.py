@@ -31,10 +31,10 @@ from .._framework.study import Job, Progress
 from .linear_sgd import (
     SPECTRA,
     LinearRegression,
-    bound,
     effective_dimension,
     expected_risks,
     expected_tail_risk,
+    half_bound,
     least_squares_and_ridge,
     sampled_risks,
 )
@@ -95,7 +95,7 @@ def _exact(log: RunLog, progress: Progress, spectrum: str, config: Config) -> No
     biases = expected_risks(replace(p, noise=0.0), config.sizes)
     variances = expected_risks(replace(p, start=0 * p.start), config.sizes)
     for n, bias, variance in zip(sorted(config.sizes), biases, variances, strict=True):
-        excess, half_bound, tail = bias + variance, bound(p, n), expected_tail_risk(p, n)
+        excess, half, tail = bias + variance, half_bound(p, n), expected_tail_risk(p, n)
         row = {
             "excess": excess,
             "bias": bias,
@@ -104,7 +104,7 @@ def _exact(log: RunLog, progress: Progress, spectrum: str, config: Config) -> No
         }
         own = {"seed": config.seed, "N": n}
         log.append(run=f"{spectrum}: exact", **row, **own)
-        log.append(run=f"{spectrum}: bound", excess=2 * half_bound, slack=half_bound / excess, **own)
+        log.append(run=f"{spectrum}: bound", excess=2 * half, slack=half / excess, **own)
         log.append(run=f"{spectrum}: {HALF}", excess=tail, over_exact=tail / excess, **own)
 
 

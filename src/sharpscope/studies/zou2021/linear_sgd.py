@@ -98,7 +98,7 @@ def effective_dimension(p: LinearRegression, n: int) -> float:
     return float(head.sum() / n + n * p.step**2 * (p.eigenvalues[~head] ** 2).sum())
 
 
-def bound(p: LinearRegression, n: int) -> float:
+def half_bound(p: LinearRegression, n: int) -> float:
     """Half of the bound on the excess risk, ``EB + EV``."""
     scale, delta = p.step * n, p.start**2
     head = p.eigenvalues >= 1 / scale
@@ -126,8 +126,8 @@ def sampled_risks(p: LinearRegression, sizes: Sequence[int], replicas: int, rng:
     return np.array(found)
 
 
-def least_squares(p: LinearRegression, n: int, penalties: Sequence[float], rng: np.random.Generator) -> list[float]:
-    """Excess risk of ``Xᵀ(XXᵀ + μ)⁻¹y`` for every penalty μ, on one sample of n examples; μ = 0 interpolates."""
+def ridge_risks(p: LinearRegression, n: int, penalties: Sequence[float], rng: np.random.Generator) -> list[float]:
+    """Excess risks of ridge, ``Xᵀ(XXᵀ + μ)⁻¹y``, for every penalty μ, on one sample of n examples; 0 interpolates."""
     x = rng.standard_normal((n, len(p.eigenvalues))) * np.sqrt(p.eigenvalues)
     y = -x @ p.start + p.noise * rng.standard_normal(n)
     values, vectors = np.linalg.eigh(x @ x.T)
@@ -138,5 +138,5 @@ def least_squares(p: LinearRegression, n: int, penalties: Sequence[float], rng: 
 def least_squares_and_ridge(p: LinearRegression, n: int, samples: int, rng: np.random.Generator) -> tuple[float, float]:
     """Mean excess risk of least squares, and of ridge with the best of six penalties, chosen by that risk itself."""
     penalties = [0.0, *(10.0**j * n for j in range(-5, 1))]
-    risks = np.array([least_squares(p, n, penalties, rng) for _ in range(samples)])
+    risks = np.array([ridge_risks(p, n, penalties, rng) for _ in range(samples)])
     return float(risks[:, 0].mean()), float(risks[:, 1:].min(axis=1).mean())
