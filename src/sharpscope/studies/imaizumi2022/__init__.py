@@ -24,7 +24,7 @@ from ...errors import InvalidValue
 from ...optimizers.descend import noisy
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import CONTROL, WIDER, Claim, at_least, at_most, labelled, median, under, within
+from .._framework.claims import comparison, control, identity, inequality, labelled, scaling, under, wider_claim
 from .._framework.config import demand_positive, seeds
 from .._framework.fits import spearman
 from .._framework.observe import run
@@ -155,114 +155,79 @@ LARGE_ISOTROPIC = run(ISOTROPIC).where("weights", lambda weights: weights >= 320
 
 CLAIMS = under(
     PART,
-    Claim(
-        "At the minimum the Hessian is that of n squares, JᵀJ/n (relative error)",
-        MINIMUM["hessian_off"].max(),
-        at_most(1e-5),
-        "identity",
+    identity(
+        "At the minimum the Hessian is that of n squares, JᵀJ/n (relative error)", MINIMUM["hessian_off"].max() <= 1e-5
     ),
-    Claim(
+    inequality(
         "At most as many directions are curved as there are examples (curved directions over n)",
-        (MINIMUM["rank"] / MINIMUM["examples"]).max(),
-        at_most(1),
-        "inequality",
+        (MINIMUM["rank"] / MINIMUM["examples"]).max() <= 1,
     ),
-    Claim(
+    scaling(
         "With little noise the loss rises as predicted (over the prediction, least over widths)",
-        NOISY.between(noise=(0, LITTLE))["ratio"].min(),
-        within(0.8, 1.25),
-        "scaling",
+        NOISY.between(noise=(0, LITTLE))["ratio"].min().within(0.8, 1.25),
     ),
-    Claim(
+    scaling(
         "With little noise the loss rises as predicted (over the prediction, greatest over widths)",
-        NOISY.between(noise=(0, LITTLE))["ratio"].max(),
-        within(0.8, 1.25),
-        "scaling",
+        NOISY.between(noise=(0, LITTLE))["ratio"].max().within(0.8, 1.25),
     ),
-    Claim(
+    scaling(
         "It hardly depends on the number of weights (greatest over least rise of the loss among widths)",
-        NOISY.between(noise=(0, LITTLE)).reduce(_spread, "noise", "excess"),
-        at_most(2),
-        "scaling",
+        NOISY.between(noise=(0, LITTLE)).reduce(_spread, "noise", "excess") <= 2,
     ),
-    Claim(
+    comparison(
         "Where the predicted rise is below δ/5, runs stay (least share whose loss never rises by δ = 0.02)",
-        NOISY.between(predicted=(0, 0.2 * BASIN))["stay"].min(),
-        at_least(0.95),
-        "comparison",
+        NOISY.between(predicted=(0, 0.2 * BASIN))["stay"].min() >= 0.95,
     ),
-    Claim(
+    comparison(
         "Where it is above δ, they do not (greatest share)",
-        NOISY.between(predicted=(BASIN, np.inf))["stay"].max(),
-        at_most(0.2),
-        "comparison",
+        NOISY.between(predicted=(BASIN, np.inf))["stay"].max() <= 0.2,
     ),
-    Claim(
+    control(
         "From noise of 0.03 on, no minimum holds its runs (greatest share that stays)",
-        NOISY.between(noise=(0.03, np.inf))["stay"].max(),
-        at_most(0.2),
-        CONTROL,
+        NOISY.between(noise=(0.03, np.inf))["stay"].max() <= 0.2,
     ),
-    Claim(
+    comparison(
         "Noise on labels moves weights in n directions (share of the squared displacement, each minimum)",
-        run(LABEL_NOISE)["share"],
-        median(at_least(0.8)),
-        "comparison",
+        (run(LABEL_NOISE)["share"] >= 0.8).in_the_median(),
     ),
-    Claim(
+    comparison(
         "What leaves them is a drift that all runs share: around their mean, runs stay (share, least over widths)",
-        run(LABEL_NOISE)["around"].min(),
-        at_least(0.8),
-        "comparison",
+        run(LABEL_NOISE)["around"].min() >= 0.8,
     ),
-    Claim(
+    comparison(
         "With that drift they stay, too, at every minimum (share of the squared displacement, least over widths)",
-        run(LABEL_NOISE)["share"].min(),
-        at_least(0.8),
-        "comparison",
+        run(LABEL_NOISE)["share"].min() >= 0.8,
         note="At w = 8 a drift that all runs share leaves the n directions, so that about 2 of 10 seeds miss this;"
         " its share grows with the square of the noise.",
     ),
-    Claim(
+    control(
         "Noise alike in all directions does not (share over n/P, greatest from 320 weights on)",
-        (LARGE_ISOTROPIC["share"] / LARGE_ISOTROPIC["even"]).max(),
-        at_most(1),
-        CONTROL,
+        (LARGE_ISOTROPIC["share"] / LARGE_ISOTROPIC["even"]).max() <= 1,
     ),
-    Claim(
+    comparison(
         "On digits the gap hardly depends on the number of weights (greatest over least gap)",
-        run("widths").reduce(_change, "weights", "gap"),
-        at_most(1.5),
-        "comparison",
+        run("widths").reduce(_change, "weights", "gap") <= 1.5,
     ),
-    Claim(
+    comparison(
         "With random labels the gap rises with spectral norms over margin (rank correlation)",
-        run(RANDOM_LABELS).reduce(spearman, "complexity", "gap"),
-        at_least(0.8),
-        "comparison",
+        run(RANDOM_LABELS).reduce(spearman, "complexity", "gap") >= 0.8,
         note="A correlation over one knob; as a bound, such numbers say nothing at this size.",
     ),
-    Claim(
+    comparison(
         "Every network on digits with random labels fits (training loss, greatest)",
-        run(RANDOM_LABELS)["train_loss"].max(),
-        at_most(FITTED),
-        "comparison",
+        run(RANDOM_LABELS)["train_loss"].max() <= FITTED,
         deciding=False,
         note="Those that do not are left out.",
     ),
-    Claim(
+    comparison(
         "Single curved directions scatter as predicted, too (median variance over V_i at σ = 0.01, least)",
-        NOISY.near(noise=0.01)["single"].min(),
-        within(0.5, 2),
-        "comparison",
+        NOISY.near(noise=0.01)["single"].min().within(0.5, 2),
         deciding=False,
         note="Drifting along flat directions turns the curved ones; only the sum weighted by curvature is predicted.",
     ),
-    Claim(
+    wider_claim(
         "With Gaussian noise alike in all directions, too, the weights stay near n directions (share, least)",
-        run(ISOTROPIC)["share"].min(),
-        at_least(0.8),
-        WIDER,
+        run(ISOTROPIC)["share"].min() >= 0.8,
         note="The loss stays; the weights drift along the flat directions.",
     ),
 )

@@ -20,7 +20,7 @@ import torch
 from ...errors import InvalidValue
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import CONTROL, Claim, at_least, at_most, labelled, under, within
+from .._framework.claims import comparison, control, identity, inequality, labelled, scaling, under
 from .._framework.config import demand_positive, seeds
 from .._framework.fits import exponent
 from .._framework.observe import Quantity, joined, run
@@ -158,71 +158,45 @@ def _greatest(column: str) -> Quantity:
 
 CLAIMS = under(
     PART,
-    Claim(
+    inequality(
         "The least eigenvalue keeps its bound along training (greatest of it over the bound)",
-        run("least eigenvalue")["over"].max(),
-        at_most(1),
-        "inequality",
+        run("least eigenvalue")["over"].max() <= 1,
     ),
-    Claim(
+    scaling(
         "The wider, the closer to convex: exponent in m of the least eigenvalue at the start",
-        run("start").reduce(exponent, "m", "least"),
-        within(-0.65, -0.3),
-        "scaling",
+        run("start").reduce(exponent, "m", "least").within(-0.65, -0.3),
     ),
-    Claim(
-        "Weights move no farther than their bound (greatest ‖W_t - W_0‖² over 2ηt L(W_0))",
-        _greatest("walked"),
-        at_most(1),
-        "inequality",
+    inequality(
+        "Weights move no farther than their bound (greatest ‖W_t - W_0‖² over 2ηt L(W_0))", _greatest("walked") <= 1
     ),
-    Claim(
+    scaling(
         "Stability: exponent of ε² in the number of examples, ηt from 5 to 150",
-        _early_exponents("stability"),
-        within(-2.3, -1.7),
-        "scaling",
+        _early_exponents("stability").within(-2.3, -1.7),
     ),
-    Claim(
+    scaling(
         "Exponent of the gap between population and training loss, ηt from 5 to 150",
-        _early_exponents("gap"),
-        within(-1.3, -0.7),
-        "scaling",
+        _early_exponents("gap").within(-1.3, -0.7),
     ),
-    Claim(
-        "The gap keeps the bound that stability gives (greatest of it over the bound)",
-        _greatest("over"),
-        at_most(1),
-        "inequality",
-    ),
-    Claim(
+    inequality("The gap keeps the bound that stability gives (greatest of it over the bound)", _greatest("over") <= 1),
+    scaling(
         "Stopped at the best time, more examples lower the excess risk (exponent in n)",
-        run("best time").reduce(exponent, "n", "best"),
-        at_most(-0.4),
-        "scaling",
+        run("best time").reduce(exponent, "n", "best") <= -0.4,
     ),
-    Claim(
+    identity(
         "Gradient and Hessian in closed form and automatic ones (relative difference)",
-        run("two ways")["apart"].max(),
-        at_most(1e-10),
-        "identity",
+        run("two ways")["apart"].max() <= 1e-10,
     ),
-    Claim(
+    control(
         "Far past the best time stability falls off slower (exponent at ηt = 500 less that at 50)",
-        run("ηt = 500").reduce(exponent, "n", "growth"),
-        at_least(0),
-        CONTROL,
+        run("ηt = 500").reduce(exponent, "n", "growth") >= 0,
     ),
-    Claim(
+    control(
         "… and with 16 examples what was gained is lost (excess risk at ηt = 500 over that at each run's best time)",
-        run("best time").at(n=16)["late"],
-        at_least(1.2),
-        CONTROL,
+        run("best time").at(n=16)["late"] >= 1.2,
     ),
-    Claim(
+    comparison(
         "SGD on single examples does about as well with 64 (its excess risk at its best time over GD's)",
-        run("SGD")["sgd"].max(),
-        within(0.5, 2),
-        "comparison",
+        run("SGD")["sgd"].max().within(0.5, 2),
         deciding=False,
     ),
 )

@@ -22,7 +22,7 @@ import numpy as np
 from ...errors import InvalidValue
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import CONTROL, Claim, at_least, at_most, labelled, under, within
+from .._framework.claims import comparison, control, identity, labelled, scaling, under
 from .._framework.config import demand_positive, seeds
 from .._framework.fits import exponent
 from .._framework.observe import run
@@ -167,78 +167,44 @@ DEEP = END.where("L", lambda depth: depth > 1)
 
 CLAIMS = under(
     PART,
-    Claim(
-        "Σ|w_i|^(2/L) stays along the flow (relative drift)",
-        run("flow")["drift"].max(),
-        at_most(1e-6),
-        "identity",
-    ),
-    Claim(
+    identity("Σ|w_i|^(2/L) stays along the flow (relative drift)", run("flow")["drift"].max() <= 1e-6),
+    identity(
         "Flow of the layers and flow of w alone, by multiplicative steps, are one (relative distance)",
-        run("flow")["apart"].max(),
-        at_most(1e-6),
-        "identity",
+        run("flow")["apart"].max() <= 1e-6,
     ),
-    Claim(
-        "No other exponent of 2, 1, 2/3, 1/2 is conserved (least relative drift)",
-        run("flow")["wrong"].min(),
-        at_least(1e-2),
-        CONTROL,
+    control(
+        "No other exponent of 2, 1, 2/3, 1/2 is conserved (least relative drift)", run("flow")["wrong"].min() >= 1e-2
     ),
-    Claim(
-        "From unbalanced layers Σ|w_i|^(2/L) drifts (relative)",
-        run("unbalanced")["drift"].min(),
-        at_least(1e-2),
-        CONTROL,
-    ),
-    Claim(
-        "Each layer keeps its norm all the same (relative drift of ‖u_l‖²)",
-        run("unbalanced")["layers"].max(),
-        at_most(1e-6),
-        "identity",
+    control("From unbalanced layers Σ|w_i|^(2/L) drifts (relative)", run("unbalanced")["drift"].min() >= 1e-2),
+    identity(
+        "Each layer keeps its norm all the same (relative drift of ‖u_l‖²)", run("unbalanced")["layers"].max() <= 1e-6
     ),
     *(
-        Claim(
+        control(
             f"With the {loss}, which depends on the scale of w, Σ|w_i|^(2/L) drifts (relative)",
-            run(loss)["drift"].min(),
-            at_least(0.1),
-            CONTROL,
+            run(loss)["drift"].min() >= 0.1,
         )
         for loss in ("square loss", "difference loss")
     ),
-    Claim(
+    identity(
         "Gradient descent grows the norms by exactly η²‖∇‖² a step (relative error)",
-        run("gradient descent")["step"].max(),
-        at_most(1e-12),
-        "identity",
+        run("gradient descent")["step"].max() <= 1e-12,
     ),
-    Claim(
+    scaling(
         "Over a fixed time this drift is as the rate (exponent)",
-        run("gradient descent")["slope"].farthest_from(1),
-        within(0.9, 1.1),
-        "scaling",
+        run("gradient descent")["slope"].farthest_from(1).within(0.9, 1.1),
     ),
-    Claim(
+    comparison(
         "At nine tenths of the orthant's best ratio, L = 2 is sparser than L = 1 (ratio of (‖w‖₁/‖w‖₂)²)",
-        END.at(L=2)["spread"] / END.at(L=1)["spread"],
-        at_most(0.8),
-        "comparison",
+        END.at(L=2)["spread"] / END.at(L=1)["spread"] <= 0.8,
         deciding=False,
     ),
-    Claim(
+    comparison(
         "The flow of L ≥ 2 layers ends at the best ratio of its orthant (J over it)",
-        DEEP["best"].farthest_from(1),
-        within(0.995, 1.005),
-        "comparison",
+        DEEP["best"].farthest_from(1).within(0.995, 1.005),
         deciding=False,
     ),
-    Claim(
-        "And below that of all directions (J over it)",
-        DEEP["free"].max(),
-        at_most(0.95),
-        "comparison",
-        deciding=False,
-    ),
+    comparison("And below that of all directions (J over it)", DEEP["free"].max() <= 0.95, deciding=False),
 )
 
 LABELS = {

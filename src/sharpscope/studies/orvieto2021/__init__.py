@@ -26,7 +26,7 @@ from ...optimizers.descend import descend
 from ...optimizers.gd import GD
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import CONTROL, WIDER, Claim, at_least, at_most, labelled, under, within
+from .._framework.claims import comparison, control, identity, labelled, scaling, under, wider_claim
 from .._framework.config import demand_positive, seeds
 from .._framework.fits import slope
 from .._framework.observe import Quantity, joined, run
@@ -190,100 +190,63 @@ def _growth(method: str) -> Quantity:
 CLAIMS = under(
     PART,
     *(
-        Claim(
+        scaling(
             f"Chains: median of {what} (slope of its log, a layer; the law of |f| is -.635)",
-            run(f"chain, {what}").reduce(slope, "depth", "size"),
-            within(low, high),
-            "scaling",
+            run(f"chain, {what}").reduce(slope, "depth", "size").within(low, high),
         )
         for what, low, high in zip(CHAIN, (-0.685, -0.75, -0.75), (-0.585, -0.4, -0.4), strict=True)
     ),
-    Claim(
+    identity(
         "Chains: derivatives in closed form and automatic ones (relative difference)",
-        run("chain, derivatives")["apart"].max(),
-        at_most(1e-10),
-        "identity",
+        run("chain, derivatives")["apart"].max() <= 1e-10,
     ),
-    Claim(
+    scaling(
         "ReLU: median of log ‖h‖² falls by the exact law (slope in L/d over it, widths 16 to 64)",
-        _over_law("median", "law"),
-        within(0.9, 1.1),
-        "scaling",
+        _over_law("median", "law").within(0.9, 1.1),
     ),
-    Claim(
+    scaling(
         "ReLU: its variance grows by the exact law (slope in L/d over it, widths 16 to 64)",
-        _over_law("variance", "law2"),
-        within(0.85, 1.15),
-        "scaling",
+        _over_law("variance", "law2").within(0.85, 1.15),
     ),
-    Claim(
+    identity(
         "ReLU: the law without matrices and networks with them (standard errors apart)",
-        run("forward, two ways")["apart"].max(),
-        at_most(4),
-        "identity",
+        run("forward, two ways")["apart"].max() <= 4,
     ),
-    Claim(
+    scaling(
         "Width 8: the largest |eigenvalue| vanishes (slope of its median log in L/d)",
-        run("d = 8").reduce(slope, "share", "curvature"),
-        at_most(-0.6),
-        "scaling",
+        run("d = 8").reduce(slope, "share", "curvature") <= -0.6,
     ),
     *(
-        Claim(
+        comparison(
             f"Depth 32: gradients are larger at {wide} than at {narrow} (ratio of medians)",
-            run(wide).at(depth=32)["middle"] / run(narrow).at(depth=32)["middle"],
-            at_least(1),
-            "comparison",
+            run(wide).at(depth=32)["middle"] / run(narrow).at(depth=32)["middle"] >= 1,
         )
         for narrow, wide in (("d = 8", "d = 16"), ("d = 16", "d = 32"))
     ),
     *(
-        Claim(
+        control(
             f"Width 8, {name}: the largest |eigenvalue| does not vanish (slope of its median log in L/d)",
-            run(name).reduce(slope, "share", "curvature"),
-            at_least(-0.4),
-            CONTROL,
+            run(name).reduce(slope, "share", "curvature") >= -0.4,
         )
         for name in ("layer norm", "residual")
     ),
-    Claim(
-        "Width 32, depth 8: gradients do not vanish (median)",
-        run("d = 32").at(depth=8)["middle"],
-        at_least(np.exp(-1)),
-        CONTROL,
-    ),
-    Claim("GD: steps to escape grow from 8 to 16 layers (factor)", _growth("GD"), at_least(5), "scaling"),
-    *(
-        Claim(f"{name}: they do not (factor)", _growth(name), at_most(3), "comparison")
-        for name in ("Adam", "normalized GD")
-    ),
-    *(
-        Claim(
-            f"{name}: share of chains of 24 layers that escape",
-            run(f"{name}, L = 24")["escaped"].last(),
-            criterion,
-            "comparison",
-        )
-        for name, criterion in (("GD", at_most(0.5)), ("Adam", at_least(0.95)))
-    ),
-    Claim(
+    control("Width 32, depth 8: gradients do not vanish (median)", run("d = 32").at(depth=8)["middle"] >= np.exp(-1)),
+    scaling("GD: steps to escape grow from 8 to 16 layers (factor)", _growth("GD") >= 5),
+    *(comparison(f"{name}: they do not (factor)", _growth(name) <= 3) for name in ("Adam", "normalized GD")),
+    comparison("GD: share of chains of 24 layers that escape", run("GD, L = 24")["escaped"].last() <= 0.5),
+    comparison("Adam: share of chains of 24 layers that escape", run("Adam, L = 24")["escaped"].last() >= 0.95),
+    comparison(
         "Width 12, 32 layers: Adam trains what GD does not (its loss over that of GD after 200 steps)",
-        run("Adam, width 12").at(depth=32)["loss"] / run("GD, width 12").at(depth=32)["loss"],
-        at_most(0.5),
-        "comparison",
+        run("Adam, width 12").at(depth=32)["loss"] / run("GD, width 12").at(depth=32)["loss"] <= 0.5,
         deciding=False,
     ),
-    Claim(
+    wider_claim(
         "Batch normalization repairs it as well (slope of the median log |eigenvalue| in L/d)",
-        run("batch norm").reduce(slope, "share", "curvature"),
-        within(-0.4, 0.4),
-        WIDER,
+        run("batch norm").reduce(slope, "share", "curvature").within(-0.4, 0.4),
     ),
-    Claim(
+    wider_claim(
         "Layer normalization keeps the gradient of the middle layer too (slope of its median log in L/d)",
-        run("layer norm").reduce(slope, "share", "log_middle"),
-        at_least(-0.4),
-        WIDER,
+        run("layer norm").reduce(slope, "share", "log_middle") >= -0.4,
     ),
 )
 

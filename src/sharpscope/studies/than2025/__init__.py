@@ -26,7 +26,7 @@ from ...optimizers.adaptive import Adam
 from ...optimizers.descend import descend
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import CONTROL, WIDER, Claim, at_least, at_most, labelled, under, within
+from .._framework.claims import comparison, control, identity, inequality, labelled, scaling, under, wider_claim
 from .._framework.config import demand_positive, seeds
 from .._framework.fits import slope
 from .._framework.observe import Quantity, joined, run
@@ -181,95 +181,68 @@ def _num_smaller(column: str) -> Quantity:
     return run("trained")[column].reduce(lambda ratios: (ratios < 1).sum())
 
 
+NORMS = [run(f"{kind}, c = {c:g}") for kind in ("relu", "tanh", "plain", "LN") for c in GAINS]
+
 CLAIMS = under(
     PART,
-    Claim(
+    inequality(
         "No Jacobian exceeds the bound by norms and deviations (greatest log of their ratio)",
-        joined(
-            *(run(f"{kind}, c = {c:g}")["above"].max() for kind in ("relu", "tanh", "plain", "LN") for c in GAINS)
-        ).over_repeats(np.max),
-        at_most(1e-9),
-        "inequality",
+        joined(*(rows["above"].max() for rows in NORMS)).over_repeats(np.max) <= 1e-9,
     ),
-    Claim(
-        "Jacobians carried forward and automatic ones (relative difference)",
-        run("two ways")["apart"].max(),
-        at_most(1e-10),
-        "identity",
+    identity(
+        "Jacobians carried forward and automatic ones (relative difference)", run("two ways")["apart"].max() <= 1e-10
     ),
     *(
-        Claim(
+        scaling(
             f"ReLU, c = {c:g}: each normalizer of a prefix divides ‖∂f/∂x‖ by c (slope of its log, plus log c)",
-            _slope(f"relu, c = {c:g}") + float(np.log(c)),
-            within(-0.1, 0.1),
-            "scaling",
+            (_slope(f"relu, c = {c:g}") + np.log(c)).within(-0.1, 0.1),
         )
         for c in (0.5, 2.0, 3.0)
     ),
-    Claim(
+    scaling(
         "c = 2: with a normalizer in every layer depth does nothing (slope of log ‖∂f/∂x‖ a layer)",
-        _slope("LN, c = 2"),
-        within(-0.1, 0.1),
-        "scaling",
+        _slope("LN, c = 2").within(-0.1, 0.1),
     ),
-    Claim(
+    scaling(
         "c = 2: without normalizers it grows with depth (the same slope over log c)",
-        _slope("plain, c = 2") / np.log(2),
-        at_least(0.8),
-        "scaling",
+        _slope("plain, c = 2") / np.log(2) >= 0.8,
     ),
-    *(
-        Claim(
-            f"c = 2, {kind}: the curvature of the loss {what} with depth (slope of log largest |eigenvalue| a layer)",
-            _slope(f"curvature, {kind}, c = 2", "curvature"),
-            criterion,
-            "scaling",
-        )
-        for kind, what, criterion in (("plain", "explodes", at_least(1)), ("LN", "does not", at_most(0.5)))
+    scaling(
+        "c = 2, plain: the curvature of the loss explodes with depth (slope of log largest |eigenvalue| a layer)",
+        _slope("curvature, plain, c = 2", "curvature") >= 1,
     ),
-    Claim(
+    scaling(
+        "c = 2, LN: the curvature of the loss does not with depth (slope of log largest |eigenvalue| a layer)",
+        _slope("curvature, LN, c = 2", "curvature") <= 0.5,
+    ),
+    inequality(
         "After training every normalizer's input has a deviation above one (least, over nets and layers)",
-        run("trained")["deviation"].min(),
-        at_least(1),
-        "inequality",
+        run("trained")["deviation"].min() >= 1,
     ),
-    Claim(
+    comparison(
         "After training the median ‖∂f/∂x‖ is smaller with normalizers (in so many of 4 nets)",
-        _num_smaller("median"),
-        at_least(3),
-        "comparison",
+        _num_smaller("median") >= 3,
     ),
-    Claim("c = 0.5: normalizers raise ‖∂f/∂x‖ (slope of its log)", _slope("relu, c = 0.5"), at_least(0.1), CONTROL),
-    Claim("c = 1: they change nothing (slope of its log)", _slope("relu, c = 1"), within(-0.1, 0.1), CONTROL),
-    Claim(
+    control("c = 0.5: normalizers raise ‖∂f/∂x‖ (slope of its log)", _slope("relu, c = 0.5") >= 0.1),
+    control("c = 1: they change nothing (slope of its log)", _slope("relu, c = 1").within(-0.1, 0.1)),
+    control(
         "c = 2, at random places: the slope is not -log c (slope plus log c)",
-        _slope("random places, c = 2") + float(np.log(2)),
-        at_least(0.1),
-        CONTROL,
+        _slope("random places, c = 2") + np.log(2) >= 0.1,
     ),
-    Claim(
+    wider_claim(
         "tanh, c = 2: each normalizer of a prefix divides ‖∂f/∂x‖ by c (slope of its log, plus log c)",
-        _slope("tanh, c = 2") + float(np.log(2)),
-        within(-0.1, 0.1),
-        WIDER,
+        (_slope("tanh, c = 2") + np.log(2)).within(-0.1, 0.1),
     ),
-    Claim(
+    wider_claim(
         "c = 1: the loss is smoother with normalizers too (log curvature less that without, mean over depth)",
-        run("curvature, LN, c = 1")["curvature"].mean() - run("curvature, plain, c = 1")["curvature"].mean(),
-        at_most(0),
-        WIDER,
+        run("curvature, LN, c = 1")["curvature"].mean() - run("curvature, plain, c = 1")["curvature"].mean() <= 0,
     ),
-    Claim(
+    wider_claim(
         "c = 1: with normalizers the curvature does not grow with depth at all (slope of its log a layer)",
-        _slope("curvature, LN, c = 1", "curvature"),
-        at_most(0),
-        WIDER,
+        _slope("curvature, LN, c = 1", "curvature") <= 0,
     ),
-    Claim(
-        "After training the largest ‖∂f/∂x‖ is smaller too (in so many of 4 nets)",
-        _num_smaller("largest"),
-        at_least(3),
-        WIDER,
+    wider_claim(
+        "After training the largest ‖∂f/∂x‖ is smaller too (in so many of 4 nets)", _num_smaller("largest") >= 3
     ),
 )
 

@@ -23,7 +23,7 @@ import numpy as np
 from ...errors import InvalidValue
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import CONTROL, Claim, at_least, at_most, labelled, under, within
+from .._framework.claims import Claim, comparison, control, identity, inequality, labelled, scaling, under
 from .._framework.config import demand_positive, seeds
 from .._framework.fits import exponent
 from .._framework.observe import run
@@ -155,37 +155,27 @@ def _about(spectrum: str) -> tuple[Claim, ...]:
     """The claims about one spectrum: those that hold for every one, and those for one that falls."""
     exact, limit, sampled = (run(f"{spectrum}: {name}") for name in ("exact", "bound", "SGD against the recursion"))
     every = (
-        Claim(
+        identity(
             f"{spectrum}: the mean of runs of SGD is the recursion's (greatest distance in standard errors)",
-            sampled["off"].max(),
-            at_most(4),
-            "identity",
+            sampled["off"].max() <= 4,
         ),
-        Claim(
+        inequality(
             f"{spectrum}: the bound holds at every N (greatest excess risk over bound)",
-            limit["slack"].min().reduce(lambda least: 1 / (2 * least)),
-            at_most(1),
-            "inequality",
+            limit["slack"].min().reduce(lambda least: 1 / (2 * least)) <= 1,
         ),
     )
     falling = (
-        Claim(
+        scaling(
             f"{spectrum}: half the bound over the excess risk (least and greatest)",
-            limit["slack"].extent(),
-            within(1, 40),
-            "scaling",
+            limit["slack"].extent().within(1, 40),
         ),
-        Claim(
+        scaling(
             f"{spectrum}: the two fall alike with N (exponent of their ratio)",
-            limit.reduce(exponent, "N", "slack"),
-            within(-0.15, 0.15),
-            "scaling",
+            limit.reduce(exponent, "N", "slack").within(-0.15, 0.15),
         ),
-        Claim(
+        scaling(
             f"{spectrum}: the variance is that of D dimensions (over σ²D/2, least and greatest)",
-            exact["share"].extent(),
-            within(0.2, 1.5),
-            "scaling",
+            exact["share"].extent().within(0.2, 1.5),
         ),
     )
     return (*every, *falling) if spectrum in FALLING else every
@@ -196,42 +186,26 @@ SGD, LEAST_SQUARES = run(f"{STEEP}: exact"), run(f"{STEEP}: least squares")
 CLAIMS = under(
     PART,
     *(claim for spectrum in SPECTRA for claim in _about(spectrum)),
-    Claim(
-        "1/i²: SGD improves from N = 50 to 400 (factor)",
-        SGD.at(N=50)["excess"] / SGD.at(N=400)["excess"],
-        at_least(5),
-        "comparison",
-    ),
-    Claim(
+    comparison("1/i²: SGD improves from N = 50 to 400 (factor)", SGD.at(N=50)["excess"] / SGD.at(N=400)["excess"] >= 5),
+    comparison(
         "1/i²: least squares does not (factor)",
-        LEAST_SQUARES.at(N=50)["excess"] / LEAST_SQUARES.at(N=400)["excess"],
-        at_most(1.3),
-        "comparison",
+        LEAST_SQUARES.at(N=50)["excess"] / LEAST_SQUARES.at(N=400)["excess"] <= 1.3,
     ),
     *(
-        Claim(
-            f"{what} (last over first)",
-            run(name)["variance"].last() / run(name)["variance"].first(),
-            at_least(1),
-            CONTROL,
-        )
+        control(f"{what} (last over first)", run(name)["variance"].last() / run(name)["variance"].first() >= 1)
         for what, name in (
             ("Flat: the variance does not fall", f"{FLAT}: exact"),
             ("Flat, N/4 dimensions: nor here", GROWING),
         )
     ),
-    Claim(
+    comparison(
         "1/i²: ridge with the best of six penalties is near at N = 400 (SGD's excess risk over ridge's)",
-        run(f"{STEEP}: ridge").at(N=400)["behind"],
-        within(0.5, 2),
-        "comparison",
+        run(f"{STEEP}: ridge").at(N=400)["behind"].within(0.5, 2),
         deciding=False,
     ),
-    Claim(
+    comparison(
         "1/i²: the average over the second half does better at N = 50 (its excess risk over that of the whole)",
-        run(f"{STEEP}: {HALF}").at(N=50)["over_exact"],
-        at_most(1),
-        "comparison",
+        run(f"{STEEP}: {HALF}").at(N=50)["over_exact"] <= 1,
         deciding=False,
     ),
 )
