@@ -11,8 +11,8 @@ from sharpscope.autodiff.batched import BatchedRuns, jacobian
 from sharpscope.optimizers.descend import descend, noisy
 from sharpscope.optimizers.gd import GD
 from sharpscope.studies.imaizumi2022 import Config
-from sharpscope.studies.imaizumi2022.margins import Relabelled, margins, matrices, scores, shapes
-from sharpscope.studies.imaizumi2022.stagnation import Fit, Minimum, excess, share, variances
+from sharpscope.studies.imaizumi2022.margins import RelabelledDigits, margins, matrices, scores, shapes
+from sharpscope.studies.imaizumi2022.stagnation import FittedNet, Minimum, expected_excess, fraction_within, variances
 
 CURVATURES = torch.tensor([0.0, 1e-3, 0.1, 1.0, 3.9], dtype=torch.float64)
 RATE, NOISE = 0.5, 0.1
@@ -29,9 +29,9 @@ def test_variances_are_those_of_the_recursion(steps: int) -> None:
 def test_the_rise_of_the_loss_comes_to_its_limit_and_the_flat_direction_counts_nothing() -> None:
     curved = CURVATURES[2:]
     limit = RATE * NOISE**2 / 2 * (1 / (2 - RATE * curved)).sum().item()
-    assert excess(curved, RATE, NOISE, 10000) == pytest.approx(limit, rel=1e-12)
+    assert expected_excess(curved, RATE, NOISE, 10000) == pytest.approx(limit, rel=1e-12)
     padded = torch.cat([torch.zeros(50, dtype=torch.float64), curved])
-    assert excess(padded, RATE, NOISE, 10000) == pytest.approx(limit, rel=1e-12)
+    assert expected_excess(padded, RATE, NOISE, 10000) == pytest.approx(limit, rel=1e-12)
 
 
 def test_noisy_descent_on_a_bowl_has_these_variances() -> None:
@@ -40,11 +40,11 @@ def test_noisy_descent_on_a_bowl_has_these_variances() -> None:
     end = descend(noisy(bowl.slope, NOISE, seed=0), start, GD(RATE), 60)
     ratio = end.weights.square().mean(0) / variances(CURVATURES, RATE, NOISE, 60)
     assert (ratio - 1).abs().max() < 4 * (2 / 4000) ** 0.5  # four standard errors
-    assert end.losses.mean().item() == pytest.approx(excess(CURVATURES, RATE, NOISE, 60), rel=0.06)
+    assert end.losses.mean().item() == pytest.approx(expected_excess(CURVATURES, RATE, NOISE, 60), rel=0.06)
 
 
 def test_the_network_is_its_formula() -> None:
-    p = Fit.drawn(width=3, examples=5, seed=0)
+    p = FittedNet.draw(width=3, examples=5, seed=0)
     W = torch.stack([p.start(0), p.start(1)])
     assert W.shape == (2, p.size) == (2, 30)
     V, b, a = W[1, :24].view(3, 8).numpy(), W[1, 24:27].numpy(), W[1, 27:].numpy()
@@ -55,30 +55,32 @@ def test_the_network_is_its_formula() -> None:
 
 
 def test_at_a_minimum_the_hessian_has_no_more_directions_than_examples_and_label_noise_stays_in_them() -> None:
-    p = Fit.drawn(width=5, examples=10, seed=1)
+    p = FittedNet.draw(width=5, examples=10, seed=1)
     found = Minimum.near(p, p.start(1), below=1e-20)
     assert found.loss <= 1e-20
     at, values, vectors = found.weights[None], found.curvatures, found.directions
     J = jacobian(p.outputs, at)[0]
     torch.testing.assert_close((vectors * values) @ vectors.T, J.T @ J / 10, rtol=0, atol=1e-8)
-    assert found.off() < 1e-7 and found.rank <= 10 and found.curved.shape == (p.size, 10)
+    assert found.hessian_error() < 1e-7 and found.rank <= 10 and found.curved.shape == (p.size, 10)
     W, top = at.expand(3000, -1), vectors[:, -10:]
-    g = p.relabelled(0.05, seed=0)(W, 0)[1]
-    assert share(g, top) > 1 - 1e-12
+    g = p.with_noisy_labels(0.05, seed=0)(W, 0)[1]
+    assert fraction_within(g, top) > 1 - 1e-12
     assert g.square().sum(1).mean().item() == pytest.approx(0.05**2 * values.sum().item() / 10, rel=0.05)
 
-    alike = noisy(BatchedRuns(p.losses).slope, found.alike(0.05), 0)
+    alike = noisy(BatchedRuns(p.losses).slope, found.isotropic_deviation(0.05), 0)
     size = alike(W, 0)[1].square().sum(1).mean().item()
     assert size == pytest.approx(g.square().sum(1).mean().item(), rel=0.1)
-    labels, isotropic = (found.shares(slope, steps=200)[-1] for slope in (p.relabelled(0.05, 0), alike))
+    labels, isotropic = (found.displacements(slope, steps=200)[-1] for slope in (p.with_noisy_labels(0.05, 0), alike))
     assert labels[0] == isotropic[0] == 200
     assert labels[1]["share"] > 0.8 and isotropic[1]["share"] < 10 / p.size
 
 
 def test_little_noise_raises_the_loss_as_predicted_and_much_noise_drives_runs_out() -> None:
-    p = Fit.drawn(width=5, examples=10, seed=1)
+    p = FittedNet.draw(width=5, examples=10, seed=1)
     progress: list[float] = []
-    little, much = Minimum.near(p, p.start(1)).shaken((1e-3, 0.3), 64, 200, 0.02, 0, progress.append)
+    little, much = Minimum.near(p, p.start(1)).noisy_descents(
+        (1e-3, 0.3), runs=64, steps=200, basin=0.02, seed=0, progress=progress.append
+    )
     assert little["ratio"] == little["excess"] / little["predicted"] == pytest.approx(1, abs=0.2)
     assert (little["stay"], much["stay"]) == (1, 0)
     assert progress == sorted(progress) and progress[-1] == 1
@@ -88,10 +90,10 @@ def test_share_is_that_of_a_projection() -> None:
     draw = torch.Generator().manual_seed(0)
     U = torch.linalg.qr(torch.randn(12, 3, generator=draw, dtype=torch.float64)).Q
     inside = torch.randn(4, 3, generator=draw, dtype=torch.float64) @ U.T
-    assert share(inside, U) == pytest.approx(1)
+    assert fraction_within(inside, U) == pytest.approx(1)
     spread = torch.randn(5000, 12, generator=draw, dtype=torch.float64)
-    assert share(spread, U) == pytest.approx(3 / 12, rel=0.05)
-    assert share(spread - spread @ U @ U.T, U) < 1e-25
+    assert fraction_within(spread, U) == pytest.approx(3 / 12, rel=0.05)
+    assert fraction_within(spread - spread @ U @ U.T, U) < 1e-25
 
 
 def test_scores_are_those_of_the_modules_and_margins_those_of_sorting() -> None:
@@ -118,11 +120,11 @@ def test_scores_are_those_of_the_modules_and_margins_those_of_sorting() -> None:
 
 def test_labels_are_random_in_the_fractions_asked_for_and_complexity_does_not_depend_on_scale() -> None:
     draw = torch.Generator().manual_seed(0)
-    digits = Relabelled.drawn((0.0, 0.5, 1.0), 0, draw)
+    digits = RelabelledDigits.draw((0.0, 0.5, 1.0), 0, draw)
     kept = (digits.test_y == digits.test_y[0]).double().mean(1)
     torch.testing.assert_close(kept, torch.tensor([1, 0.55, 0.1], dtype=torch.float64), rtol=0, atol=0.05)
-    W = digits.trained(8, 20, draw, lambda done: None)
-    first, scaled = list(digits.measured(W, 8)), list(digits.measured(2 * W, 8))
+    W = digits.train(8, 20, draw, lambda done: None)
+    first, scaled = list(digits.measure(W, 8)), list(digits.measure(2 * W, 8))
     for a, b in zip(first, scaled, strict=True):
         assert b["norms"] == pytest.approx(8 * a["norms"], rel=1e-5)
         assert b["complexity"] == pytest.approx(a["complexity"], rel=1e-4)

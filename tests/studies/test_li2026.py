@@ -117,14 +117,14 @@ def test_spread_counts_equal_weights() -> None:
 
 
 def test_two_layers_end_at_the_best_of_their_orthant(classes: Classes) -> None:
-    free = np.asarray(np.linalg.solve(classes.within, classes.apart), np.float64)
+    free = np.asarray(np.linalg.solve(classes.within, classes.between), np.float64)
     assert classes.fisher(free) == pytest.approx(np.zeros(5), abs=1e-12)
     start = W * [1, 1, 1, -np.sign(W[3] * free[3]), 1]
-    best = classes.greatest_within(start)
+    best = classes.best_ratio_within(start)
     end = flow_of_product(classes.fisher, start, 2, 200.0).end
     assert classes.ratio(end) == pytest.approx(best, rel=1e-6)
-    assert classes.ratio(free) == pytest.approx(classes.greatest())
-    assert classes.greatest() > 1.01 * best
+    assert classes.ratio(free) == pytest.approx(classes.best_ratio())
+    assert classes.best_ratio() > 1.01 * best
 
 
 def test_nonsense_is_refused() -> None:

@@ -8,23 +8,23 @@ import pytest
 from sharpscope.studies.zou2021 import FALLING, FLAT, Config
 from sharpscope.studies.zou2021.linear_sgd import (
     SPECTRA,
-    Problem,
-    averaged,
-    bound,
+    LinearRegression,
     effective_dimension,
-    expected,
-    expected_tail,
-    least_squares,
-    moments,
-    peers,
+    expected_risks,
+    expected_tail_risk,
+    half_bound,
+    least_squares_and_ridge,
+    next_moments,
+    ridge_risks,
+    sampled_risks,
 )
 
 
-def problem(spectrum: str, dimension: int) -> Problem:
-    return Problem.of(spectrum, dimension, noise=0.5, step=0.25)
+def problem(spectrum: str, dimension: int) -> LinearRegression:
+    return LinearRegression.of(spectrum, dimension, noise=0.5, step=0.25)
 
 
-def dense(p: Problem, n: int, second: np.ndarray) -> float:
+def dense(p: LinearRegression, n: int, second: np.ndarray) -> float:
     """``½ tr H E (w̄ - w*)(w̄ - w*)ᵀ`` with whole d×d moments and one term for every pair of steps."""
     h = np.diag(p.eigenvalues)
     mean = np.eye(len(h)) - p.step * h
@@ -46,7 +46,7 @@ def test_the_recursion_is_that_of_the_whole_moments(spectrum: str) -> None:
     p = problem(spectrum, 6)
     assert p.risk(p.start) == pytest.approx(0.5)
     assert p.eigenvalues.sum() == pytest.approx(1)
-    for n, found in zip((1, 2, 9), expected(p, (1, 2, 9)), strict=True):
+    for n, found in zip((1, 2, 9), expected_risks(p, (1, 2, 9)), strict=True):
         assert found == pytest.approx(dense(p, n, np.outer(p.start, p.start)), rel=1e-12)
 
 
@@ -57,16 +57,16 @@ def test_it_is_the_sum_over_steps_of_the_closed_form() -> None:
     for t in range(n):
         total += float(p.eigenvalues @ (a * (1 + 2 * ((1 - g) - (1 - g) ** (n - t)) / g))) / (2 * n**2)
         a = a * (1 - 2 * g + 2 * g**2) + p.step * g * (p.eigenvalues @ a + p.noise**2)
-    (whole,) = expected(p, [n])
+    (whole,) = expected_risks(p, [n])
     assert whole == pytest.approx(total, rel=1e-9)
-    (bias,), (variance,) = (expected(q, [n]) for q in (replace(p, noise=0.0), replace(p, start=0 * p.start)))
+    (bias,), (variance,) = (expected_risks(q, [n]) for q in (replace(p, noise=0.0), replace(p, start=0 * p.start)))
     assert bias + variance == pytest.approx(whole, rel=1e-12)
 
 
 def test_the_second_half_starts_from_the_moments_of_the_first() -> None:
     p, rng = problem("1/i^1.5", 6), np.random.default_rng(1)
-    a = moments(p, moments(p, p.start**2))
-    assert expected_tail(p, 5) == pytest.approx(expected(p, [3], a)[0])
+    a = next_moments(p, next_moments(p, p.start**2))
+    assert expected_tail_risk(p, 5) == pytest.approx(expected_risks(p, [3], a)[0])
     v = np.tile(p.start, (20000, 1))
     seen = []
     for _ in range(5):
@@ -75,21 +75,21 @@ def test_the_second_half_starts_from_the_moments_of_the_first() -> None:
         error = (x * v).sum(1) - p.noise * rng.standard_normal(len(v))
         v = v - p.step * error[:, None] * x
     risks = p.risk(np.mean(seen[2:], axis=0))
-    assert abs(risks.mean() - expected_tail(p, 5)) < 4 * risks.std() / len(risks) ** 0.5
+    assert abs(risks.mean() - expected_tail_risk(p, 5)) < 4 * risks.std() / len(risks) ** 0.5
 
 
 def test_sgd_itself_has_that_mean() -> None:
     p = problem("1/i^1.5", 6)
-    risks = averaged(p, (5, 20), 4000, np.random.default_rng(0))
-    for risk, exact in zip(risks, expected(p, (5, 20)), strict=True):
+    risks = sampled_risks(p, (5, 20), 4000, np.random.default_rng(0))
+    for risk, exact in zip(risks, expected_risks(p, (5, 20)), strict=True):
         assert abs(risk.mean() - exact) < 4 * risk.std() / len(risk) ** 0.5
 
 
 @pytest.mark.parametrize("spectrum", FALLING)
 def test_the_bound_holds_and_falls_with_the_spectrum(spectrum: str) -> None:
     p = problem(spectrum, 300)
-    exact = expected(p, (10, 40, 160))
-    assert all(e <= 2 * bound(p, n) for e, n in zip(exact, (10, 40, 160), strict=True))
+    exact = expected_risks(p, (10, 40, 160))
+    assert all(e <= 2 * half_bound(p, n) for e, n in zip(exact, (10, 40, 160), strict=True))
     assert effective_dimension(p, 160) < 0.6 * effective_dimension(p, 10)
 
 
@@ -108,12 +108,12 @@ def test_the_bound_is_its_sums() -> None:
     dimension = 1 / 8 + 8 / 16 * (lam[1:] ** 2).sum()
     bias = delta[0] / lam[0] / 4 + (lam[1:] * delta[1:]).sum()
     variance = (0.25 + 3 * (delta[0] + 2 * (lam[1:] * delta[1:]).sum())) / (1 - 0.75) * dimension
-    assert bound(p, n) == pytest.approx(bias + variance)
+    assert half_bound(p, n) == pytest.approx(bias + variance)
 
 
 def test_least_squares_is_the_pseudoinverse() -> None:
     p, n = problem("1/i^1.5", 30), 12
-    found = least_squares(p, n, [0.0, 0.3], np.random.default_rng(3))
+    found = ridge_risks(p, n, [0.0, 0.3], np.random.default_rng(3))
     rng = np.random.default_rng(3)
     x = rng.standard_normal((n, 30)) * np.sqrt(p.eigenvalues)
     y = x @ -p.start + p.noise * rng.standard_normal(n)
@@ -124,8 +124,8 @@ def test_least_squares_is_the_pseudoinverse() -> None:
 
 def test_the_best_of_six_penalties_is_no_worse_than_any() -> None:
     p, rng = problem("1/i²", 30), np.random.default_rng(3)
-    least, ridge = peers(p, 12, 1, np.random.default_rng(3))
-    risks = least_squares(p, 12, [0.0, *(10.0**j * 12 for j in range(-5, 1))], rng)
+    least, ridge = least_squares_and_ridge(p, 12, 1, np.random.default_rng(3))
+    risks = ridge_risks(p, 12, [0.0, *(10.0**j * 12 for j in range(-5, 1))], rng)
     assert (least, ridge) == pytest.approx((risks[0], min(risks[1:])))
 
 

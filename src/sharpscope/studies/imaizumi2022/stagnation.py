@@ -1,4 +1,4 @@
-"""Descent with noise around a minimum that fits all examples: how high its loss stays, and where its weights go.
+"""Descent with noise around a minimum that fits all examples: the loss at which it stays, and where its weights go.
 
 J the Jacobian of the outputs, λ_i curvatures of the minimum, η the step, q_i = 1 - ηλ_i.  After T steps with noise of
 deviation σ in each entry of the gradient, to second order:
@@ -30,16 +30,22 @@ from .._shared.minimize import minimize
 
 
 @dataclass(frozen=True)
-class Fit:
-    """``f(x) = aᵀ tanh(Vx + b)/√w`` fitted to (x, y) ``(n, d), (n,)``; weights W = (V, b, a) ``(R, w(d + 2))``."""
+class FittedNet:
+    """A network and the examples that it is fitted to, inputs ``(n, d)`` and targets ``(n,)``.
+
+    ``f(x) = aᵀ tanh(Vx + b)/√w``, weights W = (V, b, a) ``(R, w(d + 2))``.
+    """
 
     x: Tensor
     y: Tensor
     width: int
 
     @classmethod
-    def drawn(cls, width: int, examples: int, seed: int) -> "Fit":
-        """``x ~ 1.5 N(0, I/8)`` in 8 dimensions, ``y = tanh 2x₁ + ½x₂x₃ + N(0, 0.2²)``."""
+    def draw(cls, width: int, examples: int, seed: int) -> "FittedNet":
+        """A network and random examples in 8 dimensions.
+
+        ``x ~ 1.5 N(0, I/8)``, ``y = tanh 2x₁ + ½x₂x₃ + N(0, 0.2²)``.
+        """
         rng = np.random.default_rng([101, seed])
         x = 1.5 * rng.standard_normal((examples, 8)) / np.sqrt(8)
         y = np.tanh(2 * x[:, 0]) + 0.5 * x[:, 1] * x[:, 2] + 0.2 * rng.standard_normal(examples)
@@ -47,31 +53,31 @@ class Fit:
 
     @property
     def size(self) -> int:
-        """P, the number of weights."""
+        """The number of weights, P."""
         return self.width * (self.x.shape[1] + 2)
 
     def outputs(self, W: Tensor) -> Tensor:
-        """``f(x_i)`` ``(R, n)``."""
+        """Outputs ``f(x_i)`` ``(R, n)`` of all runs."""
         w, d = self.width, self.x.shape[1]
         V, b, a = W.split([w * d, w, w], dim=1)
         hidden = torch.tanh(self.x @ V.view(-1, w, d).mT + b[:, None])
         return (hidden @ a[:, :, None])[:, :, 0] / w**0.5
 
     def losses(self, W: Tensor) -> Tensor:
-        """``½ mean (f(x_i) - y_i)²`` ``(R,)``."""
+        """Losses of all runs, ``½ mean (f(x_i) - y_i)²`` ``(R,)``."""
         return 0.5 * (self.outputs(W) - self.y).square().mean(1)
 
     def start(self, seed: int) -> Tensor:
-        """``N(0, 1)`` ``(P,)``."""
+        """Random weights to start from, ``N(0, 1)`` ``(P,)``."""
         rng = np.random.default_rng([102, seed, self.width])
         return torch.from_numpy(rng.standard_normal(self.size))
 
-    def relabelled(self, deviation: float, seed: int) -> Slope:
-        """Gradients of the loss with new noise on all labels in each step."""
-        draw = torch.Generator().manual_seed(seed)
+    def with_noisy_labels(self, deviation: float, seed: int) -> Slope:
+        """Losses and gradients with new noise on all labels in each step."""
+        generator = torch.Generator().manual_seed(seed)
 
         def slope(W: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            noise = deviation * torch.randn(len(W), len(self.y), generator=draw, dtype=W.dtype)
+            noise = deviation * torch.randn(len(W), len(self.y), generator=generator, dtype=W.dtype)
             f = BatchedRuns(lambda W: 0.5 * (self.outputs(W) - self.y - noise).square().mean(1))
             return f.value_and_grad(W)
 
@@ -80,56 +86,58 @@ class Fit:
 
 @dataclass(frozen=True)
 class Minimum:
-    """Weights ``(P,)``, loss L*, curvatures ``(P,)`` in rising order, and their directions ``(P, P)`` in columns."""
+    """A minimum: weights ``(P,)``, loss L*, rising curvatures ``(P,)``, their directions ``(P, P)`` in columns."""
 
-    fit: Fit
+    net: FittedNet
     weights: Tensor
     loss: float
     curvatures: Tensor
     directions: Tensor
 
     @classmethod
-    def near(cls, fit: Fit, w: Tensor, below: float = 1e-15) -> "Minimum":
-        """Where L-BFGS ends from w ``(P,)``, once its loss is at most `below`."""
-        f = BatchedRuns(fit.losses)
+    def near(cls, net: FittedNet, w: Tensor, below: float = 1e-15) -> "Minimum":
+        """The minimum that L-BFGS finds from w ``(P,)``, once its loss is at most `below`."""
+        f = BatchedRuns(net.losses)
         best = minimize(f.recorded(w[None]), w, below=below)
-        return cls(fit, best.weights, best.loss, *torch.linalg.eigh(f.hessian(best.weights[None])[0]))
+        curvatures, directions = torch.linalg.eigh(f.hessian(best.weights[None])[0])
+        return cls(net, best.weights, best.loss, curvatures, directions)
 
     @property
     def rate(self) -> float:
-        """``1/λ_max``."""
+        """The step of descent from here, ``1/λ_max``."""
         return 1 / self.curvatures[-1].item()
 
     @property
     def curved(self) -> Tensor:
         """The n directions of greatest curvature ``(P, n)``."""
-        return self.directions[:, -len(self.fit.y) :]
+        return self.directions[:, -len(self.net.y) :]
 
     @property
     def rank(self) -> int:
-        """Curvatures above 1e-6 of the greatest."""
+        """Number of curvatures above 1e-6 of the greatest."""
         return int((self.curvatures > 1e-6 * self.curvatures[-1]).sum())
 
-    def off(self) -> float:
-        """``‖H - JᵀJ/n‖ / ‖JᵀJ/n‖``."""
-        J = jacobian(self.fit.outputs, self.weights[None])[0]
-        gauss = J.T @ J / len(self.fit.y)
+    def hessian_error(self) -> float:
+        """Relative distance of the Hessian from that of n squares, ``‖H - JᵀJ/n‖ / ‖JᵀJ/n‖``."""
+        J = jacobian(self.net.outputs, self.weights[None])[0]
+        gauss = J.T @ J / len(self.net.y)
         return ((self.directions * self.curvatures @ self.directions.T - gauss).norm() / gauss.norm()).item()
 
-    def alike(self, deviation: float) -> float:
-        """``σ = s (tr H/nP)^½``: noise alike in all directions that is as large as noise s on the labels."""
-        return deviation * (self.curvatures.sum().item() / (len(self.fit.y) * self.fit.size)) ** 0.5
+    def isotropic_deviation(self, deviation: float) -> float:
+        """Deviation of noise alike in all directions that is as large as noise s on labels, ``σ = s (tr H/nP)^½``."""
+        return deviation * (self.curvatures.sum().item() / (len(self.net.y) * self.net.size)) ** 0.5
 
-    def shaken(
+    def noisy_descents(
         self,
         noises: tuple[float, ...],
+        *,
         runs: int,
         steps: int,
         basin: float,
         seed: int,
         progress: Callable[[float], None],
     ) -> Iterator[dict[str, float]]:
-        """For each σ what becomes of so many runs: the mean rise of the loss, its prediction, and the share that stays.
+        """For each σ the mean rise of the loss in so many runs, its prediction, and the fraction of runs that stay.
 
         A run stays if its loss never rises by `basin`; `single` is the median of variance over V_i, of n directions.
         """
@@ -142,43 +150,50 @@ class Minimum:
             if step % 50 == 0:
                 progress(step / steps)
 
-        slope = noisy(BatchedRuns(self.fit.losses).recorded(W), sigma, seed)
+        slope = noisy(BatchedRuns(self.net.losses).recorded(W), sigma, seed)
         end = descend(slope, W, GD(self.rate), steps, watch=watch)
-        parts = (v.split(runs) for v in (end.losses - self.loss, highest, end.weights - self.weights))
-        for noise, rise, height, moved in zip(noises, *parts, strict=True):
-            along = variances(self.curvatures[-len(self.fit.y) :], self.rate, noise, steps)
-            single = ((moved @ self.curved).square().mean(0) / along).median().item()
-            risen, predicted = rise.mean().item(), excess(self.curvatures, self.rate, noise, steps)
-            row = {"noise": noise, "single": single, "excess": risen, "predicted": predicted}
-            yield row | {"ratio": risen / predicted, "stay": (height < basin).double().mean().item()}
+        rises, heights, displacements = (
+            v.split(runs) for v in (end.losses - self.loss, highest, end.weights - self.weights)
+        )
+        for noise, rise, height, moved in zip(noises, rises, heights, displacements, strict=True):
+            along = variances(self.curvatures[-len(self.net.y) :], self.rate, noise, steps)
+            excess, predicted = rise.mean().item(), expected_excess(self.curvatures, self.rate, noise, steps)
+            yield {
+                "noise": noise,
+                "single": ((moved @ self.curved).square().mean(0) / along).median().item(),
+                "excess": excess,
+                "predicted": predicted,
+                "ratio": excess / predicted,
+                "stay": (height < basin).double().mean().item(),
+            }
 
-    def shares(self, slope: Slope, runs: int = 32, steps: int = 500) -> list[tuple[int, dict[str, float]]]:
+    def displacements(self, slope: Slope, runs: int = 32, steps: int = 500) -> list[tuple[int, dict[str, float]]]:
         """Every 10 steps the `share` of displacements in the n directions, and `around` the mean of all runs."""
         seen: list[tuple[int, dict[str, float]]] = []
 
         def watch(step: int, W: Tensor, losses: Tensor, g: Tensor) -> None:
             if step and step % 10 == 0:
                 moved = W - self.weights
-                around = share(moved - moved.mean(0), self.curved)
-                seen.append((step, {"share": share(moved, self.curved), "around": around}))
+                around = fraction_within(moved - moved.mean(0), self.curved)
+                seen.append((step, {"share": fraction_within(moved, self.curved), "around": around}))
 
         descend(slope, self.weights.repeat(runs, 1), GD(self.rate), steps, watch=watch)
         return seen
 
 
 def variances(eigenvalues: Tensor, rate: float, noise: float, steps: int) -> Tensor:
-    """``V_i = η²σ² (1 - q_i^{2T})/(1 - q_i²)``, ``η²σ²T`` where flat: a geometric sum."""
+    """Variances along the directions, ``V_i = η²σ² (1 - q_i^{2T})/(1 - q_i²)``, or ``η²σ²T`` where they are flat."""
     q2 = (1 - rate * eigenvalues).square()
     flat = (1 - q2).abs() < 1e-12
     total = torch.where(flat, float(steps), (1 - q2**steps) / torch.where(flat, 1.0, 1 - q2))
     return (rate * noise) ** 2 * total
 
 
-def excess(eigenvalues: Tensor, rate: float, noise: float, steps: int) -> float:
-    """``½ Σ λ_i V_i``: mean loss above the minimum after T steps."""
+def expected_excess(eigenvalues: Tensor, rate: float, noise: float, steps: int) -> float:
+    """Mean loss above the minimum after T steps, ``½ Σ λ_i V_i``."""
     return 0.5 * (eigenvalues @ variances(eigenvalues, rate, noise, steps)).item()
 
 
-def share(moved: Tensor, directions: Tensor) -> float:
-    """``Σ_r ‖UᵀΔ_r‖² / Σ_r ‖Δ_r‖²`` of displacements ``(R, P)`` in orthonormal directions U ``(P, n)``."""
+def fraction_within(moved: Tensor, directions: Tensor) -> float:
+    """Fraction of squared displacements ``(R, P)`` in orthonormal directions ``(P, n)``, ``Σ ‖UᵀΔ‖² / Σ ‖Δ‖²``."""
     return ((moved @ directions).square().sum() / moved.square().sum()).item()

@@ -14,30 +14,30 @@ from torch import Tensor
 
 from ...autodiff.batched import BatchedRuns
 
-BEND = 4 / (3 * 3**0.5)
-"""B, the largest |tanh''|."""
+MAX_BEND = 4 / (3 * 3**0.5)
+"""The largest |tanh''|, B of the bound."""
 
 
 def start(width: int, inputs: int, generator: torch.Generator) -> Tensor:
-    """Pairs of equal units ``w ~ N(0, 1)``: weights ``(m·d,)``."""
+    """Weights ``(m·d,)`` in pairs of equal units ``w ~ N(0, 1)``."""
     half = torch.randn(width // 2, inputs, generator=generator, dtype=torch.float64)
     return torch.cat([half, half]).flatten()
 
 
 def signs(width: int) -> Tensor:
-    """μ ``(m,)``: plus for the first half, minus for its twins."""
+    """Output weights μ ``(m,)``: plus for the first half, minus for its twins."""
     half = torch.full((width // 2,), width**-0.5, dtype=torch.float64)
     return torch.cat([half, -half])
 
 
 def output(W: Tensor, x: Tensor) -> Tensor:
-    """``f(x_i)`` ``(R, n)``."""
+    """Outputs ``f(x_i)`` ``(R, n)`` of all runs."""
     w = W.view(len(W), -1, x.shape[-1])
     return torch.tanh(x @ w.mT) @ signs(w.shape[1])
 
 
 def slope(W: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """L ``(R,)`` and ``∇L`` ``(R, m·d)`` in closed form."""
+    """Losses L ``(R,)`` and gradients ``∇L`` ``(R, m·d)`` in closed form."""
     w = W.view(len(W), -1, x.shape[-1])
     mu = signs(w.shape[1])
     # tanh z = 2σ(2z) - 1, and Σμ = 0: a sigmoid takes a quarter of the time; in place, since this is every step.
@@ -48,7 +48,7 @@ def slope(W: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hessian(W: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """``∇²L`` ``(R, m·d, m·d)`` in closed form, for one data set."""
+    """Hessians ``∇²L`` ``(R, m·d, m·d)`` in closed form, for one data set."""
     w = W.view(len(W), -1, x.shape[-1])
     m, (n, d) = w.shape[1], x.shape
     mu = signs(m)
@@ -64,8 +64,8 @@ def hessian(W: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return H
 
 
-def two_ways(W: Tensor, x: Tensor, y: Tensor) -> float:
-    """Gradient and Hessian in closed form against automatic ones (largest difference over the largest entry)."""
+def derivatives_mismatch(W: Tensor, x: Tensor, y: Tensor) -> float:
+    """Largest difference of gradient and Hessian in closed form from automatic ones, over the largest entry."""
     f = BatchedRuns(lambda W: 0.5 * (output(W, x) - y).square().mean(1))
     pairs = ((f.grad(W), slope(W, x, y)[1]), (f.hessian(W), hessian(W, x, y)))
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...autodiff.batched import Slope
 from ...optimizers.descend import descend
 from ...optimizers.gd import GD
-from .shallow import BEND, hessian, output, slope, start
+from .shallow import MAX_BEND, hessian, output, slope, start
 
 RATE, INPUTS, WIDTH, NOISE = 0.5, 5, 64, 0.3
 TIMES = (10, 30, 100, 300, 1000)
@@ -21,30 +21,33 @@ REPLACED, FRESH = 16, 4000
 
 
 def draw(n: int, generator: torch.Generator, *runs: int) -> tuple[Tensor, Tensor]:
-    """n inputs on the unit sphere ``(.., n, 5)`` and the teacher's values plus noise ``(.., n)``."""
+    """Inputs on the unit sphere ``(.., n, 5)``, and the teacher's values plus noise ``(.., n)``."""
     x = torch.randn(*runs, n, INPUTS, generator=generator, dtype=torch.float64)
     x = x / x.norm(dim=-1, keepdim=True)
     return x, teacher(x) + NOISE * torch.randn(*runs, n, generator=generator, dtype=torch.float64)
 
 
 def teacher(x: Tensor) -> Tensor:
-    """``sin 2x₁ + ½ x₂``."""
+    """Targets without noise, ``sin 2x₁ + ½ x₂``."""
     return torch.sin(2 * x[..., 0]) + 0.5 * x[..., 1]
 
 
-def singly(x: Tensor, y: Tensor, seed: int) -> Slope:
-    """The slope of R runs on one example a step, drawn for each run by itself; x ``(R, n, d)``, y ``(R, n)``."""
-    order, own = torch.Generator().manual_seed(seed), torch.arange(len(x))
+def on_single_examples(x: Tensor, y: Tensor, generator: torch.Generator) -> Slope:
+    """Losses and gradients of R runs on one example a step, drawn for each run by itself.
+
+    Inputs ``(R, n, d)``, targets ``(R, n)``.
+    """
+    own = torch.arange(len(x))
 
     def step(W: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        i = torch.randint(x.shape[1], own.shape, generator=order)
+        i = torch.randint(x.shape[1], own.shape, generator=generator)
         return slope(W, x[own, i, None], y[own, i, None])
 
     return step
 
 
-def risks(step: Slope, first: Tensor, fresh: Tensor) -> Tensor:
-    """``½ mean (f - teacher)²`` on fresh inputs at each of the times ``(T, R)``: the excess over the noise."""
+def excess_risks(step: Slope, first: Tensor, fresh: Tensor) -> Tensor:
+    """Population risk above that of the noise, ``½ mean (f - teacher)²`` on fresh inputs, at each time ``(T, R)``."""
     seen: list[Tensor] = []
 
     def watch(t: int, W: Tensor, losses: Tensor, g: Tensor) -> None:
@@ -55,14 +58,16 @@ def risks(step: Slope, first: Tensor, fresh: Tensor) -> Tensor:
     return torch.stack(seen)
 
 
-def replaced(n: int, generator: torch.Generator) -> dict[int, dict[str, float]]:
-    """Training beside 16 copies with one example replaced each, on one draw: what is seen at each time.
+def replace_examples(n: int, generator: torch.Generator) -> dict[int, dict[str, float]]:
+    """Train on one draw beside 16 copies, in each of which one example is replaced, and compare them at each time.
 
-    What replaces an example is fresh to the first run as the example is to the copy, so that the gap is a mean of two.
+    The example that replaces another is fresh to the first run as the other is to the copy, so that the gap is a mean
+    of two.
     """
     x, y = draw(n, generator)
     other_x, other_y = draw(REPLACED, generator)
-    X, Y, own = x.repeat(REPLACED + 1, 1, 1), y.repeat(REPLACED + 1, 1), torch.arange(REPLACED)
+    own = torch.arange(REPLACED)
+    X, Y = x.repeat(REPLACED + 1, 1, 1), y.repeat(REPLACED + 1, 1)
     X[own + 1, own], Y[own + 1, own] = other_x, other_y
     first = start(WIDTH, INPUTS, generator)
     begin = slope(first[None], x, y)[0].item()
@@ -84,10 +89,11 @@ def replaced(n: int, generator: torch.Generator) -> dict[int, dict[str, float]]:
     return seen
 
 
-def along(W: Tensor, x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor, float]]:
-    """Step, Hessian, and ``(B/√m) mean|r|`` on the way of gradient descent."""
+def hessians_along_training(W: Tensor, x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor, float]]:
+    """Step, Hessian, and the bound ``(B/√m) mean|r|`` of its least eigenvalue, along gradient descent."""
+    bend = MAX_BEND / (W.shape[1] // INPUTS) ** 0.5
     done = 0
     for t in (0, 10, 30, 100):
         W = descend(lambda W, t: slope(W, x, y), W, GD(RATE), t - done).weights
-        done, bend = t, BEND / (W.shape[1] // INPUTS) ** 0.5
+        done = t
         yield t, hessian(W, x, y)[0], bend * (output(W, x) - y).abs().mean().item()

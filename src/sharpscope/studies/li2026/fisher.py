@@ -1,4 +1,4 @@
-"""Two classes and Fisher's ratio of a direction: how far it takes their means apart, over how far it spreads each.
+"""Two classes and Fisher's ratio of a direction: the squared distance of their means along it, over the variance.
 
 S the covariance within classes, Δ between their means:
 
@@ -20,16 +20,16 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Classes:
-    """Inputs ``(n, d)``, labels ±1 ``(n,)``; S ``(d, d)`` and Δ ``(d,)`` of the sample."""
+    """A sample of two classes: inputs ``(n, d)``, labels ±1 ``(n,)``, and their S ``(d, d)`` and Δ ``(d,)``."""
 
     x: Array
     y: Array
     within: Array
-    apart: Array
+    between: Array
 
     @classmethod
     def draw(cls, means: tuple[float, ...], d: int, n: int, rng: np.random.Generator) -> "Classes":
-        """Two classes N(∓μ/2, I + .15·11ᵀ), μ beginning with `means`, as many of one as of the other."""
+        """Draw two classes of equal size, N(∓μ/2, I + .15·11ᵀ), where μ begins with `means`."""
         mu = np.concatenate([means, np.zeros(d - len(means))])
         y = np.where(np.arange(n) % 2, 1.0, -1.0)
         x = rng.standard_normal((n, d)) + np.sqrt(0.15) * rng.standard_normal((n, 1)) + y[:, None] * mu / 2
@@ -38,14 +38,14 @@ class Classes:
         return cls(x, y, rest.T @ rest / n, x[y > 0].mean(0) - x[y < 0].mean(0))
 
     def ratio(self, w: Array) -> float:
-        """``J = (wᵀΔ)²/(wᵀSw)``."""
-        return float((w @ self.apart) ** 2 / (w @ self.within @ w))
+        """Fisher's ratio of a direction, ``J = (wᵀΔ)²/(wᵀSw)``."""
+        return float((w @ self.between) ** 2 / (w @ self.within @ w))
 
     def fisher(self, w: Array) -> Array:
         """Gradient of -J: ``-2 (wᵀΔ)/(wᵀSw) · (Δ - (wᵀΔ)/(wᵀSw) Sw)``."""
         sw = self.within @ w
-        share = (w @ self.apart) / (w @ sw)
-        return np.asarray(-2 * share * (self.apart - share * sw))
+        quotient = (w @ self.between) / (w @ sw)
+        return np.asarray(-2 * quotient * (self.between - quotient * sw))
 
     def squares(self, w: Array) -> Array:
         """Gradient of ``‖Xw - y‖²/2n``, which depends on the scale of w."""
@@ -53,12 +53,12 @@ class Classes:
 
     def difference(self, w: Array) -> Array:
         """Gradient of ``wᵀ(S - ΔΔᵀ)w``, which depends on the scale of w."""
-        return np.asarray(2 * (self.within @ w - self.apart * (self.apart @ w)))
+        return np.asarray(2 * (self.within @ w - self.between * (self.between @ w)))
 
-    def greatest(self) -> float:
-        """``ΔᵀS⁻¹Δ``: the ratio of the best of all directions."""
-        return float(self.apart @ np.linalg.solve(self.within, self.apart))
+    def best_ratio(self) -> float:
+        """The ratio of the best of all directions, ``ΔᵀS⁻¹Δ``."""
+        return float(self.between @ np.linalg.solve(self.within, self.between))
 
-    def greatest_within(self, start: Array) -> float:
+    def best_ratio_within(self, start: Array) -> float:
         """The ratio of the best direction with the signs of `start`."""
         return self.ratio(within_orthant(lambda w: (-self.ratio(w), self.fisher(w)), start))

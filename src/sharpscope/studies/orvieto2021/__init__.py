@@ -3,7 +3,7 @@
 With He's or Xavier's start the variance of what a deep network computes is kept, but its median is not: unless the
 width grows with the depth, typical outputs, gradients and Hessians fall exponentially.  Gradient descent then sits on a
 plateau as long as the curvature is small, while adaptive methods walk off it, and residuals or layer normalization
-prevent it.  Here chains of single weights, the forward pass and small ReLU networks are held against exact laws, and
+prevent it.  Here chains of single weights, the forward pass and small ReLU networks are compared with exact laws, and
 chains are trained until they escape.  Wide networks, residuals and layer normalization are the controls, where nothing
 may vanish.
 
@@ -12,13 +12,12 @@ may vanish.
                         E log Y = E[ψ(k/2)] + ln(4/d) for k ≥ 1:  about -5/(2d) a layer
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ...autodiff.batched import BatchedRuns
 from ...optimizers.adaptive import Adam
@@ -26,15 +25,16 @@ from ...optimizers.base import UpdateRule
 from ...optimizers.descend import descend
 from ...optimizers.gd import GD
 from ...records.run_log import RunLog
-from .._framework.claiming import charting, claiming
-from .._framework.claims import WIDER, Claim, at_least, at_most, within
-from .._framework.config import demand_positive
-from .._framework.fits import line
-from .._framework.observe_old import Observer, by_seed, last, over, together
+from ...report.charts import Chart
+from .._framework.claims import comparison, control, identity, labelled, scaling, under, wider_claim
+from .._framework.config import demand_positive, seeds
+from .._framework.fits import slope
+from .._framework.observe import Quantity, joined, run
 from .._framework.study import Job, Progress
-from .._shared.deep import Stack, hash_of, largest, losses
+from .._shared.deep import Stack, largest_curvature, losses
+from .._shared.streams import stream
 from .normalized_gd import NormalizedGD
-from .starts import chain_derivatives, chain_losses, chain_two_ways, forward, forward_two_ways, law, sample
+from .starts import chain_derivatives, chain_losses, chain_mismatch, forward, forward_mismatch, law, sample
 
 PAPER = (
     "Orvieto, Kohler, Pavllo, Hofmann & Lucchi, Vanishing Curvature and the Power of Adaptive Methods in Randomly"
@@ -42,29 +42,28 @@ PAPER = (
 )
 PART = "Vanishing gradients and curvature"
 
+NARROW = Stack(inputs=8, width=8, depth=1, outputs=1)
 NETS = {
-    "d = 8": Stack(8, 8, 1, 1),
-    "d = 16": Stack(8, 16, 1, 1),
-    "d = 32": Stack(8, 32, 1, 1),
-    "layer norm": Stack(8, 8, 1, 1, norm="LN"),
-    "residual": Stack(8, 8, 1, 1, residual=True),
-    "batch norm": Stack(8, 8, 1, 1, norm="BN"),
+    "d = 8": NARROW,
+    "d = 16": replace(NARROW, width=16),
+    "d = 32": replace(NARROW, width=32),
+    "layer norm": replace(NARROW, norm="LN"),
+    "residual": replace(NARROW, residual=True),
+    "batch norm": replace(NARROW, norm="BN"),
 }
 
-RATES: dict[str, tuple[type[UpdateRule], tuple[float, ...]]] = {
+RATES: dict[str, tuple[Callable[[float], UpdateRule], tuple[float, ...]]] = {
     "GD": (GD, (0.01, 0.1, 0.3, 1, 3)),
     "Adam": (Adam, (1e-3, 1e-2, 3e-2)),
     "normalized GD": (NormalizedGD, (1e-2, 3e-2, 1e-1)),
 }
 CHAIN = ("|f|", "‖∇L‖", "largest |λ|")
 FORWARD = {f"forward, d = {d}": d for d in (8, 16, 32, 64)}
-WIDE = tuple(run for run, d in FORWARD.items() if d >= 16)
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Config:
-    """What turns; the defaults are the full study."""
+    """Settings of the study; the defaults are its full size."""
 
     seed: int = 0
     repeats: int = 1
@@ -83,37 +82,33 @@ QUICK = Config(depths=(4, 8, 12, 16), trained=False)
 
 
 def jobs(config: Config) -> list[Job]:
-    out = []
-    for seed in range(config.seed, config.seed + config.repeats):
-        own = {"seed": seed, "config": config}
-        out += [Job(f"chains, seed {seed}", _chains, own, 1), Job(f"forward, seed {seed}", _forward, own, 2)]
-        out += [Job(f"{name}, seed {seed}", _net, {"name": name, **own}, 3) for name in NETS]
-        out += [Job(f"escape, L = {L}, seed {seed}", _escape, {"depth": L, **own}, 3) for L in config.depths]
+    found = []
+    for seed in seeds(config):
+        common = {"seed": seed, "config": config}
+        found.append(Job(f"chains, seed {seed}", _chains, common, cost=1))
+        found.append(Job(f"forward, seed {seed}", _forward, common, cost=2))
+        for name in NETS:
+            found.append(Job(f"{name}, seed {seed}", _net, {"name": name, **common}, cost=3))
+        for L in config.depths:
+            found.append(Job(f"escape, L = {L}, seed {seed}", _escape, {"depth": L, **common}, cost=3))
         for L in (4, 16, 32) if config.trained else ():
-            out.append(Job(f"training, L = {L}, seed {seed}", _train, {"depth": L, **own}, L / 8))
-    return out
-
-
-def _row(log: RunLog, run: str, seed: int, config: Config, **values: float) -> None:
-    """A row for the claims; those of the first repeat are drawn as well (columns ``shown_…``)."""
-    shown = {f"shown_{name}": value for name, value in values.items() if seed == config.seed}
-    log.append(run=run, seed=seed, **values, **shown)
+            found.append(Job(f"training, L = {L}, seed {seed}", _train, {"depth": L, **common}, cost=L / 8))
+    return found
 
 
 def _chains(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
-    """Medians at the start, of closed forms; at the least depth also against automatic derivatives."""
+    """Medians over random chains, from closed forms, which at the least depth are compared with autograd."""
     log.resume()
+    few = -(-config.chains // 5)
     for L in (4, 8, 16, 24, 32, 48):
-        draw = torch.Generator().manual_seed(hash_of([901, seed, L]))
-        W = torch.randn(config.chains, L, generator=draw, dtype=torch.float64)
-        f, slope, H = chain_derivatives(W)
-        few = -(-config.chains // 5)
-        g = (f - 1)[:, None] * slope
+        W = torch.randn(config.chains, L, generator=stream(901, seed, L), dtype=torch.float64)
+        f, derivative, H = chain_derivatives(W)
+        g = (f - 1)[:, None] * derivative
         sizes = (f.abs(), g.norm(dim=1), torch.linalg.eigvalsh(H[:few]).abs().amax(1))
         for name, v in zip(CHAIN, sizes, strict=True):
-            _row(log, f"chain, {name}", seed, config, depth=L, size=v.log().median().item())
+            log.append(run=f"chain, {name}", seed=seed, depth=L, size=v.log().median().item())
         if L == 4:
-            log.append(run="chain, derivatives", seed=seed, apart=chain_two_ways(W[:few]))
+            log.append(run="chain, derivatives", seed=seed, apart=chain_mismatch(W[:few]))
         progress(L / 48)
 
 
@@ -121,15 +116,13 @@ def _forward(log: RunLog, progress: Progress, seed: int, config: Config) -> None
     """Median and variance of log ‖h_L‖² over sets of weights; for one width and depth also with matrices."""
     log.resume()
     rng = np.random.default_rng([902, seed])
-    for run, d in FORWARD.items():
+    for name, d in FORWARD.items():
         mean, variance = law(d)
         for L, logs in forward(d, (8, 16, 32, 64, 128), config.forward, rng).items():
             alive = logs[np.isfinite(logs)]
-            size = float(np.median(logs))
-            row = {"median": size, "variance": float(alive.var()), "law": mean, "law2": variance}
-            _row(log, run, seed, config, share=L / d, **row)
-    apart = forward_two_ways(config.forward // 10, seed, rng)
-    log.append(run="forward, two ways", seed=seed, apart=apart)
+            row = {"median": float(np.median(logs)), "variance": float(alive.var()), "law": mean, "law2": variance}
+            log.append(run=name, seed=seed, share=L / d, **row)
+    log.append(run="forward, two ways", seed=seed, apart=forward_mismatch(config.forward // 10, seed, rng))
 
 
 def _net(log: RunLog, progress: Progress, name: str, seed: int, config: Config) -> None:
@@ -137,34 +130,33 @@ def _net(log: RunLog, progress: Progress, name: str, seed: int, config: Config) 
     log.resume()
     x, y = sample(seed)
     for L in (8, 16, 32, 64):
-        stack = Stack(**vars(NETS[name]) | {"depth": L})
+        stack = replace(NETS[name], depth=L)
         W = stack.draw(config.nets, [905, seed, L, stack.width])
         f = BatchedRuns(partial(losses, stack, x, y))
-        middle = f.grad(W)[:, stack.place(L // 2 - 1)].norm(dim=1).median().item()
-        curved = [largest(f, w, stack.width) for w in W[: -(-config.nets // 2)]]
+        middle = f.grad(W)[:, stack.entries(L // 2 - 1)].norm(dim=1).median().item()
+        curvatures = [largest_curvature(f, w, fixed=stack.width) for w in W[: -(-config.nets // 2)]]
         with np.errstate(divide="ignore"):  # a dead network: minus infinity
-            logs = {"log_middle": float(np.log(middle)), "curvature": float(np.median(np.log(curved)))}
-        _row(log, name, seed, config, depth=L, share=L / stack.width, middle=middle, **logs)
+            logs = {"log_middle": float(np.log(middle)), "curvature": float(np.median(np.log(curvatures)))}
+        log.append(run=name, seed=seed, depth=L, share=L / stack.width, middle=middle, **logs)
         progress(L / 64)
 
 
 def _escape(log: RunLog, progress: Progress, depth: int, seed: int, config: Config) -> None:
-    """200 chains until their loss is below .05, with each method at the rate by which most escape."""
+    """Train 200 chains until their loss is below .05, with each method at the rate by which most escape."""
     log.resume()
-    draw = torch.Generator().manual_seed(hash_of([906, seed, depth]))
-    W = torch.randn(200, depth, generator=draw, dtype=torch.float64)
-    for i, (name, (kind, rates)) in enumerate(RATES.items()):
-        every = W.repeat(len(rates), 1)
-        rules = [kind(rate) for rate in rates for _ in W]  # type: ignore[call-arg]  # each takes its rate first
-        slope = BatchedRuns(chain_losses).recorded(every)
-        found = descend(slope, every, rules, config.steps, until=lambda loss: loss < 0.05)
-        took = torch.where(found.reached, found.steps, config.steps + 1).double().view(len(rates), -1)
-        shares = found.reached.double().view(len(rates), -1).mean(1)
-        best = max(range(len(rates)), key=lambda r: (shares[r].item(), -took[r].median().item()))
-        row = {"steps": took[best].median().item(), "escaped": shares[best].item(), "rate": rates[best]}
-        _row(log, name, seed, config, depth=depth, **row)
+    W = torch.randn(200, depth, generator=stream(906, seed, depth), dtype=torch.float64)
+    for i, (name, (rule, rates)) in enumerate(RATES.items()):
+        at_all_rates = W.repeat(len(rates), 1)
+        rules = [rule(rate) for rate in rates for _ in W]
+        gradients = BatchedRuns(chain_losses).recorded(at_all_rates)
+        found = descend(gradients, at_all_rates, rules, config.steps, until=lambda loss: loss < 0.05)
+        took = torch.where(found.reached, found.steps, config.steps + 1).double()
+        steps = took.view(len(rates), -1).median(1).values.tolist()
+        escaped = found.reached.double().view(len(rates), -1).mean(1).tolist()
+        best = max(range(len(rates)), key=lambda r: (escaped[r], -steps[r]))
+        log.append(run=name, seed=seed, depth=depth, steps=steps[best], escaped=escaped[best], rate=rates[best])
         if depth == 24:
-            log.append(run=f"{name}, L = 24", seed=seed, escaped=row["escaped"])
+            log.append(run=f"{name}, L = 24", seed=seed, escaped=escaped[best])
         progress((i + 1) / 3)
 
 
@@ -172,104 +164,142 @@ def _train(log: RunLog, progress: Progress, depth: int, seed: int, config: Confi
     """A network of width 12 for 200 full-batch steps: the least loss over rates, in variances of the target."""
     log.resume()
     x, y = sample(seed)
-    stack = Stack(8, 12, depth, 1)
-    for name, kind, rates in (("GD", GD, (0.01, 0.03, 0.1, 0.3)), ("Adam", Adam, (1e-3, 3e-3, 1e-2))):
-        W = stack.draw(1, [907, seed, depth]).repeat(len(rates), 1)
-        rules = [kind(rate) for rate in rates]
+    stack = Stack(inputs=8, width=12, depth=depth, outputs=1)
+    rates: dict[str, list[UpdateRule]] = {
+        "GD": [GD(rate) for rate in (0.01, 0.03, 0.1, 0.3)],
+        "Adam": [Adam(rate) for rate in (1e-3, 3e-3, 1e-2)],
+    }
+    for name, rules in rates.items():
+        W = stack.draw(1, [907, seed, depth]).repeat(len(rules), 1)
         found = descend(BatchedRuns(partial(losses, stack, x, y)).slope, W, rules, 200)
         least = found.losses.where(~found.diverged, torch.inf).min().item() / (0.5 * y.var(correction=0).item())
-        _row(log, f"{name}, width 12", seed, config, depth=depth, loss=least)
+        log.append(run=f"{name}, width 12", seed=seed, depth=depth, loss=least)
 
 
-def _slope(run: str, x: str, y: str) -> Observer:
-    return by_seed(run, lambda a, b: line(a, b).slope, x, y)
-
-
-def _over_law(column: str, exact: str) -> Observer:
+def _over_law(column: str, exact: str) -> Quantity:
     """Slope of a column in L/d over the exact law, for each width from 16 on."""
-
-    def ratio(share: Array, v: Array, law: Array) -> float:
-        return line(share, v).slope / law[0]
-
-    return together(*(by_seed(run, ratio, "share", column, exact) for run in WIDE))
+    wide = [run(name) for name, d in FORWARD.items() if d >= 16]
+    return joined(*(rows.reduce(slope, "share", column) / rows[exact].first() for rows in wide))
 
 
-def _at(run: str, column: str, depth: int) -> Observer:
-    return by_seed(run, lambda d, v: v[d == depth][0], "depth", column)
+def _growth(method: str) -> Quantity:
+    """Factor by which the steps to escape grow from 8 to 16 layers."""
+    return run(method).at(depth=16)["steps"] / run(method).at(depth=8)["steps"]
 
 
-def _growth(run: str) -> Observer:
-    return by_seed(run, lambda d, v: v[d == 16][0] / v[d == 8][0], "depth", "steps")
-
-
-claim, CONTROL = claiming(PART), "negative control"
-
-
-def _claims() -> Iterator[Claim]:
-    for what, low, high in zip(CHAIN, (-0.685, -0.75, -0.75), (-0.585, -0.4, -0.4), strict=True):
-        sentence = f"Chains: median of {what} (slope of its log, a layer; the law of |f| is -.635)"
-        slope = _slope(f"chain, {what}", "depth", "size")
-        yield claim(sentence, slope, within(low, high), "scaling", f"chain, {what}")
-    sentence, run = "Chains: derivatives in closed form and automatic ones (relative difference)", "chain, derivatives"
-    yield claim(sentence, by_seed(run, max, "apart"), at_most(1e-10), "identity", run)
-    sentence = "ReLU: median of log ‖h‖² falls by the exact law (slope in L/d over it, widths 16 to 64)"
-    yield claim(sentence, _over_law("median", "law"), within(0.9, 1.1), "scaling", *WIDE)
-    sentence = "ReLU: its variance grows by the exact law (slope in L/d over it, widths 16 to 64)"
-    yield claim(sentence, _over_law("variance", "law2"), within(0.85, 1.15), "scaling", *WIDE)
-    sentence, run = "ReLU: the law without matrices and networks with them (standard errors apart)", "forward, two ways"
-    yield claim(sentence, by_seed(run, max, "apart"), at_most(4), "identity", run)
-    sentence = "Width 8: the largest |eigenvalue| vanishes (slope of its median log in L/d)"
-    yield claim(sentence, _slope("d = 8", "share", "curvature"), at_most(-0.6), "scaling", "d = 8")
-    for narrow, wide in (("d = 8", "d = 16"), ("d = 16", "d = 32")):
-        sentence = f"Depth 32: gradients are larger at {wide} than at {narrow} (ratio of medians)"
-        pair = over(_at(wide, "middle", 32), _at(narrow, "middle", 32))
-        yield claim(sentence, pair, at_least(1), "comparison", narrow, wide)
-    for name in ("layer norm", "residual"):
-        sentence = f"Width 8, {name}: the largest |eigenvalue| does not vanish (slope of its median log in L/d)"
-        yield claim(sentence, _slope(name, "share", "curvature"), at_least(-0.4), CONTROL, name)
-    sentence = "Width 32, depth 8: gradients do not vanish (median)"
-    yield claim(sentence, _at("d = 32", "middle", 8), at_least(np.exp(-1)), CONTROL, "d = 32")
-    yield claim("GD: steps to escape grow from 8 to 16 layers (factor)", _growth("GD"), at_least(5), "scaling", "GD")
-    for name in ("Adam", "normalized GD"):
-        sentence = f"{name}: they do not (factor)"
-        yield claim(sentence, _growth(name), at_most(3), "comparison", name)
-    for name, criterion in (("GD", at_most(0.5)), ("Adam", at_least(0.95))):
-        sentence, run = f"{name}: share of chains of 24 layers that escape", f"{name}, L = 24"
-        yield claim(sentence, last(run, "escaped"), criterion, "comparison", run)
-    sentence = "Width 12, 32 layers: Adam trains what GD does not (its loss over that of GD after 200 steps)"
-    runs = ("Adam, width 12", "GD, width 12")
-    both = over(_at(runs[0], "loss", 32), _at(runs[1], "loss", 32))
-    yield claim(sentence, both, at_most(0.5), "comparison", *runs, aside=True)
-    sentence = "Batch normalization repairs it as well (slope of the median log |eigenvalue| in L/d)"
-    yield claim(sentence, _slope("batch norm", "share", "curvature"), within(-0.4, 0.4), WIDER, "batch norm")
-    sentence = "Layer normalization keeps the gradient of the middle layer too (slope of its median log in L/d)"
-    yield claim(sentence, _slope("layer norm", "share", "log_middle"), at_least(-0.4), WIDER, "layer norm")
-
-
-CLAIMS = tuple(_claims())
+CLAIMS = under(
+    PART,
+    *(
+        scaling(
+            f"Chains: median of {what} (slope of its log, a layer; the law of |f| is -.635)",
+            run(f"chain, {what}").reduce(slope, "depth", "size").within(low, high),
+        )
+        for what, low, high in zip(CHAIN, (-0.685, -0.75, -0.75), (-0.585, -0.4, -0.4), strict=True)
+    ),
+    identity(
+        "Chains: derivatives in closed form and automatic ones (relative difference)",
+        run("chain, derivatives")["apart"].max() <= 1e-10,
+    ),
+    scaling(
+        "ReLU: median of log ‖h‖² falls by the exact law (slope in L/d over it, widths 16 to 64)",
+        _over_law("median", "law").within(0.9, 1.1),
+    ),
+    scaling(
+        "ReLU: its variance grows by the exact law (slope in L/d over it, widths 16 to 64)",
+        _over_law("variance", "law2").within(0.85, 1.15),
+    ),
+    identity(
+        "ReLU: the law without matrices and networks with them (standard errors apart)",
+        run("forward, two ways")["apart"].max() <= 4,
+    ),
+    scaling(
+        "Width 8: the largest |eigenvalue| vanishes (slope of its median log in L/d)",
+        run("d = 8").reduce(slope, "share", "curvature") <= -0.6,
+    ),
+    *(
+        comparison(
+            f"Depth 32: gradients are larger at {wide} than at {narrow} (ratio of medians)",
+            run(wide).at(depth=32)["middle"] / run(narrow).at(depth=32)["middle"] >= 1,
+        )
+        for narrow, wide in (("d = 8", "d = 16"), ("d = 16", "d = 32"))
+    ),
+    *(
+        control(
+            f"Width 8, {name}: the largest |eigenvalue| does not vanish (slope of its median log in L/d)",
+            run(name).reduce(slope, "share", "curvature") >= -0.4,
+        )
+        for name in ("layer norm", "residual")
+    ),
+    control("Width 32, depth 8: gradients do not vanish (median)", run("d = 32").at(depth=8)["middle"] >= np.exp(-1)),
+    scaling("GD: steps to escape grow from 8 to 16 layers (factor)", _growth("GD") >= 5),
+    *(comparison(f"{name}: they do not (factor)", _growth(name) <= 3) for name in ("Adam", "normalized GD")),
+    comparison("GD: share of chains of 24 layers that escape", run("GD, L = 24")["escaped"].last() <= 0.5),
+    comparison("Adam: share of chains of 24 layers that escape", run("Adam, L = 24")["escaped"].last() >= 0.95),
+    comparison(
+        "Width 12, 32 layers: Adam trains what GD does not (its loss over that of GD after 200 steps)",
+        run("Adam, width 12").at(depth=32)["loss"] / run("GD, width 12").at(depth=32)["loss"] <= 0.5,
+        deciding=False,
+    ),
+    wider_claim(
+        "Batch normalization repairs it as well (slope of the median log |eigenvalue| in L/d)",
+        run("batch norm").reduce(slope, "share", "curvature").within(-0.4, 0.4),
+    ),
+    wider_claim(
+        "Layer normalization keeps the gradient of the middle layer too (slope of its median log in L/d)",
+        run("layer norm").reduce(slope, "share", "log_middle") >= -0.4,
+    ),
+)
 
 LABELS = {
-    "shown_depth": "layers L",
-    "shown_share": "L/d",
-    "shown_size": "median of the log",
-    "shown_median": "median of log ‖h_L‖²/‖h_0‖²",
-    "shown_curvature": "median of log largest |eigenvalue|",
-    "shown_steps": "median steps to a loss of .05",
+    "depth": "layers L",
+    "share": "L/d",
+    "size": "median of the log",
+    "median": "median of log ‖h_L‖²/‖h_0‖²",
+    "curvature": "median of log largest |eigenvalue|",
+    "steps": "median steps to a loss of .05",
 }
 
-CAPTIONS = {
-    "escape": "200 chains, each method at the rate by which most escape.  Where fewer than half escape, the median is"
-    " above all steps that were taken.",
-    "chains": "Of 2000 random chains.  The mean of f² is one at every depth.",
-    "forward": "One line for all widths from 16 on: -2.5 L/d and a little less, as the exact law has it.",
-    "curvature": "Networks of width 8.  Batch normalization does not cure it: there the curvature explodes.",
-}
-NARROW = tuple(name for name, net in NETS.items() if net.width == 8)
-chart = charting(PART, LABELS, CAPTIONS)
-
-CHARTS = (
-    chart("escape", "Steps to leave the plateau", "shown_depth", "shown_steps", tuple(RATES), log="y"),
-    chart("chains", "Chains of random weights", "shown_depth", "shown_size", tuple(f"chain, {c}" for c in CHAIN)),
-    chart("forward", "Forward through ReLU layers", "shown_share", "shown_median", tuple(FORWARD)),
-    chart("curvature", "Curvature of deep networks", "shown_share", "shown_curvature", NARROW),
+CHARTS = under(
+    PART,
+    *labelled(
+        LABELS,
+        Chart(
+            "escape",
+            "Steps to leave the plateau",
+            x="depth",
+            y="steps",
+            runs=tuple(RATES),
+            log_y=True,
+            repeats="first",
+            caption="200 chains, each method at the rate by which most escape.  Where fewer than half escape, the"
+            " median is above all steps that were taken.",
+        ),
+        Chart(
+            "chains",
+            "Chains of random weights",
+            x="depth",
+            y="size",
+            runs=tuple(f"chain, {what}" for what in CHAIN),
+            repeats="first",
+            caption="Of 2000 random chains.  The mean of f² is one at every depth.",
+        ),
+        Chart(
+            "forward",
+            "Forward through ReLU layers",
+            x="share",
+            y="median",
+            runs=tuple(FORWARD),
+            repeats="first",
+            caption="One line for all widths from 16 on: -2.5 L/d and a little less, as the exact law has it.",
+        ),
+        Chart(
+            "curvature",
+            "Curvature of deep networks",
+            x="share",
+            y="curvature",
+            runs=tuple(name for name, net in NETS.items() if net.width == 8),
+            repeats="first",
+            caption="Networks of width 8.  Batch normalization does not cure it: there the curvature explodes.",
+        ),
+    ),
 )

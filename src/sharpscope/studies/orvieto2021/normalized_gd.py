@@ -1,4 +1,4 @@
-"""Update rules that only studies need."""
+"""Normalized gradient descent, an update rule that only this study needs."""
 
 from dataclasses import dataclass
 from typing import NoReturn
@@ -12,7 +12,7 @@ from ...optimizers.base import State, UpdateRule
 
 @dataclass(frozen=True)
 class NormalizedGD(UpdateRule):
-    """``w ← w - lr ∇L/‖∇L‖``: steps of one length, whatever the gradient's; runs side by side are rows."""
+    """Steps of one length whatever that of the gradient, ``w ← w - lr ∇L/‖∇L‖``, for one run or rows of them."""
 
     learning_rate: float
 
