@@ -1,5 +1,6 @@
 """The studies: what they promise of themselves, their networks, and the reference run in small."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path

@@ -57,7 +57,7 @@ class LearningProblem:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How long a run lasts, and what is measured of it.
+    """The length of a run and what is measured on the way.
 
     `steps` in all, a row every `every` steps with the top `k` eigenvalues; mini-batches of `batch` drawn by `seed`.
     `rtol` bounds the residuals of eigenpairs relative to λ1; the eigenvalues are then good to about rtol².
