@@ -94,7 +94,7 @@ def test_edge_start_sits_at_the_edge() -> None:
     lr, il = 0.1, 1e-4
     w = toys.edge_start(FAMILY, PHI, lr, il)
     assert lr / ((1 - il) * np.sum(w**2, axis=-1)) * toys.top_eigenvalue(FAMILY, PHI) == pytest.approx(2, rel=1e-14)
-    h = toys.intrinsic_rate(il) / np.sqrt(4 + toys.log_slope(FAMILY, PHI) ** 2)
+    h = toys.rmsprop_rate(il) / np.sqrt(4 + toys.log_slope(FAMILY, PHI) ** 2)
     off = toys.unit(w) - toys.unit(toys.minimizer(FAMILY, PHI))
     # normalizing n + h v1 turns h into h/√(1+h²)
     assert np.sum(off * toys.top_direction(FAMILY, PHI), axis=-1) == pytest.approx(h, rel=h.max() ** 2)

@@ -14,7 +14,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class BatchNorm(nn.Module):
-    """Per channel over the batch; in eval mode with the statistics of the last batch seen in training mode."""
+    """Normalize each channel over the batch; in eval mode by the statistics of the last batch in training mode."""
 
     mean: Tensor
     var: Tensor
@@ -38,7 +38,7 @@ class BatchNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Per example over each of `groups` groups of channels; one group is layer normalization."""
+    """Normalize each example over each of `groups` groups of channels; one group is layer normalization."""
 
     def __init__(self, groups: int, *, centre: bool = True) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class Readout(nn.Module):
-    """A fixed linear map, no parameter."""
+    """A fixed linear map without parameters."""
 
     matrix: Tensor
 

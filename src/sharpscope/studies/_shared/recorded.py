@@ -47,7 +47,7 @@ class Recorded(Objective):
 
 
 def recorded(f: Objective, gradients: int) -> Objective:
-    """Give `f` a recorded gradient if so many are worth it; where the program would give other bits, return `f`."""
+    """The objective with a recorded gradient if so many are worth it, used where it gives the same bits."""
     pair = _pair(f.data)
     if gradients < WORTHWHILE or pair is None:
         return f

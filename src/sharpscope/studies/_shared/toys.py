@@ -159,18 +159,18 @@ def flow(toy: Toy, phi0: Real, taus: Iterable[float], constant: float = 4.0, dta
     return np.stack(path)
 
 
-def intrinsic_rate(il: Real) -> Real:
+def rmsprop_rate(il: Real) -> Real:
     """The learning rate of the equivalent RMSprop, ``η = √((1 - β)/(2β)) ≈ √(2 il)`` with ``β = (1 - il)⁴`` [N9]."""
     return np.sqrt(((1 - il) ** -4 - 1) / 2)
 
 
 def edge_start(toy: Toy, phi: Real, lr: Real, il: Real, edge: Real = 2.0, h: Real = None) -> Array:
-    """Weights off Γ by h, at a distance from the edge: by default the fixed point of the oscillation, (B, 3).
+    """Weights off n(φ) by h where η̃λ1 is `edge`: by default the fixed point of the oscillation, (B, 3).
 
     ``‖w‖ Π(n + h v1)``, ``‖w‖² = lr λ1/((1-il) edge)``; at the fixed point the edge is 2 and ``h = η/√(4+K²)``
     """
     if h is None:
-        h = intrinsic_rate(il) / np.sqrt(4 + log_slope(toy, phi) ** 2)
+        h = rmsprop_rate(il) / np.sqrt(4 + log_slope(toy, phi) ** 2)
     theta = unit(minimizer(toy, phi) + np.asarray(h)[..., None] * top_direction(toy, phi))
     norm = np.sqrt(lr * top_eigenvalue(toy, phi) / ((1 - il) * edge))
     return theta * np.asarray(norm)[..., None]
@@ -224,7 +224,7 @@ class ToyProcess:
         return {"particle": np.array(ends), "step": np.asarray(state["step"] + steps)}
 
     def measure(self, state: ProcessState) -> Columns:
-        """Columns of length B. φ and λ1 are those of the projection n on Γ; ``h = (θ - n)ᵀ v1``."""
+        """Columns of length B: φ and λ1 of the projection n on Γ, and the height over it, ``h = (θ - n)ᵀ v1``."""
         w = state["particle"][:, :3]
         theta, phi = unit(w), project(self.toy, w)
         sharpness = top_eigenvalue(self.toy, phi)
@@ -272,7 +272,7 @@ def measurement_steps(il: float, end: float = 2.0, count: int = 100) -> list[int
 
     The error of a path swings with the oscillation: an even grid alone misses its peaks by a factor of two.
     """
-    total, burst = round(end / il), np.linspace(0, 2 * math.pi / intrinsic_rate(il), 40)
+    total, burst = round(end / il), np.linspace(0, 2 * math.pi / rmsprop_rate(il), 40)
     times = np.concatenate([np.linspace(0, total, count + 1), burst, total - burst])
     return sorted({round(t) for t in times.tolist() if 0 <= t <= total})
 

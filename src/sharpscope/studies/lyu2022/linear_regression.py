@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .._shared.toys import Array, Columns, ProcessState, Real, intrinsic_rate, unit
+from .._shared.toys import Array, Columns, ProcessState, Real, rmsprop_rate, unit
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def edge_start(p: RegressionProblem, alpha: float, lr: float, il: float) -> Arra
 
     ``‖w‖ Π(θ + h v)`` with ``h = η/√(4+K²)``, v the top eigenvector of M, ``‖w‖² = lr λ1/(2(1-il))``
     """
-    h = intrinsic_rate(il) / np.sqrt(4 + log_slope(alpha) ** 2)
+    h = rmsprop_rate(il) / np.sqrt(4 + log_slope(alpha) ** 2)
     v = np.linalg.eigh(p.M)[1][:, -1]
     norm = np.sqrt(lr * sharpness_on_minimizers(p, alpha) / (2 * (1 - il)))
     return norm * unit(minimizer(p, alpha) + h * v)[None]
