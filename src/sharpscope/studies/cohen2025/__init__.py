@@ -234,68 +234,60 @@ LABELS = {
     "il": "il = lr · wd",
     "gradients": "gradients",
 }
-CHARTS = (
+CHARTS = labelled(
+    LABELS,
     *under(
         BOTH,
-        *labelled(
-            LABELS,
-            Chart(
-                "plain-sharpness",
-                "Sharpness without normalization",
-                x="step",
-                y="sharpness",
-                runs=runs(PLAIN),
-                lines=((10.0, "2/lr"),),
-            ),
-            Chart(
-                "bn-spherical-sharpness",
-                "Spherical sharpness with BN",
-                x="step",
-                y="spherical_sharpness",
-                runs=runs("MLP with BN"),
-            ),
-            Chart(
-                "bn-loss",
-                "Training loss with BN, averaged over the oscillation",
-                x="step",
-                y="loss",
-                runs=runs("MLP with BN"),
-            ),
-            Chart(
-                "distance",
-                "Distance of the central flow from the optimizer",
-                x="step",
-                y="error",
-                runs=tuple(f"{name}: central flow" for name in NETS),
-            ),
+        Chart(
+            "plain-sharpness",
+            "Sharpness without normalization",
+            x="step",
+            y="sharpness",
+            runs=runs(PLAIN),
+            lines=((10.0, "2/lr"),),
+        ),
+        Chart(
+            "bn-spherical-sharpness",
+            "Spherical sharpness with BN",
+            x="step",
+            y="spherical_sharpness",
+            runs=runs("MLP with BN"),
+        ),
+        Chart(
+            "bn-loss",
+            "Training loss with BN, averaged over the oscillation",
+            x="step",
+            y="loss",
+            runs=runs("MLP with BN"),
+        ),
+        Chart(
+            "distance",
+            "Distance of the central flow from the optimizer",
+            x="step",
+            y="error",
+            runs=tuple(f"{name}: central flow" for name in NETS),
         ),
     ),
     *under(
         ENDS,
-        *labelled(
-            LABELS,
-            Chart(
-                "ends",
-                "The same where it ends",
-                x="step",
-                y="error",
-                runs=tuple(f"{name}: central flow" for name in FAILING),
-            ),
+        Chart(
+            "ends",
+            "The same where it ends",
+            x="step",
+            y="error",
+            runs=tuple(f"{name}: central flow" for name in FAILING),
         ),
     ),
     *under(
         COST,
-        *labelled(
-            LABELS,
-            Chart(
-                "cost",
-                "Gradients for τ = 1",
-                x="il",
-                y="gradients",
-                runs=("cost: implicit flow", "cost: gradient descent", "cost: explicit flow"),
-                log_x=True,
-                log_y=True,
-            ),
+        Chart(
+            "cost",
+            "Gradients for τ = 1",
+            x="il",
+            y="gradients",
+            runs=("cost: implicit flow", "cost: gradient descent", "cost: explicit flow"),
+            log_x=True,
+            log_y=True,
         ),
     ),
 )

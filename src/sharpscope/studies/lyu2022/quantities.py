@@ -9,7 +9,7 @@ LABELS = {
     "eta_lambda": "η̃ λ1",
     "loss": "loss",
     "test_loss": "mean squared error on 2000 points",
-    "test_accuracy": "share of 1297 images",
+    "test_accuracy": "fraction of 1297 images",
     "test_rmse": "RMSE / spread",
     "radius": "‖w‖",
     "relative": "λ1 / least λ1",
