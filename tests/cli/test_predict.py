@@ -13,7 +13,7 @@ from sharpscope.records.checkpoints import load_weights
 from sharpscope.records.history import History
 from sharpscope.records.run_log import RunLog
 from sharpscope.studies import lyu2022
-from sharpscope.studies._shared.forecast import Forecast, beside, claims, ends, run_forecast, runs
+from sharpscope.studies._shared.forecast import Forecast, claims, end_error, late, run_forecast, runs
 from sharpscope.studies._shared.networks import Variant
 
 TASK = """
@@ -42,9 +42,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_prediction_of_a_study(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "lyu2022", "BN", "--step", "200", "--steps", "20", "--points", "5"]) == 0
-    said = capsys.readouterr().out
-    assert "after 20 steps the central flow is" in said and "runs/prediction/report.html" in said
-    assert len([line for line in said.splitlines() if line.strip().endswith("%")]) == 6
+    printed = capsys.readouterr().out
+    assert "after 20 steps the central flow is" in printed and "runs/prediction/report.html" in printed
+    assert len([line for line in printed.splitlines() if line.strip().endswith("%")]) == 6
     page = (here / "runs/prediction/report.html").read_text()
     assert "central flow" in page and "Test loss" in page
     history = History.load(here / "runs/prediction/history.parquet")
@@ -102,10 +102,10 @@ def test_a_forecast_as_a_job(tmp_path: Path) -> None:
     run_forecast(log, lambda fraction: None, "a forecast", Forecast(variant, 300, 30, points=5))
     h = History(log.rows)
     assert h.runs == list(runs("a forecast"))
-    assert ends("a forecast")(h, None) == h.series("a forecast: central flow", "error")[-1]
-    low, high = beside("a forecast", "radius")(h, None)
-    assert 0.99 < low <= high < 1.01
-    assert all(claim.runs == runs("a forecast") for claim in claims("a forecast", "part"))
+    assert end_error("a forecast")(h, None) == h.series("a forecast: central flow", "error")[-1]
+    ratios = (late("a forecast", "central flow", "radius") / late("a forecast", "optimizer", "radius"))(h, None)
+    assert isinstance(ratios, tuple) and 0.99 < min(ratios) <= max(ratios) < 1.01
+    assert {run for claim in claims("a forecast") for run in claim.runs} == set(runs("a forecast"))
 
 
 def test_a_flow_that_gets_stuck_leaves_a_note(tmp_path: Path) -> None:

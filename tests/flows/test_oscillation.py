@@ -24,7 +24,7 @@ def toy(name: str) -> Toy:
 def path(name: str, il: float, steps: int, u: float | None, h: float | None = None, edge: float = 2.0) -> Array:
     """Weights ``(steps + 1, 3)`` of gradient descent with weight decay from φ = 1, h given or in units of its mean."""
     t = toy(name)
-    fixed = toys.intrinsic_rate(il) / math.sqrt(4 + float(toys.log_slope(t, 1.0)) ** 2)
+    fixed = toys.rmsprop_rate(il) / math.sqrt(4 + float(toys.log_slope(t, 1.0)) ** 2)
     w = tuple(toys.edge_start(t, 1.0, LR, il, edge, fixed * u if u is not None else h).tolist())
     out = [w]
     for _ in range(steps):
@@ -35,7 +35,7 @@ def path(name: str, il: float, steps: int, u: float | None, h: float | None = No
 
 def seen(name: str, il: float, w: Array) -> dict[str, Array]:
     """What the laws are about, per step."""
-    t, eta = toy(name), float(toys.intrinsic_rate(il))
+    t, eta = toy(name), float(toys.rmsprop_rate(il))
     phi = toys.project(t, w)
     sharpness, K = toys.top_eigenvalue(t, phi), toys.log_slope(t, phi)
     rate = LR / ((1 - il) * np.sum(w * w, axis=1))
@@ -69,7 +69,7 @@ def test_levels_at_the_edge() -> None:
     """Over 28 envelopes: mean η̃λ1 is 2, mean loss λ1 il/(4 + K²), RMS angle per step 2η/√(4 + K²); period two."""
     il = 1e-5
     r = seen("A3", il, path("A3", il, 20_000, 0.3))
-    eta, spread = float(toys.intrinsic_rate(il)), 4 + r["K"] ** 2
+    eta, spread = float(toys.rmsprop_rate(il)), 4 + r["K"] ** 2
     assert r["eta_lambda"].mean() == pytest.approx(2, abs=1e-3)
     assert (r["loss"] / (r["sharpness"] * il / spread)).mean() == pytest.approx(1, abs=0.02)
     assert math.sqrt((r["angle"] ** 2 * spread / (4 * eta**2)).mean()) == pytest.approx(1, abs=0.01)
@@ -110,7 +110,7 @@ def test_period_of_small_oscillations() -> None:
 @pytest.mark.parametrize(("il", "tolerance"), [(1e-7, 0.03), (1e-5, 0.12)])
 def test_first_burst(h: float, il: float, tolerance: float) -> None:
     """From η̃λ1 = 2 with a residual h: ``δ_max = η √(2 (E0 - 1))``, ``E0 = x0 - ln x0``, ``x0 = (4 + K²) h²/η²``."""
-    eta = float(toys.intrinsic_rate(il))
+    eta = float(toys.rmsprop_rate(il))
     r = seen("A1", il, path("A1", il, round(10 / eta), None, h))
     x = (4 + 4) * (h / eta) ** 2
     assert eta * r["y"].max() == pytest.approx(eta * math.sqrt(2 * (x - math.log(x) - 1)), rel=tolerance)
@@ -121,7 +121,7 @@ def test_sharpness_never_falls_faster_than_weight_decay_allows() -> None:
     il = 1e-4
     r = seen("A2", il, path("A2", il, 5000, 1.0))
     held = np.log(r["sharpness"]) + 2 * il * np.arange(len(r["sharpness"]))
-    assert (held - np.maximum.accumulate(held)).min() >= -5 * float(toys.intrinsic_rate(il))
+    assert (held - np.maximum.accumulate(held)).min() >= -5 * float(toys.rmsprop_rate(il))
 
 
 @pytest.mark.parametrize("u", [1.5, 0.02])
@@ -132,7 +132,7 @@ def test_generic_starts_stay_near_the_flow(u: float) -> None:
     tau = np.linspace(0, 2, 201)
     flow = toys.flow(toy("A3"), 1.0, tau.tolist()).ravel()
     phi = toys.project(toy("A3"), w[::100])
-    assert np.abs(phi - flow).max() <= 3 * float(toys.intrinsic_rate(il))
+    assert np.abs(phi - flow).max() <= 3 * float(toys.rmsprop_rate(il))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5])

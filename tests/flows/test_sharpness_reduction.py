@@ -165,7 +165,7 @@ def test_scalar_rmsprop_off_the_sphere(C: float) -> None:
     assert abs(path.weights[-1][0].item() - closed_form(steps // 10)) <= 3 * eta**2
 
 
-def regression() -> tuple[linear_regression.Problem, Objective]:
+def regression() -> tuple[linear_regression.RegressionProblem, Objective]:
     p = linear_regression.random_problem(0)
     X, y = torch.as_tensor(p.X), torch.as_tensor(p.y)
 

@@ -67,8 +67,9 @@ def test_places() -> None:
     assert run("a").near(tau=1.02)["x"].median()(BY_NAME, None) == (1.0, 2.0, 3.0)
     assert run("a").where("good", lambda good: good == 1)["n"].max()(BY_COLUMN, None) == (16.0, 16.0)
     assert run("a").where("good", lambda good: good == 1).at(n=16)["gap"](BY_COLUMN, None) == (3 / 16, 4 / 16)
-    with pytest.raises(InvalidValue, match="'a' has no row near tau = 3"):
-        run("a").at(tau=3)["x"](BY_NAME, None)
+    for rows in (run("a").at(tau=3), run("a").near(tau=3)):
+        with pytest.raises(InvalidValue, match="'a' has no row near tau = 3"):
+            rows["x"](BY_NAME, None)
 
 
 def test_summaries() -> None:

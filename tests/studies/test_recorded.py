@@ -12,7 +12,7 @@ from sharpscope.autodiff.objective import Objective
 from sharpscope.optimizers.gd import GD
 from sharpscope.records.run_log import RunLog
 from sharpscope.studies._shared import recorded as recorded_module
-from sharpscope.studies._shared.networks import Variant, run_variant, task_of
+from sharpscope.studies._shared.networks import Variant, problem_of, run_variant
 from sharpscope.studies._shared.recorded import Recorded, recorded
 
 BASE = Variant("regression", "BN", "squares", 0.5, 1e-3)
@@ -24,8 +24,7 @@ CASES = [
 
 
 def objective(variant: Variant) -> Objective:
-    task = task_of(variant)
-    return Objective(task.net, task.loss, [(task.x, task.y)])
+    return problem_of(variant).objective
 
 
 @pytest.mark.parametrize("variant", CASES, ids=lambda v: f"{v.net} {v.norm} {v.loss}")
@@ -84,10 +83,10 @@ def test_what_gives_other_bits_is_not_used() -> None:
 
 def test_a_recorded_run_writes_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
-    for least in (1, 10_000):
-        monkeypatch.setattr(recorded_module, "WORTHWHILE", least)
+    for worthwhile in (1, 10_000):
+        monkeypatch.setattr(recorded_module, "WORTHWHILE", worthwhile)
         for batch in (None, 20):
-            log = RunLog(tmp_path, f"{least} {batch}")
-            run_variant(log, lambda share: None, replace(BASE, steps=30, every=10, batch=batch))
+            log = RunLog(tmp_path, f"{worthwhile} {batch}")
+            run_variant(log, lambda fraction: None, replace(BASE, steps=30, every=10, batch=batch))
             rows.append([{k: v for k, v in row.items() if k != "run"} for row in log.rows])
     assert rows[0] == rows[2] and rows[1] == rows[3] and rows[0] != rows[1]

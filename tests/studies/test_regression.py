@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharpscope.studies._shared.toys import trace, unit
+from sharpscope.studies._shared.toys import columns_at, unit
 from sharpscope.studies.lyu2022 import linear_regression as regression
 
 P = regression.random_problem(0)
@@ -85,7 +85,7 @@ def test_slope_of_log_sharpness_along_the_minimizers() -> None:
 def test_null_component_only_decays(il: float) -> None:
     for start in (regression.random_starts(P, 4, 2), regression.edge_start(P, 1.2, 0.1, il)):
         steps = [round(tau / il) for tau in (0, 0.1, 1, 10)]
-        norms = trace(regression.Descent(P, start, 0.1, il), steps)["null_norm"]
+        norms = columns_at(regression.RegressionDescent(P, start, 0.1, il), steps)["null_norm"]
         for step, norm in zip(steps, norms, strict=True):
             # rounding puts some 1e-17 a step into null(X); what is left of the start by τ = 10 is 4e-5
             assert norm == pytest.approx((1 - il) ** step * norms[0], rel=1e-8)
@@ -93,13 +93,13 @@ def test_null_component_only_decays(il: float) -> None:
 
 def test_angle_falls_as_the_law_says() -> None:
     il = 1e-3
-    c = trace(regression.Descent(P, regression.edge_start(P, 1.2, 0.1, il), 0.1, il), range(0, 3001, 25))
+    c = columns_at(regression.RegressionDescent(P, regression.edge_start(P, 1.2, 0.1, il), 0.1, il), range(0, 3001, 25))
     assert np.max(np.abs(c["alpha"] - regression.angle_law(1.2, c["tau"]))) < 10 * il
     assert np.mean(c["eta_lambda"]) == pytest.approx(2, rel=0.02)  # midpoints keep an O(il) bias, some ten il here
 
 
 def test_weight_decay_finds_the_interpolant_of_least_norm() -> None:
-    run = regression.Descent(P, regression.random_starts(P, 5, 2), 0.1, 1e-3)
+    run = regression.RegressionDescent(P, regression.random_starts(P, 5, 2), 0.1, 1e-3)
     c = run.measure(run.advance(run.start(), 12000))
     # il = 1e-3 leaves single modes a few times √il off, and their midpoints a few il
     assert np.all(c["cosine"] > 0.9998)
@@ -108,26 +108,26 @@ def test_weight_decay_finds_the_interpolant_of_least_norm() -> None:
 
 
 def test_both_starts_end_at_one_point() -> None:
-    run = regression.Descent(P, regression.random_starts(P, 5, 2), 0.1, 1e-3)
+    run = regression.RegressionDescent(P, regression.random_starts(P, 5, 2), 0.1, 1e-3)
     state = run.advance(run.start(), 12000)
     one, other = unit(state["w"] + run.advance(state, 1)["w"])
     assert one @ other > 1 - 1e-6  # what is left of the starts is e^{-12}
 
 
 def test_without_weight_decay_the_angle_freezes_above_the_minimum() -> None:
-    c = trace(regression.Descent(P, regression.random_starts(P, 5, 1), 0.1, 0.0), [2000, 20000])
+    c = columns_at(regression.RegressionDescent(P, regression.random_starts(P, 5, 1), 0.1, 0.0), [2000, 20000])
     assert np.ptp(c["alpha"]) < 1e-10
     assert np.all(c["spherical_sharpness"] > 1.5 * P.flattest)
 
 
 def test_without_normalization_the_null_component_stays() -> None:
-    run = regression.Descent(P, regression.random_starts(P, 5, 2), 0.1, 0.0, regression.linear_gradient)
-    norms = trace(run, [0, 5000])["null_norm"]
+    run = regression.RegressionDescent(P, regression.random_starts(P, 5, 2), 0.1, 0.0, regression.linear_gradient)
+    norms = columns_at(run, [0, 5000])["null_norm"]
     assert norms[1] == pytest.approx(norms[0], rel=1e-10)
 
 
 def test_state_can_be_saved_anywhere(tmp_path: Path) -> None:
-    run = regression.Descent(P, regression.random_starts(P, 5, 2), 0.1, 1e-3)
+    run = regression.RegressionDescent(P, regression.random_starts(P, 5, 2), 0.1, 1e-3)
     for name, array in run.advance(run.start(), 300).items():
         np.save(tmp_path / f"{name}.npy", array)
     saved = {path.stem: np.load(path) for path in tmp_path.iterdir()}

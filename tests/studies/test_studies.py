@@ -1,5 +1,6 @@
 """The studies: what they promise of themselves, their networks, and the reference run in small."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -73,17 +74,17 @@ def test_nonsense_is_refused_by_name() -> None:
             with pytest.raises(ValueError, match="seed is -1; it must not be negative"):
                 lyu.Config(seed=-1)
             continue
-        for odd in () if isinstance(value, bool) else (-1, 0, float("nan")):
-            wrong: dict[str, Any] = {field.name: (odd,) if isinstance(value, tuple) else odd}
-            with pytest.raises(ValueError, match=f"{field.name} is {odd}; it must be positive"):
-                lyu.Config(**wrong)
+        for number in () if isinstance(value, bool) else (-1, 0, float("nan")):
+            wrong: Any = (number,) if isinstance(value, tuple) else number
+            with pytest.raises(ValueError, match=re.escape(f"{field.name} is {wrong}; it must be positive")):
+                lyu.Config(**{field.name: wrong})
     with pytest.raises(ValueError, match="lr·wd is 1; it must be below one"):
         lyu.Config(learning_rate=10, weight_decay=0.1)
 
 
 @dataclass
 class Written(RunLog):
-    """What a job would call its runs."""
+    """A log of which only the name of its run counts."""
 
     run: str
 
@@ -91,8 +92,8 @@ class Written(RunLog):
         return {}
 
 
-def readings(config: lyu.Config, patch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """The times τ at which each run of a configuration is read, without running it."""
+def measurements(config: lyu.Config, patch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """The times τ at which each run of a configuration is measured, without running it."""
     found: dict[str, np.ndarray] = {}
     grid = np.array([0.0, *np.geomspace(1e-3, 20, 400)])
 
@@ -101,8 +102,8 @@ def readings(config: lyu.Config, patch: pytest.MonkeyPatch) -> dict[str, np.ndar
         found.update(dict.fromkeys(names, grid))
 
     def trained(name: str, rule: GD, steps: int, every: int) -> None:
-        read = {0, steps, *range(0, steps + 1, every), *(s for s in train.EARLY if s <= steps)}
-        found[name] = np.array(sorted(read)) * rule.intrinsic_time_per_step
+        rows = {0, steps, *range(0, steps + 1, every), *(s for s in train.EARLY if s <= steps)}
+        found[name] = np.array(sorted(rows)) * rule.intrinsic_time_per_step
 
     for module in (sphere, regression):
         patch.setattr(module, "walk", note)
@@ -119,36 +120,35 @@ def readings(config: lyu.Config, patch: pytest.MonkeyPatch) -> dict[str, np.ndar
             rule = GD(completion.LR, job.arguments["weight_decay"])
             trained(job.name, rule, job.arguments["steps"], job.arguments["every"])
         else:
-            job.work(Written(job.name), lambda share: None, **job.arguments)
+            job.work(Written(job.name), lambda fraction: None, **job.arguments)
     return found
 
 
 class Imagined(History):
-    """A history that has every column of the runs it is given, and says when it is asked for another run."""
+    """A history that has every column of the runs it is given, and fails where another run is wanted."""
 
-    def __init__(self, runs: dict[str, np.ndarray]) -> None:
+    def __init__(self, taus: dict[str, np.ndarray]) -> None:
         super().__init__()
-        self.readings = runs
-        self.columns = {"balance/w": []}
+        self.taus = taus
 
     @property
     def runs(self) -> list[str]:
-        return list(self.readings)
+        return list(self.taus)
 
     def table(self, run: str, *names: str) -> tuple[np.ndarray, ...]:
-        tau = self.readings[run]
+        tau = self.taus[run]
         kinds = {"tau": tau, "step": np.arange(len(tau)) * 1000.0, "eta_lambda": np.linspace(1, 3, len(tau))}
         return tuple(kinds.get(name, 1 / (1 + np.arange(len(tau)))) for name in names)
 
 
 @pytest.fixture(scope="module")
-def read() -> Iterator[dict[str, dict[str, np.ndarray]]]:
+def measured() -> Iterator[dict[str, dict[str, np.ndarray]]]:
     with pytest.MonkeyPatch.context() as patch:
-        yield {name: readings(config, patch) for name, config in CONFIGS.items()}
+        yield {name: measurements(config, patch) for name, config in CONFIGS.items()}
 
 
-def test_claims_and_charts_are_about_runs_that_are_made(read: dict[str, dict[str, np.ndarray]]) -> None:
-    runs = read["full"].keys()
+def test_claims_and_charts_are_about_runs_that_are_made(measured: dict[str, dict[str, np.ndarray]]) -> None:
+    runs = measured["full"].keys()
     for claim in lyu.CLAIMS:
         assert set(claim.runs) <= runs, claim.sentence
     for chart in lyu.CHARTS:
@@ -156,20 +156,20 @@ def test_claims_and_charts_are_about_runs_that_are_made(read: dict[str, dict[str
 
 
 @pytest.mark.parametrize("size", CONFIGS)
-def test_claims_find_the_readings_they_need(
-    size: str, read: dict[str, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+def test_claims_find_the_measurements_they_need(
+    size: str, measured: dict[str, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No claim asks for a run that is not made, or for a time at which nothing is read."""
-    monkeypatch.setattr(toys, "path_error", lambda toy, phi0, tau, phi, constant: np.ones(1))  # dear, and reads nothing
-    history = Imagined(read[size])
+    """No claim needs a run that is not made, or a time at which nothing is measured."""
+    monkeypatch.setattr(toys, "path_error", lambda toy, phi0, tau, phi, constant: np.ones(1))  # slow, reads no history
+    history = Imagined(measured[size])
     for claim in lyu.CLAIMS:
-        if set(claim.runs) <= read[size].keys():
+        if set(claim.runs) <= measured[size].keys():
             claim.observe(history, CONFIGS[size])
 
 
-def test_the_quick_study_leaves_out_ablations_only(read: dict[str, dict[str, np.ndarray]]) -> None:
-    left_out = [claim for claim in lyu.CLAIMS if not set(claim.runs) <= read["quick"].keys()]
-    made_by_ablations = read["full"].keys() - {job.name for job in lyu.jobs(replace(lyu.Config(), ablations=False))}
+def test_the_quick_study_leaves_out_ablations_only(measured: dict[str, dict[str, np.ndarray]]) -> None:
+    left_out = [claim for claim in lyu.CLAIMS if not set(claim.runs) <= measured["quick"].keys()]
+    made_by_ablations = measured["full"].keys() - {job.name for job in lyu.jobs(replace(lyu.Config(), ablations=False))}
     elsewhere = {"angle, il 0.001, data 1"}  # on another data set
     assert all(set(claim.runs) & (made_by_ablations | elsewhere) for claim in left_out)
     kept = {(claim.part, claim.kind) for claim in lyu.CLAIMS if claim not in left_out and claim.deciding}
@@ -217,7 +217,7 @@ def test_every_loss_trains(tmp_path: Path) -> None:
     for loss in LOSSES:
         net = "mlp" if "cross" in loss else "regression"
         log = RunLog(tmp_path, loss)
-        run_variant(log, lambda share: None, Variant(net, "LN", loss, 0.1, 1e-3, steps=3, train=64))
+        run_variant(log, lambda fraction: None, Variant(net, "LN", loss, 0.1, 1e-3, steps=3, train=64))
         assert not log.note
         last = log.rows[-1]
         assert {"tau", "loss", "eta_lambda", "threshold", "test_loss", "test_accuracy", "train_accuracy"} <= last.keys()
@@ -233,7 +233,7 @@ def test_the_reference_run_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rows = {}
     for name, variant in {"decay": base, "none": replace(base, weight_decay=0.0)}.items():
         log = RunLog(tmp_path, name)
-        run_variant(log, lambda share: None, variant)
+        run_variant(log, lambda fraction: None, variant)
         rows[name] = {row["step"]: row for row in log.rows}
         assert list(rows[name]) == [0, 100, 150, 200]
     assert rows["decay"][0]["spherical_sharpness"] == pytest.approx(2076, rel=0.1)

@@ -61,8 +61,8 @@ def gentle(norm: str, loss: str) -> float:
 
 
 @every_net
-def test_claim_01_loss_does_not_see_the_scale(norm: str, loss: str) -> None:
-    """Multiplying all weights by c leaves the loss as it is."""
+def test_loss_does_not_see_the_scale(norm: str, loss: str) -> None:
+    """Multiplying all weights by c leaves the loss as it is, ``L(c w) = L(w)``."""
     f, w = problem(norm, loss)
     for c in cases.SCALES:
         value = f.value(w).item()
@@ -70,7 +70,7 @@ def test_claim_01_loss_does_not_see_the_scale(norm: str, loss: str) -> None:
 
 
 @every_net
-def test_claim_02_gradient_is_orthogonal_to_the_weights(norm: str, loss: str) -> None:
+def test_gradient_is_orthogonal_to_the_weights(norm: str, loss: str) -> None:
     """Moving along the weights changes nothing, for all of them and for each map alone."""
     f, w = problem(norm, loss)
     g = f.grad(w)
@@ -79,7 +79,7 @@ def test_claim_02_gradient_is_orthogonal_to_the_weights(norm: str, loss: str) ->
 
 
 @every_net
-def test_claim_03_gradient_is_of_degree_minus_one(norm: str, loss: str) -> None:
+def test_gradient_is_of_degree_minus_one(norm: str, loss: str) -> None:
     """Weights c times as large have a gradient c times as small."""
     f, w = problem(norm, loss)
     for c in cases.SCALES:
@@ -87,14 +87,14 @@ def test_claim_03_gradient_is_of_degree_minus_one(norm: str, loss: str) -> None:
 
 
 @every_net
-def test_claim_04_hessian_is_of_degree_minus_two(norm: str, loss: str) -> None:
+def test_hessian_is_of_degree_minus_two(norm: str, loss: str) -> None:
     """... and a Hessian c² times as small."""
     for c in cases.SCALES:
         assert error(c**2 * dense(norm, loss, c), dense(norm, loss)) <= 1e-12
 
 
 @every_net
-def test_claim_05_hessian_turns_weights_into_minus_the_gradient(norm: str, loss: str) -> None:
+def test_hessian_times_weights_is_minus_the_gradient(norm: str, loss: str) -> None:
     """``∇²L w = -∇L``: Euler's identity differentiated once."""
     f, w = problem(norm, loss)
     assert error(dense(norm, loss) @ w, -f.grad(w)) <= 1e-12
@@ -102,7 +102,7 @@ def test_claim_05_hessian_turns_weights_into_minus_the_gradient(norm: str, loss:
 
 
 @every_net
-def test_claim_06_curvature_falls_along_the_weights(norm: str, loss: str) -> None:
+def test_curvature_falls_along_the_weights(norm: str, loss: str) -> None:
     """``∇³L[w, v, v] = -2 vᵀ∇²L v``, by a third derivative and by a difference of curvatures."""
     f, w = problem(norm, loss)
     v, h = unit(w), 1e-4
@@ -114,8 +114,8 @@ def test_claim_06_curvature_falls_along_the_weights(norm: str, loss: str) -> Non
 
 
 @every_net
-def test_claim_07_squared_norm_times_sharpness_is_that_of_the_direction(norm: str, loss: str) -> None:
-    """``‖w‖² λ1(∇²L(w))`` is ``λ1`` at unit norm, whatever the scale of the weights."""
+def test_squared_norm_times_sharpness_is_that_of_the_direction(norm: str, loss: str) -> None:
+    """``‖w‖² λ1(∇²L(w))`` is ``λ1`` at unit norm, whatever the scale of the weights [N7]."""
     f, w = problem(norm, loss)
     at_unit_norm = cases.dense_top(hessian(f, direction(w)).dense())
     for c in (1.0, *cases.SCALES):
@@ -124,8 +124,8 @@ def test_claim_07_squared_norm_times_sharpness_is_that_of_the_direction(norm: st
 
 
 @every_net
-def test_claim_08_second_derivative_along_great_circles_is_the_hessian(norm: str, loss: str) -> None:
-    """On the sphere no term is added to ``vᵀ∇²L(θ)v``, because the gradient has no radial part."""
+def test_second_derivative_along_great_circles_is_the_hessian(norm: str, loss: str) -> None:
+    """On the sphere no term is added to ``vᵀ∇²L(θ)v``, since the gradient has no radial part [N5] [N6]."""
     f, w = problem(norm, loss)
     theta = direction(w)
     v, h = direction(tangent(theta, unit(w))), 1e-5
@@ -139,7 +139,7 @@ def test_claim_08_second_derivative_along_great_circles_is_the_hessian(norm: str
 
 
 @every_net
-def test_claim_09_leaving_out_the_radius_lowers_sharpness_little(norm: str, loss: str) -> None:
+def test_leaving_out_the_radius_lowers_sharpness_little(norm: str, loss: str) -> None:
     """``0 ≤ λ1(H) - λ1(ΠHΠ) ≤ ‖∇L‖²/λ1(ΠHΠ)`` at unit norm: nothing at a minimum."""
     f, w = problem(norm, loss)
     for theta in (direction(w), unit(w, 2)):
@@ -150,8 +150,8 @@ def test_claim_09_leaving_out_the_radius_lowers_sharpness_little(norm: str, loss
 
 
 @every_net
-def test_claim_10_lanczos_finds_the_dense_eigenvalues(norm: str, loss: str) -> None:
-    """The three largest eigenvalues from products alone."""
+def test_lanczos_finds_the_dense_eigenvalues(norm: str, loss: str) -> None:
+    """The three largest eigenvalues from products alone [N4]."""
     f, w = problem(norm, loss)
     expected = torch.linalg.eigvalsh(dense(norm, loss)).flip(0)[:3]
     # the error of a Ritz value is the square of its residual over a gap
@@ -160,25 +160,25 @@ def test_claim_10_lanczos_finds_the_dense_eigenvalues(norm: str, loss: str) -> N
 
 
 def mismatch(f: Objective, w: Tensor, rule: GD, steps: int) -> float:
-    """How far apart descent with weight decay and projected descent with the effective learning rate get."""
-    theta, far = direction(w), 0.0
+    """Largest distance between descent with weight decay and projected descent with the effective learning rate."""
+    theta, largest = direction(w), 0.0
     for now in follow(f, w, lambda t: rule, steps):
-        far = max(far, (direction(now) - theta).norm().item())
+        largest = max(largest, (direction(now) - theta).norm().item())
         rate = effective_learning_rate(rule.learning_rate, rule.weight_decay, now.norm().item())
         theta = direction(theta - rate * f.grad(theta))
-    return far
+    return largest
 
 
 @every_net
-def test_claim_11_weight_decay_is_projected_descent(norm: str, loss: str) -> None:
-    """Descent with weight decay turns the weights as projected descent with the effective learning rate does."""
+def test_weight_decay_is_projected_descent(norm: str, loss: str) -> None:
+    """Descent with weight decay turns the weights as projected descent with the effective rate does [N8] [N31]."""
     f, w = problem(norm, loss)
     lr = gentle(norm, loss)
     assert mismatch(f, w, GD(lr, 1e-3 / lr), 10) <= 1e-13
 
 
 @pytest.mark.parametrize(("norm", "loss"), [("BN", "mse"), ("LN", "cross-entropy"), ("WN", "mse")])
-def test_claim_11_weight_decay_is_projected_descent_over_long_stable_runs(norm: str, loss: str) -> None:
+def test_weight_decay_is_projected_descent_over_long_stable_runs(norm: str, loss: str) -> None:
     """The same over 300 steps that do not amplify rounding."""
     f, w = problem(norm, loss)
     lr = gentle(norm, loss) / 4
@@ -186,7 +186,7 @@ def test_claim_11_weight_decay_is_projected_descent_over_long_stable_runs(norm: 
 
 
 @every_net
-def test_claim_12_norms_follow_their_recursion(norm: str, loss: str) -> None:
+def test_norms_follow_their_recursion(norm: str, loss: str) -> None:
     """``‖w'‖² = (1-il)²‖w‖² + lr²‖∇L(w)‖²``, for all weights and for each map alone."""
     f, w = problem(norm, loss)
     rule = GD(3 * gentle(norm, loss), 1e-2 / gentle(norm, loss))
@@ -199,8 +199,8 @@ def test_claim_12_norms_follow_their_recursion(norm: str, loss: str) -> None:
 
 
 @every_net
-def test_claim_13_effective_rate_obeys_an_rmsprop_recursion(norm: str, loss: str) -> None:
-    """``v' = β v (1 + lr_eff²‖∇L(θ)‖²)²`` with lr_eff = η/√v: scalar RMSprop and a term of higher order."""
+def test_effective_rate_obeys_an_rmsprop_recursion(norm: str, loss: str) -> None:
+    """``v' = β v (1 + lr_eff²‖∇L(θ)‖²)²``, lr_eff = η/√v: scalar RMSprop and a term of higher order [N9] [N11]."""
     f, w = problem(norm, loss)
     rule = GD(2 * gentle(norm, loss), 1e-2 / gentle(norm, loss))
     eta, beta = rmsprop_constants(rule.learning_rate, rule.weight_decay)
@@ -217,8 +217,8 @@ def test_claim_13_effective_rate_obeys_an_rmsprop_recursion(norm: str, loss: str
 
 @every_net
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_claim_14_doubled_weights_take_the_doubled_path(norm: str, loss: str, momentum: float) -> None:
-    """``(w, lr, wd) → (2w, 4lr, wd/4)`` doubles every iterate to the last bit, since doubling rounds nothing."""
+def test_doubled_weights_take_the_doubled_path(norm: str, loss: str, momentum: float) -> None:
+    """``(w, lr, wd) → (2w, 4lr, wd/4)`` doubles every iterate to the last bit: doubling rounds nothing [N31]."""
     f, w = problem(norm, loss)
     lr, wd = 4 * gentle(norm, loss), 0.01 / gentle(norm, loss)
 
@@ -233,8 +233,8 @@ def test_claim_14_doubled_weights_take_the_doubled_path(norm: str, loss: str, mo
 
 
 @every_net
-def test_claim_15_weight_decay_is_a_growing_learning_rate(norm: str, loss: str) -> None:
-    """Without weight decay, but with the rate ``lr (1-il)^(-2t-1)``, the weights turn in the same way."""
+def test_weight_decay_is_a_growing_learning_rate(norm: str, loss: str) -> None:
+    """Without weight decay, but with the rate ``lr (1-il)^(-2t-1)``, the weights turn in the same way [N31]."""
     f, w = problem(norm, loss)
     lr = gentle(norm, loss) / 2
     il = 5e-3
@@ -245,7 +245,7 @@ def test_claim_15_weight_decay_is_a_growing_learning_rate(norm: str, loss: str) 
 
 @every_net
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_claim_16_without_weight_decay_norms_never_fall(norm: str, loss: str, momentum: float) -> None:
+def test_without_weight_decay_norms_never_fall(norm: str, loss: str, momentum: float) -> None:
     """Orthogonal steps only add to the norm, so the effective rate can only fall; heavy ball is no exception."""
     f, w = problem(norm, loss)
     rule = GD(6 * gentle(norm, loss), momentum=momentum)
@@ -259,7 +259,7 @@ def test_claim_16_without_weight_decay_norms_never_fall(norm: str, loss: str, mo
 
 
 @pytest.mark.parametrize(("norm", "loss"), [("BN", "mse"), ("LN", "cross-entropy")])
-def test_claim_17_forms_of_weight_decay_agree_for_plain_descent_only(norm: str, loss: str) -> None:
+def test_forms_of_weight_decay_agree_for_plain_descent_only(norm: str, loss: str) -> None:
     """Decay inside the gradient or outside is the same for gradient descent, not with momentum, not for Adam."""
     f, w = problem(norm, loss)
     lr = 2 * gentle(norm, loss)
@@ -276,12 +276,12 @@ def test_claim_17_forms_of_weight_decay_agree_for_plain_descent_only(norm: str, 
             optimizer.step()
         return p.detach()
 
-    def apart(a: Tensor, b: Tensor) -> float:
+    def distance(a: Tensor, b: Tensor) -> float:
         return ((a - b).norm() / w.norm()).item()
 
     coupled = run(lambda p: torch.optim.SGD(p, lr, weight_decay=wd))
-    assert apart(coupled, run(lambda p: torch.optim.SGD(p, lr), shrink=lr * wd)) <= 1e-13  # the order of three terms
+    assert distance(coupled, run(lambda p: torch.optim.SGD(p, lr), shrink=lr * wd)) <= 1e-13  # the order of three terms
     heavy = run(lambda p: torch.optim.SGD(p, lr, momentum=0.5, weight_decay=wd))
-    assert apart(heavy, run(lambda p: torch.optim.SGD(p, lr, momentum=0.5), shrink=lr * wd)) > 1e-2
+    assert distance(heavy, run(lambda p: torch.optim.SGD(p, lr, momentum=0.5), shrink=lr * wd)) > 1e-2
     adam = run(lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1))
-    assert apart(adam, run(lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1))) > 1e-2
+    assert distance(adam, run(lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1))) > 1e-2

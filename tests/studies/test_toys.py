@@ -94,7 +94,7 @@ def test_edge_start_sits_at_the_edge() -> None:
     lr, il = 0.1, 1e-4
     w = toys.edge_start(FAMILY, PHI, lr, il)
     assert lr / ((1 - il) * np.sum(w**2, axis=-1)) * toys.top_eigenvalue(FAMILY, PHI) == pytest.approx(2, rel=1e-14)
-    h = toys.intrinsic_rate(il) / np.sqrt(4 + toys.log_slope(FAMILY, PHI) ** 2)
+    h = toys.rmsprop_rate(il) / np.sqrt(4 + toys.log_slope(FAMILY, PHI) ** 2)
     off = toys.unit(w) - toys.unit(toys.minimizer(FAMILY, PHI))
     # normalizing n + h v1 turns h into h/√(1+h²)
     assert np.sum(off * toys.top_direction(FAMILY, PHI), axis=-1) == pytest.approx(h, rel=h.max() ** 2)
@@ -125,7 +125,7 @@ def test_state_can_be_saved_anywhere(tmp_path: Path) -> None:
 def test_path_error_is_linear_in_il_and_only_for_the_right_constant() -> None:
     errors = {}
     for il in (1e-3, 1e-4):
-        c = toys.trace(toys.descent(FAMILY, 1.0, 0.1, il), toys.reading_steps(il))
+        c = toys.columns_at(toys.descent(FAMILY, 1.0, 0.1, il), toys.measurement_steps(il))
         for constant in (3, 4, 5):
             errors[il, constant] = toys.path_error(FAMILY, 1.0, c["tau"][:, 0], c["phi"], constant) / il
     # a flow that misses the law has an error of order one: it falls with il only for the right constant
@@ -139,7 +139,7 @@ def test_path_error_is_linear_in_il_and_only_for_the_right_constant() -> None:
 
 def test_speed_has_both_constants() -> None:
     K, tau, il = np.array([0.5, 1, 2, 4, 8]), 0.5, 1e-4
-    c = toys.trace(toys.descent(toys.Toy(K), 1.0, 0.1, il), [0, round(tau / il)])
+    c = toys.columns_at(toys.descent(toys.Toy(K), 1.0, 0.1, il), [0, round(tau / il)])
     A, B = toys.fit_speed(K, (1 - c["phi"][-1]) / tau)
     # errors of the speeds are O(il); the fit multiplies them by a few
     assert pytest.approx(2, rel=10 * il) == A
@@ -148,7 +148,7 @@ def test_speed_has_both_constants() -> None:
 
 def test_edge_is_entered_when_weight_decay_says() -> None:
     il = 1e-3
-    c = toys.trace(toys.descent(toys.named("A3"), 1.0, 0.1, il, edge=1.0, h=1e-2), range(0, 400, 5))
+    c = toys.columns_at(toys.descent(toys.named("A3"), 1.0, 0.1, il, edge=1.0, h=1e-2), range(0, 400, 5))
     entry = toys.entry_time(c["tau"][:, 0], c["eta_lambda"][:, 0])
     assert entry == pytest.approx(math.log(2) / 2, rel=0.01)  # the first relaxation moves φ, hence λ1, by h²
     assert np.all(np.abs(c["phi"] - 1)[c["tau"] < entry] < 2e-4)
@@ -160,21 +160,21 @@ def test_edge_is_entered_when_weight_decay_says() -> None:
 def test_scalar_rmsprop_moves_with_the_general_speed(update_first: bool) -> None:
     C, K, eta = np.array([0.5, 2, 8, 0.5, 2, 8]), np.array([2.0, 2, 2, 6, 6, 6]), 1e-2
     run = toys.scalar_rmsprop(toys.Toy(K), 1.0, eta, C, np.full(6, update_first))
-    c = toys.trace(run, [0, 5000])
+    c = toys.columns_at(run, [0, 5000])
     # leading order in η: errors of a few η², times 8 for the fast C
     assert (1 - c["phi"][-1]) / (5000 * eta**2) == pytest.approx(C * K / (4 * C + 2 * K**2), rel=2e-3)
 
 
 def test_without_weight_decay_nothing_moves_below_the_edge() -> None:
     toy = toys.named("A3", "A3")
-    c = toys.trace(toys.descent(toy, 1.0, 0.1, 0.0, edge=np.array([1.5, 1.9]), h=1e-2), [1000, 20000])
+    c = toys.columns_at(toys.descent(toy, 1.0, 0.1, 0.0, edge=np.array([1.5, 1.9]), h=1e-2), [1000, 20000])
     assert np.ptp(c["phi"], axis=0) == pytest.approx(0, abs=1e-12)
     assert np.all(c["eta_lambda"] < 2)
 
 
 def test_without_weight_decay_a_catapult_drifts_once() -> None:
     K, d = np.array([0.5, 2, 6]), 0.003
-    c = toys.trace(toys.descent(toys.Toy(K), 1.0, 0.1, 0.0, edge=2 + d, h=1e-6), [0, 10000, 12000])
+    c = toys.columns_at(toys.descent(toys.Toy(K), 1.0, 0.1, 0.0, edge=2 + d, h=1e-6), [0, 10000, 12000])
     assert c["phi"][1] - c["phi"][0] == pytest.approx(-d * K / (4 + K**2), rel=0.01)  # leading order in d
     assert c["eta_lambda"][1] == pytest.approx(2 - d, rel=0.01 * d)
     assert c["phi"][2] == pytest.approx(c["phi"][1], abs=1e-12)

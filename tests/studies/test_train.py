@@ -20,16 +20,16 @@ from sharpscope.optimizers.scalar import SphericalRMSprop
 from sharpscope.records.run_log import RunLog
 from sharpscope.studies._shared import train as training
 from sharpscope.studies._shared.nets import squares
-from sharpscope.studies._shared.train import Schedule, Task, train
+from sharpscope.studies._shared.train import LearningProblem, TrainingPlan, train
 from sharpscope.symmetry.scale_groups import find_groups
 
 X, Y = data()
 STEPS = 16
-SCHEDULE = Schedule(STEPS, every=4, k=2)
+PLAN = TrainingPlan(STEPS, every=4, k=2)
 PLAIN = GD(0.05, 0.02)
 BALL = replace(PLAIN, momentum=0.9)
 RMSPROP = SphericalRMSprop.like(PLAIN, 5.0)
-BATCHES = replace(SCHEDULE, batch=6, seed=3)
+BATCHES = replace(PLAN, batch=6, seed=3)
 
 
 class Interrupted(BaseException):
@@ -39,7 +39,7 @@ class Interrupted(BaseException):
 def descend(
     folder: Path,
     rule: UpdateRule = PLAIN,
-    schedule: Schedule = SCHEDULE,
+    plan: TrainingPlan = PLAN,
     problem: Callable[[], Objective] = invariant,
     *,
     stop: int | None = None,
@@ -55,7 +55,8 @@ def descend(
         return {"test_loss": squares(net(X), Y).item()}
 
     log = RunLog(folder, "a")
-    train(log, lambda share: None, Task(problem().model, squares, X, Y, evaluate), rule, schedule, **more)
+    learning = LearningProblem(problem().model, squares, X, Y, evaluate)
+    train(log, lambda fraction: None, learning, rule, plan, **more)
     return log
 
 
@@ -67,25 +68,25 @@ def interrupted(folder: Path, *setting: Any, stop: int, **more: Any) -> RunLog:
     return log
 
 
-CASES: dict[str, tuple[UpdateRule, Schedule, Callable[[], Objective], bool]] = {
-    "gradient descent": (PLAIN, SCHEDULE, invariant, False),
+CASES: dict[str, tuple[UpdateRule, TrainingPlan, Callable[[], Objective], bool]] = {
+    "gradient descent": (PLAIN, PLAN, invariant, False),
     "batches": (PLAIN, BATCHES, invariant, False),
     "heavy ball on batches": (BALL, BATCHES, invariant, False),
-    "RMSprop": (RMSPROP, SCHEDULE, invariant, True),
-    "invariant in part": (BALL, SCHEDULE, affine, False),
-    "not invariant": (PLAIN, SCHEDULE, plain, False),
-    "slow": (GD(0.0005, 0.02), SCHEDULE, invariant, False),  # the others are solved anew at every reading
-    "slow, in part": (replace(BALL, learning_rate=0.0002), SCHEDULE, affine, False),
+    "RMSprop": (RMSPROP, PLAN, invariant, True),
+    "invariant in part": (BALL, PLAN, affine, False),
+    "not invariant": (PLAIN, PLAN, plain, False),
+    "slow": (GD(0.0005, 0.02), PLAN, invariant, False),  # the others are solved anew at every row
+    "slow, in part": (replace(BALL, learning_rate=0.0002), PLAN, affine, False),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_interrupted_run_goes_on_to_the_last_bit(case: str, tmp_path: Path) -> None:
-    rule, schedule, problem, unit = CASES[case]
-    whole = descend(tmp_path / "whole", rule, schedule, problem, unit_start=unit)
+    rule, plan, problem, unit = CASES[case]
+    whole = descend(tmp_path / "whole", rule, plan, problem, unit_start=unit)
     for stop in (3, 1, 2):  # each in the run that goes on from where the last one ended
-        interrupted(tmp_path / "parts", rule, schedule, problem, stop=stop, unit_start=unit)
-    parts = descend(tmp_path / "parts", rule, schedule, problem, unit_start=unit)
+        interrupted(tmp_path / "parts", rule, plan, problem, stop=stop, unit_start=unit)
+    parts = descend(tmp_path / "parts", rule, plan, problem, unit_start=unit)
     assert parts.finished and parts.note == whole.note == ""
     assert parts.path.read_bytes() == whole.path.read_bytes()
 
@@ -104,17 +105,17 @@ def test_all_that_a_checkpoint_holds_is_needed(
     case: str, name: str, forget: Callable[[Tensor], Tensor], tmp_path: Path
 ) -> None:
     """Without one of its parts the run that goes on is another."""
-    rule, schedule, problem, unit = CASES[case]
-    whole = descend(tmp_path / "whole", rule, schedule, problem, unit_start=unit)
-    log = interrupted(tmp_path / "parts", rule, schedule, problem, stop=4, unit_start=unit)
+    rule, plan, problem, unit = CASES[case]
+    whole = descend(tmp_path / "whole", rule, plan, problem, unit_start=unit)
+    log = interrupted(tmp_path / "parts", rule, plan, problem, stop=4, unit_start=unit)
     saved = log.resume()
     log.checkpoint(**saved | {name: forget(saved[name])})
-    parts = descend(tmp_path / "parts", rule, schedule, problem, unit_start=unit)
+    parts = descend(tmp_path / "parts", rule, plan, problem, unit_start=unit)
     assert len(parts.rows) == len(whole.rows)
     assert parts.path.read_bytes() != whole.path.read_bytes()
 
 
-def test_rows_are_read_at_midpoints(tmp_path: Path) -> None:
+def test_rows_are_measured_at_midpoints(tmp_path: Path) -> None:
     rows = descend(tmp_path).rows
     assert [row["step"] for row in rows] == [0, 1, 2, 4, 5, 8, 10, 12, 16]
     f = invariant()
@@ -139,7 +140,7 @@ def test_rows_are_read_at_midpoints(tmp_path: Path) -> None:
             assert row["sharpness"] * row["radius"] ** 2 == pytest.approx(row["spherical_sharpness"], rel=1e-12)
             assert row["spherical_sharpness"] >= row["spherical_sharpness2"]
             assert row["eta_lambda"] * row["threshold"] == pytest.approx(2 * row["spherical_sharpness"], rel=1e-12)
-            assert row["residual"] <= SCHEDULE.rtol
+            assert row["residual"] <= PLAN.rtol
             radii = [v for name, v in row.items() if name.startswith("radius/")]
             assert len(radii) == 2
             assert sum(r**2 for r in radii) == pytest.approx(row["radius"] ** 2, rel=1e-12)
@@ -147,8 +148,8 @@ def test_rows_are_read_at_midpoints(tmp_path: Path) -> None:
 
 def test_columns_follow_the_rule_and_the_network(tmp_path: Path) -> None:
     rows = {
-        case: descend(tmp_path / case, rule, replace(schedule, steps=2), problem, unit_start=unit).rows
-        for case, (rule, schedule, problem, unit) in CASES.items()
+        case: descend(tmp_path / case, rule, replace(plan, steps=2), problem, unit_start=unit).rows
+        for case, (rule, plan, problem, unit) in CASES.items()
     }
     balanced = {case for case, r in rows.items() if any(name.startswith("balance/") for name in r[-1])}
     assert balanced == {"gradient descent", "batches", "not invariant", "slow"}  # elsewhere it has another form
@@ -161,7 +162,7 @@ def test_columns_follow_the_rule_and_the_network(tmp_path: Path) -> None:
 
 
 def test_balance_is_the_ratio_of_growth_to_decay(tmp_path: Path) -> None:
-    rows = descend(tmp_path, schedule=replace(SCHEDULE, steps=8)).rows
+    rows = descend(tmp_path, plan=replace(PLAN, steps=8)).rows
     f, il = invariant(), 0.05 * 0.02
     w, sums = f.weights(), torch.zeros(2, dtype=torch.float64)
     first = f.slices["0.weight"]
@@ -176,7 +177,7 @@ def test_balance_is_the_ratio_of_growth_to_decay(tmp_path: Path) -> None:
 
 def test_batches_are_drawn_without_replacement_by_the_seed(tmp_path: Path) -> None:
     losses = [
-        [row["loss"] for row in descend(tmp_path / str(i), schedule=replace(BATCHES, seed=seed, batch=batch)).rows]
+        [row["loss"] for row in descend(tmp_path / str(i), plan=replace(BATCHES, seed=seed, batch=batch)).rows]
         for i, (seed, batch) in enumerate([(3, 6), (3, 6), (4, 6), (3, 16)])
     ]
     assert losses[0] == losses[1] != losses[2]
@@ -185,7 +186,7 @@ def test_batches_are_drawn_without_replacement_by_the_seed(tmp_path: Path) -> No
 
 
 def test_a_diverging_run_keeps_its_rows_and_says_where_it_stopped(tmp_path: Path) -> None:
-    log = descend(tmp_path, GD(30.0), replace(SCHEDULE, every=1), plain)
+    log = descend(tmp_path, GD(30.0), replace(PLAN, every=1), plain)
     assert log.finished and not log.state.exists()
     assert log.note.startswith(f"diverged at step {log.rows[-1]['step'] + 1}: loss ")
     assert len(log.rows) > 1
@@ -199,7 +200,7 @@ def test_divergence_is_judged_from_the_first_start_also_after_an_interruption(
 ) -> None:
     """Weights that grow by a factor in all, a part of it before the interruption."""
     still = GD(3.0)
-    norms = [row["radius"] for row in descend(tmp_path / "free", still, schedule=SCHEDULE).rows]
+    norms = [row["radius"] for row in descend(tmp_path / "free", still, plan=PLAN).rows]
     grown = norms[-1] / norms[0]
     assert grown > norms[5] / norms[0] > 1  # it grows before and after
     monkeypatch.setattr(training, "DIVERGED", (grown + norms[-2] / norms[0]) / 2)
@@ -226,8 +227,8 @@ def test_a_run_whose_curvature_cannot_be_found_stops_and_says_so(
     assert [row["step"] for row in log.rows] == [0, 1, 2]
 
 
-def test_the_share_of_work_is_reported(tmp_path: Path) -> None:
-    shares: list[float] = []
-    task = Task(invariant().model, squares, X, Y, lambda net: {})
-    train(RunLog(tmp_path, "a"), shares.append, task, PLAIN, SCHEDULE)
-    assert shares == sorted(shares) and shares[-1] == 1
+def test_progress_is_reported(tmp_path: Path) -> None:
+    fractions: list[float] = []
+    learning = LearningProblem(invariant().model, squares, X, Y, lambda net: {})
+    train(RunLog(tmp_path, "a"), fractions.append, learning, PLAIN, PLAN)
+    assert fractions == sorted(fractions) and fractions[-1] == 1

@@ -12,7 +12,7 @@ import numpy as np
 from sharpscope.records.history import History
 from sharpscope.records.run_log import RunLog
 from sharpscope.report.charts import Chart
-from sharpscope.studies._framework.claims import WIDER, Claim, at_least, at_most, median, within
+from sharpscope.studies._framework.claims import WIDER, Claim, at_least, at_most, median, under, within
 from sharpscope.studies._framework.study import Job, Progress
 
 PAPER = 'Nobody & Someone, On "Smaller" Things'
@@ -20,7 +20,7 @@ PAPER = 'Nobody & Someone, On "Smaller" Things'
 
 @dataclass(frozen=True)
 class Config:
-    """What turns."""
+    """Sizes of the study."""
 
     seed: int = 0
     walks: int = 3
@@ -38,7 +38,7 @@ QUICK = Config(steps=20)
 def jobs(config: Config) -> list[Job]:
     if config.raises == "jobs":
         raise RuntimeError("no jobs")
-    return [Job(f"walk {i}", _walk, {"config": config, "i": i}, 1 + i) for i in range(config.walks)]
+    return [Job(f"walk {i}", _walk, {"config": config, "i": i}, cost=1 + i) for i in range(config.walks)]
 
 
 def _walk(log: RunLog, progress: Progress, config: Config, i: int) -> None:
@@ -61,10 +61,12 @@ def _ends(h: History, config: Config) -> tuple[float, ...]:
     return tuple(float(h.series(f"walk {i}", "x")[-1]) for i in range(config.walks))
 
 
-CLAIMS = (
-    Claim("Walks end <near> where they begin", _ends, within(-20, 20), "inequality", "Walks", ("walk 0",)),
-    Claim("The middle one ends above", _ends, median(at_least(0)), "comparison", "Walks", ("walk 0",), False),
-    Claim("Steps are not longer than a mile", lambda h, c: 0.5, at_most(1), "negative control", "Walks", ("walk 0",)),
-    Claim("All walks lead to Rome", lambda h, c: 3.0, at_most(2), WIDER, "Walks", ("walk 0",), False),
+RUNS = ("walk 0",)
+CLAIMS = under(
+    "Walks",
+    Claim("Walks end <near> where they begin", _ends, within(-20, 20), "inequality", runs=RUNS),
+    Claim("The middle one ends above", _ends, median(at_least(0)), "comparison", runs=RUNS, deciding=False),
+    Claim("Steps are not longer than a mile", lambda h, c: 0.5, at_most(1), "negative control", runs=RUNS),
+    Claim("All walks lead to Rome", lambda h, c: 3.0, at_most(2), WIDER, runs=RUNS),
 )
-CHARTS = (Chart("walks", "Walks", "step", "x", ("walk 0", "walk 1"), "step", "x"),)
+CHARTS = (Chart("walks", "Walks", x="step", y="x", runs=("walk 0", "walk 1"), x_label="step", y_label="x"),)

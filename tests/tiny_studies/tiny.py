@@ -6,22 +6,20 @@ closed form, a job that keeps its own checkpoints, and a run that the quick conf
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 
 from sharpscope.optimizers.gd import GD
-from sharpscope.records.history import History
 from sharpscope.records.run_log import RunLog
 from sharpscope.report.charts import Chart
-from sharpscope.studies._framework.claims import Claim, at_most, within
+from sharpscope.studies._framework.claims import Claim, at_most, under, within
+from sharpscope.studies._framework.observe import run
 from sharpscope.studies._framework.study import Job, Progress
 from sharpscope.studies._shared import toys
 from sharpscope.studies._shared.nets import NORMS, Readout, Weights, squares
-from sharpscope.studies._shared.train import Schedule, Task, train
+from sharpscope.studies._shared.train import LearningProblem, TrainingPlan, train
 from sharpscope.studies._shared.walk import walk
 
 PAPER = "Nobody, On Small Things (nowhere, never)"
@@ -29,7 +27,7 @@ PAPER = "Nobody, On Small Things (nowhere, never)"
 
 @dataclass(frozen=True)
 class Config:
-    """What turns."""
+    """Settings of the study."""
 
     learning_rate: float = 0.05
     weight_decay: float = 0.01
@@ -50,9 +48,12 @@ QUICK = Config(spare=False)
 def jobs(config: Config) -> list[Job]:
     names = ["descent", "heavy ball on batches", *(["spare"] if config.spare else [])]
     return [
-        *(Job(name, _descend, {"config": config, "on_batches": name == "heavy ball on batches"}, 3) for name in names),
-        *(Job(f"toy, il {il:g}", _walk, {"il": il}, 1) for il in config.walks),
-        Job("plain walk", _plain_walk, {}, 2),
+        *(
+            Job(name, _descend, {"config": config, "on_batches": name == "heavy ball on batches"}, cost=3)
+            for name in names
+        ),
+        *(Job(f"toy, il {il:g}", _walk, {"il": il}, cost=1) for il in config.walks),
+        Job("plain walk", _plain_walk, {}, cost=2),
     ]
 
 
@@ -69,8 +70,8 @@ def _descend(log: RunLog, progress: Progress, config: Config, on_batches: bool) 
         return {"fit": squares(net(x), y).item()}
 
     rule = GD(config.learning_rate, config.weight_decay, config.momentum if on_batches else 0.0)
-    schedule = Schedule(config.steps, every=3, k=1, batch=8 if on_batches else None)
-    train(log, progress, Task(net, squares, x, y, evaluate), rule, schedule)
+    plan = TrainingPlan(config.steps, every=3, k=1, batch=8 if on_batches else None)
+    train(log, progress, LearningProblem(net, squares, x, y, evaluate), rule, plan)
 
 
 def _walk(log: RunLog, progress: Progress, il: float) -> None:
@@ -79,7 +80,7 @@ def _walk(log: RunLog, progress: Progress, il: float) -> None:
 
 
 def _plain_walk(log: RunLog, progress: Progress) -> None:
-    """Rows each step, a checkpoint every third."""
+    """Write a row at each step and a checkpoint at every third."""
     state = log.resume()
     at = state.get("at", torch.zeros(2, dtype=torch.float64))
     draw = torch.Generator().manual_seed(0)
@@ -101,36 +102,30 @@ def _wait_in_the_middle(log: RunLog, rows: int) -> None:
         time.sleep(1000)
 
 
-def _last(run: str, column: str) -> Callable[[History, Config], float]:
-    return lambda h, config: float(h.series(run, column)[-1])
-
-
-claim = partial(Claim, part="Small things")
-
-CLAIMS = (
-    claim(
+CLAIMS = under(
+    "Small things",
+    Claim(
         "The run goes to its end (last step, over those asked for)",
-        lambda h, config: _last("descent", "step")(h, config) / config.steps,
+        lambda h, config: float(h.series("descent", "step")[-1]) / config.steps,
         within(1, 1),
         "identity",
         runs=("descent",),
     ),
-    claim(
+    Claim(
         "Nothing is in the way (handicap)",
         lambda h, config: config.handicap,
         at_most(0.5),
         "negative control",
         runs=("descent",),
     ),
-    claim("The spare run fits (loss)", _last("spare", "fit"), at_most(10), "inequality", runs=("spare",)),
-    claim(
+    Claim("The spare run fits (loss)", run("spare")["fit"].last(), at_most(10), "inequality"),
+    Claim(
         "Batches fit as well (loss)",
-        _last("heavy ball on batches", "fit"),
+        run("heavy ball on batches")["fit"].last(),
         at_most(0),
         "comparison",
-        runs=("heavy ball on batches",),
         deciding=False,
     ),
 )
 
-CHARTS = (Chart("fit", "Fit", "step", "fit", ("descent", "spare"), "step", "loss"),)
+CHARTS = (Chart("fit", "Fit", x="step", y="fit", runs=("descent", "spare"), x_label="step", y_label="loss"),)

@@ -165,9 +165,19 @@ class Rows:
         return self.where(column, lambda v: (v >= low * (1 - 1e-9)) & (v <= high * (1 + 1e-9)))
 
     def near(self, **place: float) -> "Rows":
-        """The rows in which a column is within 5 % of a value: ``near(tau=4)``."""
+        """The rows in which a column is within 5 % of a value: ``near(tau=4)``.
+
+        Forming a number of it raises InvalidValue where there are none.
+        """
         ((column, value),) = place.items()
-        return self.where(column, lambda v: np.abs(v - value) <= NEAR * abs(value))
+
+        def close(v: Array) -> NDArray[Any]:
+            found = np.abs(v - value) <= NEAR * abs(value)
+            if not found.any():
+                raise InvalidValue(f"'{self.run}' has no row near {column} = {value}")
+            return found
+
+        return self.where(column, close)
 
     def at(self, **place: float | tuple[float, ...]) -> "Rows":
         """The row in which a column is nearest to a value, or those for several: ``at(tau=4)``, ``at(tau=(1, 2))``.

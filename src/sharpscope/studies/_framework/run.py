@@ -181,6 +181,8 @@ def _claim_directory(out: Path, request: Mapping[str, Any]) -> None:
     request = json.loads(json.dumps(request))
     if path.exists():
         there = stored_request(out)
+        if there["study"] == request["study"]:
+            there["config"] = fields_of_today(find(request["study"]), there["config"])
         if there != request:
             raise Unusable(f"{out} holds a different run ({_difference(there, request)}); choose another --out")
     elif out.exists() and any(not _ours(file, out) for file in out.iterdir()):

@@ -20,18 +20,23 @@ class Split:
     test_labels: Tensor
 
 
+def _shuffled_digits(seed: int) -> tuple[Tensor, Tensor]:
+    """Pixels ``(n, 64)`` between 0 and 1 and labels ``(n,)`` of all digits, in an order drawn by `seed`."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    order = np.random.default_rng(seed).permutation(len(raw.target))
+    return torch.tensor(raw.data[order] / 16), torch.tensor(raw.target[order])
+
+
 def digits(train: int = 500, seed: int = 0) -> Split:
     """Handwritten digits, 8×8 grey images in 10 classes, as shipped with scikit-learn.
 
     Pixels over 16 minus the training mean, ``(n, 1, 8, 8)``; one-hot targets standardized per class.  A permutation
     by `seed` picks the training images; the test set is all others.
     """
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    order = np.random.default_rng(seed).permutation(len(raw.target))
-    x = torch.tensor(raw.data[order] / 16).view(-1, 1, 8, 8)
-    labels = torch.tensor(raw.target[order])
+    x, labels = _shuffled_digits(seed)
+    x = x.view(-1, 1, 8, 8)
     hot = one_hot(labels, 10).double()
     y = (hot - hot[:train].mean(0)) / hot[:train].std(0, correction=0)
     x = x - x[:train].mean(0)
@@ -39,24 +44,22 @@ def digits(train: int = 500, seed: int = 0) -> Split:
 
 
 def flat_digits(train: int, test: int, factor: float, seed: int = 0) -> Split:
-    """The same digits as vectors of 64, centred, of root mean square norm `factor`; targets are one-hot, as they are.
+    """Digits as centred vectors of 64 with root mean square norm `factor`, and plain one-hot targets.
 
     Mean and norm are those of the training images.
     """
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    order = np.random.default_rng(seed).permutation(len(raw.target))[: train + test]
-    x = torch.tensor(raw.data[order] / 16)
+    x, labels = (v[: train + test] for v in _shuffled_digits(seed))
     x = x - x[:train].mean(0)
     x = factor * x / x[:train].square().sum(1).mean().sqrt()
-    labels = torch.tensor(raw.target[order])
     y = one_hot(labels, 10).double()
     return Split(x[:train], y[:train], labels[:train], x[train:], y[train:], labels[train:])
 
 
 def smooth_function(train: int = 80, test: int = 2000, seed: int = 0) -> Split:
-    """``tanh(1.5 x₁) + ½ sin x₂`` of standard normal x in 20 dimensions, without noise; the label is its sign."""
+    """A smooth function of standard normal x in 20 dimensions, without noise; the label is its sign.
+
+    ``tanh(1.5 x₁) + ½ sin x₂``
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(train + test, 20, generator=generator, dtype=torch.float64)
     y = (torch.tanh(1.5 * x[:, 0]) + 0.5 * torch.sin(x[:, 1]))[:, None]

@@ -1,58 +1,52 @@
 """Jobs that train a network for a while and then predict what its optimizer does next."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from ...autodiff.objective import Objective
 from ...errors import NotConverged, NotFinite
 from ...flows.compare import compare
-from ...flows.path import Method
 from ...optimizers.base import UpdateRule
 from ...optimizers.gd import GD
-from ...records.history import History
 from ...records.run_log import RunLog
 from ...symmetry.sphere import effective_learning_rate
 from .._framework.claims import Claim, at_least, at_most, within
+from .._framework.observe import Quantity, run
 from .._framework.study import Job, Progress
-from .networks import SECONDS_PER_STEP, Variant, task_of
+from .networks import SECONDS_PER_STEP, Variant, problem_of
 from .recorded import recorded
 
-Observer = Callable[[History, Any], Any]
 RUNS = ("optimizer", "central flow", "stable flow")
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The flows of a variant's optimizer from step `start` on, over `steps` steps, read at `points` of them."""
+    """The flows of a variant's optimizer from step `start` on, over `steps` steps, measured at `points` of them."""
 
     variant: Variant
     start: int
     steps: int
     points: int = 25
-    rule: UpdateRule | None = None  # where it is not gradient descent with the variant's rates
-    method: Method | None = None
 
     def job(self, name: str) -> Job:
-        """Its job, with the runs "NAME: optimizer", "NAME: central flow" and "NAME: stable flow"."""
+        """The job of this forecast, with the runs "NAME: optimizer", "NAME: central flow" and "NAME: stable flow"."""
         cost = SECONDS_PER_STEP[self.variant.net] * (self.start + 12 * self.steps)
         return Job(name, run_forecast, {"name": name, "forecast": self}, cost)
 
 
 def runs(name: str) -> tuple[str, ...]:
-    """The runs of a forecast."""
-    return tuple(f"{name}: {run}" for run in RUNS)
+    """The names of the runs of a forecast."""
+    return tuple(f"{name}: {path}" for path in RUNS)
 
 
 def run_forecast(log: RunLog, progress: Progress, name: str, forecast: Forecast) -> None:
     """Train, then compare; a run whose flow gets stuck ends with a note that says so."""
     log.resume()
     variant = forecast.variant
-    task = task_of(variant)
-    f = recorded(Objective(task.net, task.loss, [(task.x, task.y)]), forecast.start + forecast.steps)
-    rule: UpdateRule = forecast.rule or GD(variant.learning_rate, variant.weight_decay, variant.momentum)
+    problem = problem_of(variant)
+    f = recorded(problem.objective, forecast.start + forecast.steps)
+    rule: UpdateRule = GD(variant.learning_rate, variant.weight_decay, variant.momentum)
     w = f.weights()
     state = rule.init(w)
     for step in range(forecast.start):
@@ -61,12 +55,8 @@ def run_forecast(log: RunLog, progress: Progress, name: str, forecast: Forecast)
             progress(0.1 * step / forecast.start)
 
     def evaluate(w: Tensor) -> Mapping[str, float]:
-        f.load(w)
-        columns = task.evaluate(task.net.train())
-        task.net.train()
-        radius = w.norm().item()
-        rate = effective_learning_rate(variant.learning_rate, variant.weight_decay, radius)
-        return {**columns, "line": rule.edge / rate}
+        rate = effective_learning_rate(variant.learning_rate, variant.weight_decay, w.norm().item())
+        return {**problem.columns_at(w), "line": rule.edge / rate}
 
     try:
         p = compare(
@@ -77,8 +67,7 @@ def run_forecast(log: RunLog, progress: Progress, name: str, forecast: Forecast)
             state=state,
             points=forecast.points,
             evaluate=evaluate,
-            method=forecast.method,
-            report=lambda share: progress(0.1 + 0.9 * share),
+            report=lambda fraction: progress(0.1 + 0.9 * fraction),
         )
     except (ArithmeticError, NotConverged, NotFinite, ValueError) as error:
         log.finish(f"stopped after step {forecast.start}: {error}")
@@ -90,45 +79,53 @@ def run_forecast(log: RunLog, progress: Progress, name: str, forecast: Forecast)
         log.append(**(row | {"run": f"{name}: {row['run']}", "spherical_sharpness": sharpness}))
 
 
-def ends(name: str, flow: str = "central flow") -> Observer:
+def end_error(name: str, flow: str = "central flow") -> Quantity:
     """Distance of the ends of both paths over the distance moved."""
-    return lambda h, config: float(h.series(f"{name}: {flow}", "error")[-1])
+    return run(f"{name}: {flow}")["error"].last()
 
 
-def beside(name: str, column: str, *, mean: bool = False, flow: str = "central flow") -> Observer:
-    """A flow's column over the optimizer's after a tenth of the way: of the means, or the extremes of the ratios."""
-
-    def read(h: History, config: Any) -> Any:
-        pair = [h.series(f"{name}: {run}", column) for run in (flow, "optimizer")]
-        of_flow, real = (values[len(values) // 10 + 1 :] for values in pair)
-        ratios = of_flow / real
-        return float(of_flow.mean() / real.mean()) if mean else (float(ratios.min()), float(ratios.max()))
-
-    return read
+def late(name: str, path: str, column: str) -> Quantity:
+    """A column of one of the paths of a forecast, after a tenth of the way."""
+    return run(f"{name}: {path}")[column].reduce(lambda values: values[len(values) // 10 + 1 :])
 
 
-def claims(name: str, part: str, *, control: bool = True) -> tuple[Claim, ...]:
-    """What a prediction has to come up to; as a control, the stable flow does not."""
+def mean_ratio(name: str, column: str) -> Quantity:
+    """The mean of a column of the central flow, after a tenth of the way, over that of the optimizer."""
+    return late(name, "central flow", column).mean() / late(name, "optimizer", column).mean()
 
-    def claim(what: str, observe: Observer, criterion: Any) -> Claim:
-        return Claim(f"{name}: {what}", observe, criterion, "comparison", part, runs(name))
 
+def claims(name: str, *, control: bool = True) -> tuple[Claim, ...]:
+    """Claims that a prediction comes true; as a control, that the one of the stable flow does not."""
     missed = Claim(
         f"{name}: the stable flow, which knows of no oscillation, misses (distance over the distance moved)",
-        ends(name, "stable flow"),
+        end_error(name, "stable flow"),
         at_least(0.25),
         "negative control",
-        part,
-        runs(name),
     )
     return (
-        claim("distance of the flow's end over the distance moved", ends(name), at_most(0.12)),
-        claim("norm, flow over optimizer", beside(name, "radius"), within(0.998, 1.002)),
-        claim("time-averaged training loss, flow over optimizer", beside(name, "loss", mean=True), within(0.9, 1.1)),
-        claim(
-            "sharpness, flow over averaged weights of the optimizer, in the mean",
-            beside(name, "sharpness", mean=True),
+        Claim(
+            f"{name}: distance of the flow's end over the distance moved",
+            end_error(name),
+            at_most(0.12),
+            "comparison",
+        ),
+        Claim(
+            f"{name}: norm, flow over optimizer",
+            (late(name, "central flow", "radius") / late(name, "optimizer", "radius")).extent(),
+            within(0.998, 1.002),
+            "comparison",
+        ),
+        Claim(
+            f"{name}: time-averaged training loss, flow over optimizer",
+            mean_ratio(name, "loss"),
+            within(0.9, 1.1),
+            "comparison",
+        ),
+        Claim(
+            f"{name}: sharpness, flow over averaged weights of the optimizer, in the mean",
+            mean_ratio(name, "sharpness"),
             within(0.95, 1.05),
+            "comparison",
         ),
         *((missed,) if control else ()),
     )

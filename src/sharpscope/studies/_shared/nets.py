@@ -14,7 +14,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class BatchNorm(nn.Module):
-    """Per channel over the batch; in eval mode with the statistics of the last batch seen in training mode."""
+    """Normalize each channel over the batch; in eval mode by the statistics of the last batch in training mode."""
 
     mean: Tensor
     var: Tensor
@@ -38,7 +38,7 @@ class BatchNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Per example over each of `groups` groups of channels; one group is layer normalization."""
+    """Normalize each example over each of `groups` groups of channels; one group is layer normalization."""
 
     def __init__(self, groups: int, *, centre: bool = True) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class Readout(nn.Module):
-    """A fixed linear map, no parameter."""
+    """A fixed linear map without parameters."""
 
     matrix: Tensor
 
@@ -103,7 +103,7 @@ def _layer(shape: tuple[int, ...], norm: str, generator: torch.Generator) -> lis
 
 
 def regression_net(norm: str, seed: int) -> nn.Module:
-    """20→48→48→1: two normalized tanh layers and a fixed random readout N(0, 1/48) times 1.5."""
+    """Two normalized tanh layers, 20→48→48, and a fixed random readout N(0, 1/48) times 1.5."""
     g = torch.Generator().manual_seed(seed)
     hidden = [*_layer((48, 20), norm, g), nn.Tanh(), *_layer((48, 48), norm, g), nn.Tanh()]
     readout = 1.5 * torch.randn(1, 48, generator=g, dtype=torch.float64) / 48**0.5
@@ -111,7 +111,7 @@ def regression_net(norm: str, seed: int) -> nn.Module:
 
 
 def digits_mlp(norm: str, seed: int) -> nn.Module:
-    """64→64→64→10 with normalization after each map, also the last, and GELU between."""
+    """Three maps, 64→64→64→10, with normalization after each, also the last, and GELU between."""
     g = torch.Generator().manual_seed(seed)
     first, second, last = (_layer(shape, norm, g) for shape in ((64, 64), (64, 64), (10, 64)))
     return nn.Sequential(nn.Flatten(), *first, nn.GELU(), *second, nn.GELU(), *last)
@@ -147,8 +147,8 @@ class Block(nn.Module):
             z.view(n, t, self.heads, -1).transpose(1, 2)
             for z in (self.norm(self.query(x)), self.norm(self.key(x)), self.value(x))
         )
-        share = (q @ k.transpose(2, 3) * (d // self.heads) ** -0.5).softmax(-1)
-        x = x + self.norm(self.out((share @ v).transpose(1, 2).reshape(n, t, d)))
+        attention = (q @ k.transpose(2, 3) * (d // self.heads) ** -0.5).softmax(-1)
+        x = x + self.norm(self.out((attention @ v).transpose(1, 2).reshape(n, t, d)))
         hidden = nn.functional.gelu(self.norm(self.up(self.norm(x))))
         return x + self.norm(self.down(hidden))
 
@@ -168,14 +168,14 @@ class Tokens(nn.Module):
 
 
 class Pool(nn.Module):
-    """The mean over tokens."""
+    """The mean over all tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(1)
 
 
 class Product(nn.Module):
-    """``X = U Vᵀ`` read at given entries and normalized over them: matrix completion with batch normalization."""
+    """Matrix completion with batch normalization: ``X = U Vᵀ`` at given entries, normalized over them."""
 
     def __init__(self, size: int, scale: float, shift: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -184,15 +184,15 @@ class Product(nn.Module):
         self.right = nn.Parameter(torch.randn(size, size, generator=generator, dtype=torch.float64) / size**0.5)
 
     def matrix(self) -> Tensor:
-        """``U Vᵀ`` before normalization."""
+        """The product ``U Vᵀ`` before normalization."""
         return self.left @ self.right.T
 
-    def forward(self, seen: Tensor, asked: Tensor | None = None) -> Tensor:
-        """Entries `asked` (default: those seen), normalized with the moments of those seen; flat indices."""
+    def forward(self, seen: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Entries `wanted` (default: those seen), normalized with the moments of those seen; flat indices."""
         x = self.matrix().reshape(-1)
         moments = x[seen]
-        asked = seen if asked is None else asked
-        centred = x[asked] - moments.mean()
+        wanted = seen if wanted is None else wanted
+        centred = x[wanted] - moments.mean()
         return self.scale * centred * torch.rsqrt((moments - moments.mean()).square().mean()) + self.shift
 
 
@@ -204,19 +204,19 @@ def digits_transformer(norm: str, seed: int) -> nn.Module:
 
 
 def plain_mlp(norm: str, seed: int) -> nn.Module:
-    """64→32→32→10 with tanh, without biases and without normalization."""
+    """Three maps, 64→32→32→10, with tanh, without biases and without normalization."""
     g = torch.Generator().manual_seed(seed)
     first, second, last = (Weights(shape, g) for shape in ((32, 64), (32, 32), (10, 32)))
     return nn.Sequential(nn.Flatten(), first, nn.Tanh(), second, nn.Tanh(), last)
 
 
 def half_squares(output: Tensor, target: Tensor) -> Tensor:
-    """``½ mean ‖output - target‖²``."""
+    """Half the mean squared distance, ``½ mean ‖output - target‖²``."""
     return 0.5 * (output - target).square().sum(1).mean()
 
 
 def squares(output: Tensor, target: Tensor) -> Tensor:
-    """``mean (output - target)²``."""
+    """The mean squared error, ``mean (output - target)²``."""
     return (output - target).square().mean()
 
 

@@ -12,7 +12,7 @@ from ...records.run_log import RunLog
 from .._framework.study import Job, Progress
 from . import data as bundled
 from . import nets
-from .train import Schedule, Task, judge, train
+from .train import LearningProblem, TrainingPlan, judge, train
 
 LOSSES: dict[str, nets.Loss] = {
     "squares": nets.squares,
@@ -30,7 +30,7 @@ DIGITS = {
 }
 
 SECONDS_PER_STEP = {"regression": 0.6e-3, "mlp": 3.2e-3, "conv": 12e-3, "transformer": 30e-3, "plain": 1.2e-3}
-"""Rough cost, measurements included."""
+"""Rough cost of a step by network, measurements included."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,17 @@ class Variant:
 
 
 def run_variant(log: RunLog, progress: Progress, variant: Variant) -> None:
-    """Train one variant."""
-    task = task_of(variant)
+    """Train one variant, from its start to its last step."""
+    problem = problem_of(variant)
     rule: UpdateRule = GD(variant.learning_rate, variant.weight_decay, variant.momentum)
     if variant.rmsprop:
-        norm = torch.cat([p.detach().flatten() for p in task.net.parameters()]).norm().item()
+        norm = torch.cat([p.detach().flatten() for p in problem.net.parameters()]).norm().item()
         rule = SphericalRMSprop.like(GD(variant.learning_rate, variant.weight_decay), norm)
-    schedule = Schedule(variant.num_steps, variant.every, batch=variant.batch, seed=variant.seed)
-    train(log, progress, task, rule, schedule, unit_start=variant.rmsprop)
+    plan = TrainingPlan(variant.num_steps, variant.every, batch=variant.batch, seed=variant.seed)
+    train(log, progress, problem, rule, plan, unit_start=variant.rmsprop)
 
 
-def task_of(variant: Variant) -> Task:
+def problem_of(variant: Variant) -> LearningProblem:
     """The network of a variant, its data and how it is judged."""
     loss = LOSSES[variant.loss]
     if variant.net == "regression":
@@ -83,5 +83,4 @@ def task_of(variant: Variant) -> Task:
     else:
         data = bundled.digits(variant.train or 500, variant.seed)
         net = DIGITS[variant.net](variant.norm, variant.seed)
-    judged = judge(loss, data.x, data.labels, data.test_x, data.test_y, data.test_labels)
-    return Task(net, loss, data.x, data.y, judged)
+    return LearningProblem(net, loss, data.x, data.y, judge(loss, data))

@@ -19,6 +19,7 @@ WORTHWHILE = 1000
 
 CHECKS = 20
 """Points at which a program has to give the same bits."""
+
 Program = Callable[..., tuple[Tensor, ...]]
 
 
@@ -30,7 +31,7 @@ class Recorded(Objective):
     training: bool
 
     def value_and_grad(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """``L(w)`` and ``∇L(w)`` ``(P,)``."""
+        """The loss ``L(w)`` and its gradient ``∇L(w)`` ``(P,)``."""
         pair = _pair(self.data)
         if pair is None or self.model.training != self.training:
             return Objective.value_and_grad(self, w)
@@ -46,7 +47,7 @@ class Recorded(Objective):
 
 
 def recorded(f: Objective, gradients: int) -> Objective:
-    """`f` with a recorded gradient, if so many gradients are worth it; where the program would give other bits, `f`."""
+    """The objective with a recorded gradient if so many are worth it, used where it gives the same bits."""
     pair = _pair(f.data)
     if gradients < WORTHWHILE or pair is None:
         return f

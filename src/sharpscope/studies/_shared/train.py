@@ -1,7 +1,8 @@
-"""The one training loop of all studies: an objective, an update rule, and what is written down on the way."""
+"""The training loop that all studies share: an objective, an update rule, and rows of what is measured on the way."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ...records.run_log import RunLog
 from ...symmetry.scale_groups import find_groups
 from ...symmetry.sphere import angle
 from .._framework.study import Progress
+from .data import Split
 from .recorded import recorded
 
 EARLY = {1, 2, 5, 10, 20, 30, 50, 70, 100, 150, 200, 300}
@@ -28,7 +30,7 @@ DIVERGED = 1e6
 
 
 @dataclass(frozen=True)
-class Task:
+class LearningProblem:
     """A network, what it is trained on in one batch, and how it is judged at other weights.
 
     `evaluate` takes the network with weights in place, in training mode, and returns columns.
@@ -40,11 +42,24 @@ class Task:
     y: Tensor
     evaluate: Callable[[nn.Module], Mapping[str, float]]
 
+    @cached_property
+    def objective(self) -> Objective:
+        return Objective(self.net, self.loss, [(self.x, self.y)])
+
+    def columns_at(self, w: Tensor) -> dict[str, float]:
+        """The columns of `evaluate` at the weights `w` ``(P,)``."""
+        self.objective.load(w)
+        with torch.no_grad():
+            columns = dict(self.evaluate(self.net.train()))
+        self.net.train()
+        return columns
+
 
 @dataclass(frozen=True)
-class Schedule:
-    """`steps` in all, a row every `every` steps with the top `k` eigenvalues; mini-batches of `batch` drawn by `seed`.
+class TrainingPlan:
+    """The length of a run and what is measured on the way.
 
+    `steps` in all, a row every `every` steps with the top `k` eigenvalues; mini-batches of `batch` drawn by `seed`.
     `rtol` bounds the residuals of eigenpairs relative to λ1; the eigenvalues are then good to about rtol².
     """
 
@@ -55,88 +70,119 @@ class Schedule:
     batch: int | None = None
     seed: int = 0
 
+    def measures(self, step: int) -> bool:
+        """True where a row is due after this step."""
+        return step % self.every == 0 or step in EARLY or step == self.steps
+
+
+@dataclass
+class _Position:
+    """The place that a run has come to: all that it needs to go on from there."""
+
+    step: int
+    w: Tensor
+    state: State
+    memories: dict[str, Memory]  # of the eigenvalue solvers
+    draw: torch.Generator  # of mini-batches
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Tensor]) -> "_Position":
+        """The place that a checkpoint holds."""
+        solvers = {name.split(":")[1] for name in saved if name.startswith("m:")}
+        draw = torch.Generator()
+        draw.set_state(saved["draw"])
+        return cls(
+            step=int(saved["step"]),
+            w=saved["w"],
+            state={name.removeprefix("r:"): t for name, t in saved.items() if name.startswith("r:")},
+            memories={
+                solver: Memory.of({key.split(":")[2]: t for key, t in saved.items() if key.startswith(f"m:{solver}:")})
+                for solver in solvers
+            },
+            draw=draw,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The place as tensors for a checkpoint."""
+        remembered = {
+            f"m:{solver}:{key}": t.contiguous()
+            for solver, memory in self.memories.items()
+            for key, t in memory.tensors().items()
+        }
+        named = {f"r:{name}": t for name, t in self.state.items()} | remembered
+        return {"step": torch.tensor(self.step), "w": self.w, "draw": self.draw.get_state(), **named}
+
+
+class _Stopped(Exception):
+    """The run ends early, with this text as the note that says why."""
+
 
 def train(
-    log: RunLog, progress: Progress, task: Task, rule: UpdateRule, schedule: Schedule, *, unit_start: bool = False
+    log: RunLog,
+    progress: Progress,
+    problem: LearningProblem,
+    rule: UpdateRule,
+    plan: TrainingPlan,
+    *,
+    unit_start: bool = False,
 ) -> None:
-    """Run `rule` on `task`; rows at midpoints ``(w_{t-1} + w_t)/2``, resumable.
+    """Run `rule` on `problem`, with rows at midpoints ``(w_{t-1} + w_t)/2``; an interrupted run goes on.
 
     A run that diverges, or whose eigenvalues cannot be found, ends there with a note that says so.
     `loss` is that of the iterate w_{t-1}, `midpoint_loss` that of the midpoint, as are all columns about curvature,
     accuracy and test loss.  `balance/g` is ``⟨lr²‖∇_g‖²⟩ / ⟨(2il - il²)‖w_g‖²⟩`` over the steps since the last row.
     """
-    f = Objective(task.net, task.loss, [(task.x, task.y)])
+    f = problem.objective
     groups = find_groups(f)
-    draw = torch.Generator().manual_seed(schedule.seed)
     first = f.weights()
     if unit_start:
         first = first / first.norm()
-    first_norm = first.norm().item()
     saved = log.resume()
-    if saved:
-        done, w = int(saved["step"]), saved["w"]
-        state: State = {name[2:]: t for name, t in saved.items() if name.startswith("r:")}
-        names = {name.split(":")[1] for name in saved if name.startswith("m:")}
-        memories = {
-            name: Memory.of({key.split(":")[2]: t for key, t in saved.items() if key.startswith(f"m:{name}:")})
-            for name in names
-        }
-        draw.set_state(saved["draw"])
+    draw = torch.Generator().manual_seed(plan.seed)
+    now = _Position.of(saved) if saved else _Position(0, first, rule.init(first), {}, draw)
+
+    def measure(w: Tensor, **more: float) -> None:
+        it = Iterate(f, w, rule, now.state, now.step, groups, plan.k, plan.rtol, now.memories)
+        log.append(step=now.step, radius=w.norm().item(), **_row(it, rule, problem), **more)
+        now.memories.update(it.memories)
+
+    try:
+        if not saved:
+            measure(first, loss=f.value(first).item())
+        fast = recorded(f, plan.steps)
+        squares = first.new_zeros(2, len(f.slices))
+        while now.step < plan.steps:
+            before = now.w
+            loss, g = _next_batch(fast, problem, plan, now.draw).value_and_grad(before)
+            now.step += 1
+            now.w, now.state = rule.step(before, g, now.state)
+            _check_growth(now, loss, first)
+            squares += _squared_norms(f, g, before)
+            if plan.measures(now.step):
+                of_step = {"loss": loss.item(), "angle": angle(before, now.w).item()}
+                measure(midpoint(before, now.w), **of_step, **_balance(f, rule, squares))
+                squares.zero_()
+                log.checkpoint(**now.tensors())
+                progress(now.step / plan.steps)
+    except _Stopped as reason:
+        log.finish(str(reason))
     else:
-        done, w, state, memories = 0, first, rule.init(first), {}
+        log.finish()
 
-    def measure(step: int, w: Tensor, state: State, **more: float) -> bool:
-        """Add a row; False where the run ends because its curvature could not be measured."""
-        it = Iterate(f, w, rule, state, step, groups, schedule.k, schedule.rtol, memories)
-        try:
-            row = {
-                "tau": step * rule.intrinsic_time_per_step,
-                "midpoint_loss": measures.loss(it),
-                **_curvature(it, rule),
-            }
-        except (NotConverged, NotFinite) as error:
-            log.finish(f"stopped at step {step}: {error}")
-            return False
-        row |= {f"radius/{name}": w[s].norm().item() for name, s in f.slices.items()}
-        f.load(w)
-        with torch.no_grad():
-            row |= task.evaluate(task.net.train())
-        task.net.train()
-        log.append(step=step, radius=w.norm().item(), **row, **more)
-        memories.update(it.memories)
-        return True
 
-    if not saved and not measure(0, w, state, loss=f.value(w).item()):
-        return
-    sums = w.new_zeros(2, len(f.slices))
-    fast = recorded(f, schedule.steps)
-    sizes = [s.stop - s.start for s in f.slices.values()]
-    for step in range(done + 1, schedule.steps + 1):
-        batch = fast
-        if schedule.batch is not None:
-            picked = torch.randperm(len(task.x), generator=draw)[: schedule.batch]
-            batch = fast.on([(task.x[picked], task.y[picked])])
-        loss, g = batch.value_and_grad(w)
-        new, state = rule.step(w, g, state)
-        size = new.norm().item()
-        if not (loss.isfinite() and size < DIVERGED * first_norm):
-            log.finish(f"diverged at step {step}: loss {loss.item():.3g}, ‖w‖ {size:.3g} from {first_norm:.3g}")
-            return
-        sums += torch.stack([torch.stack([part.square().sum() for part in v.split(sizes)]) for v in (g, w)])
-        if step % schedule.every == 0 or step in EARLY or step == schedule.steps:
-            more = {"loss": loss.item(), "angle": angle(w, new).item(), **_balance(f, rule, sums)}
-            if not measure(step, midpoint(w, new), state, **more):
-                return
-            sums.zero_()
-            named = {f"r:{name}": t for name, t in state.items()} | {
-                f"m:{name}:{key}": t.contiguous()
-                for name, memory in memories.items()
-                for key, t in memory.tensors().items()
-            }
-            log.checkpoint(step=torch.tensor(step), w=new, draw=draw.get_state(), **named)
-            progress(step / schedule.steps)
-        w = new
-    log.finish()
+def _row(it: Iterate, rule: UpdateRule, problem: LearningProblem) -> dict[str, float]:
+    """The columns that depend on the weights of `it` alone."""
+    f = it.objective
+    try:
+        row = {
+            "tau": it.step * rule.intrinsic_time_per_step,
+            "midpoint_loss": measures.loss(it),
+            **_curvature(it, rule),
+        }
+    except (NotConverged, NotFinite) as error:
+        raise _Stopped(f"stopped at step {it.step}: {error}") from error
+    row |= {f"radius/{name}": it.w[s].norm().item() for name, s in f.slices.items()}
+    return row | problem.columns_at(it.w)
 
 
 def _curvature(it: Iterate, rule: UpdateRule) -> dict[str, float]:
@@ -153,18 +199,37 @@ def _curvature(it: Iterate, rule: UpdateRule) -> dict[str, float]:
     return row
 
 
-def _balance(f: Objective, rule: UpdateRule, sums: Tensor) -> dict[str, float]:
+def _next_batch(f: Objective, problem: LearningProblem, plan: TrainingPlan, draw: torch.Generator) -> Objective:
+    """The objective of the next step: on all examples, or on some that are drawn."""
+    if plan.batch is None:
+        return f
+    picked = torch.randperm(len(problem.x), generator=draw)[: plan.batch]
+    return f.on([(problem.x[picked], problem.y[picked])])
+
+
+def _check_growth(now: _Position, loss: Tensor, first: Tensor) -> None:
+    size, first_size = now.w.norm().item(), first.norm().item()
+    if not (loss.isfinite() and size < DIVERGED * first_size):
+        note = f"loss {loss.item():.3g}, ‖w‖ {size:.3g} from {first_size:.3g}"
+        raise _Stopped(f"diverged at step {now.step}: {note}")
+
+
+def _squared_norms(f: Objective, g: Tensor, w: Tensor) -> Tensor:
+    """Squared norms of gradient and weights, by parameter ``(2, G)``."""
+    sizes = [s.stop - s.start for s in f.slices.values()]
+    return torch.stack([torch.stack([part.square().sum() for part in v.split(sizes)]) for v in (g, w)])
+
+
+def _balance(f: Objective, rule: UpdateRule, squares: Tensor) -> dict[str, float]:
     """Rotational balance per group: gradient growth of the norm over its decay."""
     if not isinstance(rule, GD) or not rule.weight_decay or rule.momentum:
         return {}
     il, lr = rule.intrinsic_rate, rule.learning_rate
-    ratio = lr**2 * sums[0] / ((2 * il - il**2) * sums[1])
+    ratio = lr**2 * squares[0] / ((2 * il - il**2) * squares[1])
     return {f"balance/{name}": r for name, r in zip(f.slices, ratio.tolist(), strict=True)}
 
 
-def judge(
-    loss: Callable[[Any, Any], Tensor], x: Tensor, labels: Tensor, test_x: Tensor, test_y: Tensor, test_labels: Tensor
-) -> Callable[[nn.Module], dict[str, float]]:
+def judge(loss: Callable[[Any, Any], Tensor], data: Split) -> Callable[[nn.Module], dict[str, float]]:
     """Accuracies and test loss; batch statistics for the test set are those of the training set at these weights."""
 
     def hits(output: Tensor, labels: Tensor) -> float:
@@ -172,12 +237,12 @@ def judge(
         return (guess == labels).double().mean().item()
 
     def evaluate(net: nn.Module) -> dict[str, float]:
-        fit = net(x)
-        output = net.eval()(test_x)
+        fit = net(data.x)
+        output = net.eval()(data.test_x)
         return {
-            "train_accuracy": hits(fit, labels),
-            "test_accuracy": hits(output, test_labels),
-            "test_loss": loss(output, test_y).item(),
+            "train_accuracy": hits(fit, data.labels),
+            "test_accuracy": hits(output, data.test_labels),
+            "test_loss": loss(output, data.test_y).item(),
         }
 
     return evaluate

@@ -1,4 +1,4 @@
-"""Runs of many replicas whose steps are known in closed form: anything with ``start``, ``advance`` and ``measure``."""
+"""Runs of many replicas side by side, whose steps are known in closed form."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -7,19 +7,19 @@ import torch
 
 from ...records.run_log import RunLog
 from .._framework.study import Progress
-from .toys import Columns, State
+from .toys import Columns, ProcessState
 
 
 class Process(Protocol):
     """B replicas that advance together; the state is a dict of arrays, columns have length B."""
 
-    def start(self) -> State: ...
-    def advance(self, state: State, steps: int) -> State: ...
-    def measure(self, state: State) -> Columns: ...
+    def start(self) -> ProcessState: ...
+    def advance(self, state: ProcessState, steps: int) -> ProcessState: ...
+    def measure(self, state: ProcessState) -> Columns: ...
 
 
 def walk(log: RunLog, progress: Progress, process: Process, names: Sequence[str], steps: Sequence[int]) -> None:
-    """Read the replicas `names` at `steps` (0 first), a row each, resumable."""
+    """Measure the replicas `names` at `steps` (0 first), a row each; an interrupted run goes on."""
     saved = log.resume()
     done = int(saved["step"]) if saved else -1
     state = {name: t.numpy() for name, t in saved.items()} or process.start()
@@ -33,7 +33,7 @@ def walk(log: RunLog, progress: Progress, process: Process, names: Sequence[str]
 
 
 def write(log: RunLog, names: Sequence[str], columns: Mapping[str, Any]) -> None:
-    """One row per replica."""
+    """Append one row for each replica."""
     for i, name in enumerate(names):
         row = {column: values[i].item() for column, values in columns.items()}
         log.append(**(row | {"run": name, "step": int(row["step"])}))

@@ -7,27 +7,24 @@ normalization, and beside the stable flow, which knows nothing of the oscillatio
 too, and what it costs to go as far as gradient descent when the intrinsic rate is small.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
+from torch import Tensor
 
 from ...autodiff.curvature import hessian
-from ...autodiff.objective import Objective
 from ...flows.central import central
 from ...flows.implicit import implicit
 from ...flows.integrate import integrate
 from ...linalg.warm_start import warm_started
 from ...optimizers.gd import GD
-from ...records.history import History
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import Claim, at_least, at_most, within
+from .._framework.claims import Claim, at_least, at_most, labelled, under, within
 from .._framework.config import demand_positive
+from .._framework.observe import Quantity, run
 from .._framework.study import Job, Progress
-from .._shared.forecast import Forecast, Observer, beside, claims, ends, runs
-from .._shared.networks import SECONDS_PER_STEP, Variant, task_of
+from .._shared.forecast import Forecast, claims, end_error, late, mean_ratio, runs
+from .._shared.networks import SECONDS_PER_STEP, Variant, problem_of
 from .._shared.recorded import recorded
 
 PAPER = (
@@ -44,255 +41,253 @@ EXPLICIT_RATE = 1e-4
 
 @dataclass(frozen=True)
 class Config:
-    """What turns; the defaults are the full study."""
+    """Sizes of all parts; the defaults are the full study."""
 
     steps: int = 1000  # predicted, per network
-    points: int = 50  # readings
+    points: int = 50  # measurements
     start: int = 1000  # steps of training before, and twice as many without normalization
     rates: tuple[float, ...] = (1e-3, 1e-4, 1e-5, 1e-6)  # intrinsic rates of the cost
     walked: float = 1e-5  # least intrinsic rate at which gradient descent is run too
-    dear: bool = True  # also the transformer, and where the flow ends
+    expensive: bool = True  # also the transformer, and where the flow ends
     seed: int = 0  # of data and weights
 
     def __post_init__(self) -> None:
         demand_positive(self)
 
 
-QUICK = Config(steps=400, points=20, rates=(1e-3, 1e-4, 1e-5), dear=False)
-MLP = Variant("mlp", "BN", "half squares", 0.2, 5e-4)
+OLD_FIELDS = {"dear": "expensive"}
+QUICK = Config(steps=400, points=20, rates=(1e-3, 1e-4, 1e-5), expensive=False)
+MLP = Variant("mlp", "BN", "half squares", learning_rate=0.2, weight_decay=5e-4)
+PLAIN = "MLP without normalization"
+LARGE = "learning rate too large"
 
 NETS = {
-    "MLP without normalization": Variant("plain", "none", "half squares", 0.2, 0.0),
+    PLAIN: Variant("plain", "none", "half squares", learning_rate=0.2, weight_decay=0.0),
     "MLP with BN": MLP,
     "convolutions with GN": replace(MLP, net="conv", norm="GN", train=250),
     "transformer with LN": replace(MLP, net="transformer", norm="LN", train=200),
 }
 
 FAILING = {
-    "learning rate too large": replace(MLP, learning_rate=4.0, weight_decay=2.5e-4),
+    LARGE: replace(MLP, learning_rate=4.0, weight_decay=2.5e-4),
     "cross-entropy, late": replace(MLP, loss="cross-entropy", learning_rate=4.0, weight_decay=2.5e-5),
 }
 
 
 def jobs(config: Config) -> list[Job]:
-    forecasts = {
-        name: Forecast(v, config.start * (1 + (v.net == "plain")), config.steps, config.points)
-        for name, v in ((name, replace(v, seed=config.seed)) for name, v in (NETS | FAILING).items())
-        if config.dear or not (name in FAILING or v.net == "transformer")
-    }
-    return [
-        *(forecast.job(name) for name, forecast in forecasts.items()),
-        *(_cost_job(config, il) for il in config.rates),
-    ]
+    predicted = [forecast.job(name) for name, forecast in forecasts(config).items()]
+    return predicted + [_cost_job(config, il) for il in config.rates]
+
+
+def forecasts(config: Config) -> dict[str, Forecast]:
+    """The forecasts of a configuration, by name."""
+    out = {}
+    for name, variant in (NETS | FAILING).items():
+        if config.expensive or not (name in FAILING or variant.net == "transformer"):
+            start = 2 * config.start if name == PLAIN else config.start
+            out[name] = Forecast(replace(variant, seed=config.seed), start, config.steps, config.points)
+    return out
 
 
 def _cost_job(config: Config, il: float) -> Job:
     walk = il >= config.walked
-    steps = 5000 + (1 / il if walk else 0) + (9 / il if il >= EXPLICIT_RATE else 0)  # an explicit one is dear
+    steps = 5000 + (1 / il if walk else 0) + (9 / il if il >= EXPLICIT_RATE else 0)  # an explicit one costs nine
     arguments = {"il": il, "walk": walk, "seed": config.seed}
-    return Job(f"cost, il {il:g}", _cost, arguments, 3 + 0.6 * SECONDS_PER_STEP["regression"] * steps)
+    return Job(f"cost, il {il:g}", _cost, arguments, cost=3 + 0.6 * SECONDS_PER_STEP["regression"] * steps)
 
 
 def _cost(log: RunLog, progress: Progress, il: float, walk: bool, seed: int) -> None:
     """Flows and optimizer over τ = 1 from step 5000 (20 000 for il ≤ 1e-5), regression network with 40 examples."""
     log.resume()
-    variant = Variant("regression", "BN", "squares", 0.5, il / 0.5, train=40, seed=seed)
-    task = task_of(variant)
+    rule = GD(0.5, il / 0.5)
+    variant = Variant("regression", "BN", "squares", rule.learning_rate, rule.weight_decay, train=40, seed=seed)
+    problem = problem_of(variant)
     early, steps = max(round(0.2 / max(il, 1e-5)), 5000), round(1 / il)
-    f, rule = recorded(Objective(task.net, task.loss, [(task.x, task.y)]), early), GD(0.5, il / 0.5)
-    w = f.weights()
+    f = recorded(problem.objective, early)
 
-    def walked(w: Any, steps: int, low: float, high: float) -> Any:
-        for step in range(steps):
-            w, _ = rule.step(w, f.grad(w), {})
-            if step % 1000 == 0:
-                progress(low + (high - low) * step / steps)
+    def step(w: Tensor) -> Tensor:
+        return rule.step(w, f.grad(w), {})[0]
+
+    def walked(w: Tensor, steps: int, low: float, high: float) -> Tensor:
+        """The weights after so many steps, during which progress goes from `low` to `high`."""
+        for i in range(steps):
+            w = step(w)
+            if i % 1000 == 0:
+                progress(low + (high - low) * i / steps)
         return w
 
-    def average(w: Any) -> Any:
-        one = walked(w, 1, 1, 1)
-        return (w + 2 * one + walked(one, 1, 1, 1)) / 4
+    def averaged(w: Tensor) -> Tensor:
+        """The mean of three iterates that cancels an oscillation with period two."""
+        after = step(w)
+        return (w + 2 * after + step(after)) / 4
 
-    def read(name: str, w: Any, gradients: float) -> None:
-        f.load(w)
-        judged = task.evaluate(task.net.train())
-        task.net.train()
+    def write(name: str, w: Tensor, gradients: float) -> None:
+        judged = problem.columns_at(w)
         sharpness = warm_started(hessian(f, w)).values[0].item() * (w @ w).item()
         row = {"il": il, "spherical_sharpness": sharpness, "gradients": gradients, "step": steps, **judged}
-        distance = (w - start).norm().item()
-        log.append(**({"run": name, "moved": distance} | row))
+        log.append(**({"run": name, "moved": (w - start).norm().item()} | row))
 
-    w = walked(w, early, 0.0, 0.1)
-    start = average(w)
+    w = walked(f.weights(), early, 0.0, 0.1)
+    start = averaged(w)
     path = integrate(central(f, rule), start, steps, method=implicit())
-    read("cost: implicit flow", path.weights[-1], path.gradients)
+    write("cost: implicit flow", path.weights[-1], path.gradients)
     if il >= EXPLICIT_RATE:
-        slow = integrate(central(f, rule), start, steps)
-        read("cost: explicit flow", slow.weights[-1], slow.gradients)
+        explicit = integrate(central(f, rule), start, steps)
+        write("cost: explicit flow", explicit.weights[-1], explicit.gradients)
     if walk:
-        end = average(walked(w, steps, 0.2, 1.0))
-        read("cost: gradient descent", end, steps)
-        apart = (path.weights[-1] - end).norm().item() / (end - start).norm().item()
-        log.append(run="cost: distance of the ends", il=il, error=apart, step=steps)
+        end = averaged(walked(w, steps, 0.2, 1.0))
+        write("cost: gradient descent", end, steps)
+        distance = (path.weights[-1] - end).norm().item() / (end - start).norm().item()
+        log.append(run="cost: distance of the ends", il=il, error=distance, step=steps)
     else:
         log.append(run="cost: gradient descent", il=il, gradients=steps, step=steps)
 
 
-def _held(name: str, flow: str) -> Observer:
-    """Least and greatest lr·λ1/2 along a flow, from a tenth of the way on."""
-
-    def read(h: History, config: Any) -> tuple[float, float]:
-        values = h.series(f"{name}: {flow}", "sharpness") * NETS[name].learning_rate / 2
-        late = values[len(values) // 10 + 1 :]
-        return float(late.min()), float(late.max())
-
-    return read
+def distance_to_edge(name: str, flow: str) -> Quantity:
+    """The column lr·λ1/2 along a flow, from a tenth of the way on."""
+    return late(name, flow, "sharpness") * NETS[name].learning_rate / 2
 
 
-def _at(il: float, run: str, column: str) -> Callable[[History], float]:
-    def read(h: History) -> float:
-        rates, values = h.table(f"cost: {run}", "il", column)
-        return float(values[np.abs(rates / il - 1).argmin()])
-
-    return read
+def at_rate(il: float, name: str, column: str) -> Quantity:
+    """A column of one of the runs that cost is measured on, at an intrinsic rate."""
+    return run(f"cost: {name}").at(il=il)[column]
 
 
-def _cost_ratio(column: str, il: float = 1e-5, *, upside: bool = False) -> Observer:
-    """The flow's number over gradient descent's at an intrinsic rate."""
+def flow_over_descent(column: str) -> Quantity:
+    """A column of the implicit flow over that of gradient descent."""
+    return at_rate(1e-5, "implicit flow", column) / at_rate(1e-5, "gradient descent", column)
 
-    def read(h: History, config: Any) -> float:
-        flow, real = (_at(il, run, column)(h) for run in ("implicit flow", "gradient descent"))
-        return real / flow if upside else flow / real
-
-    return read
-
-
-LARGE, _ = FAILING
-COSTS = ("cost: implicit flow", "cost: gradient descent")
-EXPLICIT = "cost: explicit flow"
-PLAIN = "MLP without normalization"
 
 CLAIMS = (
-    *(claim for name in NETS for claim in claims(name, BOTH, control=name != PLAIN)),
-    Claim(
-        f"{PLAIN}: lr·λ1/2 along the flow",
-        _held(PLAIN, "central flow"),
-        within(0.99, 1.01),
-        "identity",
+    *under(
         BOTH,
-        runs(PLAIN),
-    ),
-    Claim(
-        f"{PLAIN}: the stable flow leaves the threshold (greatest lr·λ1/2)",
-        lambda h, config: _held(PLAIN, "stable flow")(h, config)[1],
-        at_least(1.01),
-        "negative control",
-        BOTH,
-        runs(PLAIN),
-    ),
-    Claim(
-        f"{LARGE}: averaged weights are sharper than the flow (its sharpness over theirs)",
-        beside(LARGE, "sharpness", mean=True),
-        at_most(0.95),
-        "negative control",
-        ENDS,
-        runs(LARGE),
-        note="lr is 20 times that of the MLP above, and 20 modes or more are at the edge.",
-    ),
-    *(
+        *(claim for name in NETS for claim in claims(name, control=name != PLAIN)),
         Claim(
-            f"{name}: distance of the flow's end over the distance moved",
-            ends(name),
-            at_most(0.12),
+            f"{PLAIN}: lr·λ1/2 along the flow",
+            distance_to_edge(PLAIN, "central flow").extent(),
+            within(0.99, 1.01),
+            "identity",
+        ),
+        Claim(
+            f"{PLAIN}: the stable flow leaves the threshold (greatest lr·λ1/2)",
+            distance_to_edge(PLAIN, "stable flow").max(),
+            at_least(1.01),
+            "negative control",
+        ),
+    ),
+    *under(
+        ENDS,
+        Claim(
+            f"{LARGE}: averaged weights are sharper than the flow (its sharpness over theirs)",
+            mean_ratio(LARGE, "sharpness"),
+            at_most(0.95),
+            "negative control",
+            note="lr is 20 times that of the MLP above, and 20 modes or more are at the edge.",
+        ),
+        *(
+            Claim(
+                f"{name}: distance of the flow's end over the distance moved",
+                end_error(name),
+                at_most(0.12),
+                "comparison",
+                deciding=False,
+            )
+            for name in FAILING
+        ),
+    ),
+    *under(
+        COST,
+        Claim(
+            "At il = 1e-5 the implicit flow reaches τ = 1 with fewer gradients (factor)",
+            at_rate(1e-5, "gradient descent", "gradients") / at_rate(1e-5, "implicit flow", "gradients"),
+            at_least(10),
             "comparison",
-            ENDS,
-            runs(name),
-            deciding=False,
-        )
-        for name in FAILING
-    ),
-    Claim(
-        "At il = 1e-5 the implicit flow reaches τ = 1 with fewer gradients (factor)",
-        _cost_ratio("gradients", upside=True),
-        at_least(10),
-        "comparison",
-        COST,
-        COSTS,
-    ),
-    Claim(
-        "It ends at the spherical sharpness of gradient descent (ratio)",
-        _cost_ratio("spherical_sharpness"),
-        within(0.95, 1.05),
-        "comparison",
-        COST,
-        COSTS,
-    ),
-    Claim("It ends at its test loss (ratio)", _cost_ratio("test_loss"), within(0.95, 1.05), "comparison", COST, COSTS),
-    Claim(
-        "Its cost does not grow as il falls (from il = 1e-3 to 1e-5, factor)",
-        lambda h, config: _at(1e-5, "implicit flow", "gradients")(h) / _at(1e-3, "implicit flow", "gradients")(h),
-        at_most(2),
-        "scaling",
-        COST,
-        COSTS,
-    ),
-    Claim(
-        "That of explicit steps does (from il = 1e-3 to 1e-4, factor)",
-        lambda h, config: _at(1e-4, "explicit flow", "gradients")(h) / _at(1e-3, "explicit flow", "gradients")(h),
-        at_least(3),
-        "negative control",
-        COST,
-        (EXPLICIT,),
+        ),
+        Claim(
+            "It ends at the spherical sharpness of gradient descent (ratio)",
+            flow_over_descent("spherical_sharpness"),
+            within(0.95, 1.05),
+            "comparison",
+        ),
+        Claim("It ends at its test loss (ratio)", flow_over_descent("test_loss"), within(0.95, 1.05), "comparison"),
+        Claim(
+            "Its cost does not grow as il falls (from il = 1e-3 to 1e-5, factor)",
+            at_rate(1e-5, "implicit flow", "gradients") / at_rate(1e-3, "implicit flow", "gradients"),
+            at_most(2),
+            "scaling",
+        ),
+        Claim(
+            "That of explicit steps does (from il = 1e-3 to 1e-4, factor)",
+            at_rate(1e-4, "explicit flow", "gradients") / at_rate(1e-3, "explicit flow", "gradients"),
+            at_least(3),
+            "negative control",
+        ),
     ),
 )
 
-
-def _chart(name: str, title: str, of: str, y: str, y_label: str, **more: Any) -> Chart:
-    return Chart(f"{name}-{y.replace('_', '-')}", title, "step", y, runs(of), "step", y_label, **more)
-
-
-CHARTS = (
-    _chart(
-        "plain",
-        "Sharpness without normalization",
-        "MLP without normalization",
-        "sharpness",
-        "λ1",
-        part=BOTH,
-        lines=((10.0, "2/lr"),),
+LABELS = {
+    "step": "step",
+    "sharpness": "λ1",
+    "spherical_sharpness": "λ1",
+    "loss": "loss",
+    "error": "distance / distance moved",
+    "il": "il = lr · wd",
+    "gradients": "gradients",
+}
+CHARTS = labelled(
+    LABELS,
+    *under(
+        BOTH,
+        Chart(
+            "plain-sharpness",
+            "Sharpness without normalization",
+            x="step",
+            y="sharpness",
+            runs=runs(PLAIN),
+            lines=((10.0, "2/lr"),),
+        ),
+        Chart(
+            "bn-spherical-sharpness",
+            "Spherical sharpness with BN",
+            x="step",
+            y="spherical_sharpness",
+            runs=runs("MLP with BN"),
+        ),
+        Chart(
+            "bn-loss",
+            "Training loss with BN, averaged over the oscillation",
+            x="step",
+            y="loss",
+            runs=runs("MLP with BN"),
+        ),
+        Chart(
+            "distance",
+            "Distance of the central flow from the optimizer",
+            x="step",
+            y="error",
+            runs=tuple(f"{name}: central flow" for name in NETS),
+        ),
     ),
-    _chart("bn", "Spherical sharpness with BN", "MLP with BN", "spherical_sharpness", "λ1", part=BOTH),
-    _chart("bn", "Training loss with BN, averaged over the oscillation", "MLP with BN", "loss", "loss", part=BOTH),
-    Chart(
-        "distance",
-        "Distance of the central flow from the optimizer",
-        "step",
-        "error",
-        tuple(f"{name}: central flow" for name in NETS),
-        "step",
-        "distance / distance moved",
-        part=BOTH,
+    *under(
+        ENDS,
+        Chart(
+            "ends",
+            "The same where it ends",
+            x="step",
+            y="error",
+            runs=tuple(f"{name}: central flow" for name in FAILING),
+        ),
     ),
-    Chart(
-        "ends",
-        "The same where it ends",
-        "step",
-        "error",
-        tuple(f"{name}: central flow" for name in FAILING),
-        "step",
-        "distance / distance moved",
-        part=ENDS,
-    ),
-    Chart(
-        "cost",
-        "Gradients for τ = 1",
-        "il",
-        "gradients",
-        (*COSTS, EXPLICIT),
-        "il = lr · wd",
-        "gradients",
-        log_x=True,
-        log_y=True,
-        part=COST,
+    *under(
+        COST,
+        Chart(
+            "cost",
+            "Gradients for τ = 1",
+            x="il",
+            y="gradients",
+            runs=("cost: implicit flow", "cost: gradient descent", "cost: explicit flow"),
+            log_x=True,
+            log_y=True,
+        ),
     ),
 )

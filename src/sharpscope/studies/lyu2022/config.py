@@ -1,8 +1,9 @@
-"""What turns in the study."""
+"""Sizes and settings of the study."""
 
 from dataclasses import dataclass
 
 from ...errors import InvalidValue
+from .._framework.config import demand_positive
 
 LR_CLOSED = 0.1
 """Learning rate of the toys and of the linear regression."""
@@ -30,22 +31,17 @@ class Config:
     ablations: bool = True  # also the runs that are only reported
     digits_steps: int = 6000
     digits_every: int = 50  # steps between measurements
-    forecast_steps: int = 1000  # foretold by the central flow
+    forecast_steps: int = 1000  # predicted by the central flow
     seed: int = 0  # of data, weights and starts
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise InvalidValue(f"seed is {self.seed}; it must not be negative")
-        for name, value in vars(self).items():
-            for v in value if isinstance(value, tuple) else (value,):
-                if name != "seed" and not isinstance(v, bool) and not v > 0:
-                    raise InvalidValue(f"{name} is {v}; it must be positive")
+        demand_positive(self)
         if self.learning_rate * self.weight_decay >= 1:
             raise InvalidValue(f"lr·wd is {self.learning_rate * self.weight_decay:g}; it must be below one")
 
     @property
     def first_seed(self) -> int:
-        """What all seeds are counted from: so far apart that no two values of `seed` share a draw."""
+        """Number that all seeds are counted from, so far apart that no two values of `seed` share a draw."""
         return 100 * self.seed
 
 

@@ -4,16 +4,17 @@ The reference is the MLP with batch normalization, 500 images, squares of standa
 wd 5e-4.  Flatness changes a lot here, accuracy hardly at all, and both are reported as they are.
 """
 
+import math
 from dataclasses import replace
-from typing import Any
 
 from ...report.charts import Chart
-from .._framework.claims import Claim, at_least, at_most, within
-from .._framework.observe_runs import apart, fall, late_fall, over_seeds, peak, ratio, span, value
+from .._framework.claims import Claim, at_least, at_most, labelled, under, within
+from .._framework.observe import Quantity, run
 from .._framework.study import Job
 from .._shared.forecast import Forecast, claims, runs
 from .._shared.networks import Variant
 from .config import Config
+from .quantities import LABELS, fall, relative_difference
 
 PART = "Handwritten digits"
 FORECAST, FORECAST_FROM = "forecast of digits BN", 1000
@@ -22,7 +23,16 @@ FORECAST, FORECAST_FROM = "forecast of digits BN", 1000
 def variants(config: Config) -> dict[str, Variant]:
     """The reference run "digits BN" (il = 1e-4) and its relatives, most of them at twice its intrinsic rate."""
     n, every = config.digits_steps, config.digits_every
-    base = Variant("mlp", "BN", "half squares", 0.2, 5e-4, steps=n, every=every, seed=config.first_seed)
+    base = Variant(
+        "mlp",
+        "BN",
+        "half squares",
+        learning_rate=0.2,
+        weight_decay=5e-4,
+        steps=n,
+        every=every,
+        seed=config.first_seed,
+    )
     fast = replace(base, weight_decay=1e-3, steps=n // 2)
     wide = replace(fast, learning_rate=1.0, weight_decay=2e-4)  # the same il, for losses with small gradients
     still = replace(base, weight_decay=0.0, steps=n // 2, every=4 * every)
@@ -54,13 +64,14 @@ def variants(config: Config) -> dict[str, Variant]:
 
 
 def jobs(config: Config) -> list[Job]:
-    every = variants(config)
-    forecast = Forecast(every["digits BN"], FORECAST_FROM, config.forecast_steps)
-    return [*(variant.job(name) for name, variant in every.items()), forecast.job(FORECAST)]
+    trained = variants(config)
+    forecast = Forecast(trained["digits BN"], FORECAST_FROM, config.forecast_steps)
+    return [*(variant.job(name) for name, variant in trained.items()), forecast.job(FORECAST)]
 
 
-def _claim(sentence: str, reading: Any, criterion: Any, kind: str, *runs: str, **more: Any) -> Claim:
-    return Claim(sentence, over_seeds(reading, *runs), criterion, kind, PART, runs, **more)
+def digits(*names: str) -> tuple[str, ...]:
+    """Names of the runs of variants."""
+    return tuple(f"digits {name}" for name in names)
 
 
 FALLS = (
@@ -80,187 +91,153 @@ FALLS = (
     ("Convolutions with GN", "conv GN", 0.12, 0.52, 1.3),
     ("Convolutions with WN", "conv WN", 0.12, 0.52, 1.1),
 )
+WITHOUT_DECAY = (("BN", "BN"), ("Convolutions with BN", "conv BN"), ("LN", "LN"), ("GN", "GN"))  # label, run
 
-CLAIMS = (
+
+def late_fall(name: str) -> Quantity:
+    """Factor by which the spherical sharpness of a run falls over its second half."""
+    late = run(name)["spherical_sharpness"].second_half()
+    return late.first() / late.last()
+
+
+ACCURACY = run("digits BN")["test_accuracy"].last()
+
+CLAIMS = under(
+    PART,
     Claim(
         "BN: the run sits at the edge from τ = 0.02 on (η̃λ1)",
-        span("digits BN", "eta_lambda", 0.02),
+        run("digits BN").between(tau=(0.02, math.inf))["eta_lambda"].extent(),
         within(1.9, 2.5),
         "inequality",
-        PART,
-        ("digits BN",),
     ),
     *(
-        _claim(
+        Claim(
             f"{label}: λ1 falls from τ = {start} to {end} (by the factor)",
-            fall(f"digits {run}", end, start),
+            fall(f"digits {name}", start, end),
             at_least(factor),
             "inequality",
-            f"digits {run}",
         )
-        for label, run, start, end, factor in FALLS
+        for label, name, start, end, factor in FALLS
     ),
-    _claim(
+    Claim(
         "BN: λ1 depends on τ alone (largest relative difference at τ = 0.1, 0.2, 0.29 under twice the il)",
-        apart("digits BN", "digits BN, larger il", 0.1, 0.2, 0.29),
+        relative_difference("digits BN", "digits BN, larger il", 0.1, 0.2, 0.29),
         at_most(0.1),
         "scaling",
-        "digits BN",
-        "digits BN, larger il",
     ),
-    _claim(
+    Claim(
         "BN: test accuracy while λ1 falls (at the end minus at τ = 0.02)",
-        lambda h, seed: (
-            value("digits BN", "test_accuracy")(h, seed) - value("digits BN", "test_accuracy", 0.02)(h, seed)
-        ),
+        ACCURACY - run("digits BN").at(tau=0.02)["test_accuracy"],
         at_least(0),
         "comparison",
-        "digits BN",
         deciding=False,
         note="On this task flatness changes a lot and accuracy hardly at all.",
     ),
-    _claim(
+    Claim(
         "BN: weight decay against none (test accuracy at the end, difference)",
-        lambda h, seed: (
-            value("digits BN", "test_accuracy")(h, seed) - value("digits BN, no decay", "test_accuracy")(h, seed)
-        ),
+        ACCURACY - run("digits BN, no decay")["test_accuracy"].last(),
         at_least(0),
         "comparison",
-        "digits BN",
-        "digits BN, no decay",
         deciding=False,
     ),
     *(
-        _claim(
+        Claim(
             f"{label}, without weight decay: λ1 does not fall (factor over the second half)",
-            late_fall(f"digits {run}, no decay"),
+            late_fall(f"digits {name}, no decay"),
             at_most(1.05),
             "negative control",
-            f"digits {run}, no decay",
         )
-        for label, run in (("BN", "BN"), ("Convolutions with BN", "conv BN"), ("LN", "LN"), ("GN", "GN"))
+        for label, name in WITHOUT_DECAY
     ),
-    _claim(
+    Claim(
         "Without normalization the run stays off the edge (greatest lr·λ1)",
-        peak("digits no normalization", "eta_lambda"),
+        run("digits no normalization")["eta_lambda"].max(),
         at_most(1.9),
         "negative control",
-        "digits no normalization",
     ),
-    _claim(
+    Claim(
         "Without normalization weight decay does not reduce sharpness (λ1 with weight decay over without)",
-        ratio(value("digits no normalization", "sharpness"), value("digits no normalization, no decay", "sharpness")),
+        run("digits no normalization")["sharpness"].last()
+        / run("digits no normalization, no decay")["sharpness"].last(),
         at_least(0.9),
         "negative control",
-        "digits no normalization",
-        "digits no normalization, no decay",
     ),
-    *claims(FORECAST, PART),
+    *claims(FORECAST),
 )
 
-
-def _chart(name: str, title: str, x: str, y: str, y_label: str, *runs: str, **more: Any) -> Chart:
-    x_label = "τ = lr · wd · steps" if x == "tau" else "step"
-    return Chart(name, title, x, y, tuple(f"digits {run}" for run in runs), x_label, y_label, part=PART, **more)
-
-
-CHARTS = (
-    _chart(
-        "digits-sharpness",
-        "Spherical sharpness at equal τ",
-        "tau",
-        "spherical_sharpness",
-        "λ1",
-        "BN",
-        "BN, larger il",
-        "LN",
-        "RMSNorm",
-        "GN",
-        "conv BN",
-        log_y=True,
-    ),
-    _chart(
-        "digits-threshold",
-        "Sharpness rides on the threshold",
-        "step",
-        "spherical_sharpness",
-        "λ1",
-        "BN",
-        "BN, no decay",
-        log_y=True,
-        beside=(("threshold", "2/η̃"),),
-        caption="Spherical sharpness beside 2/η̃, at which it is at the edge. Weight decay lowers 2/η̃, and λ1 follows.",
-    ),
-    _chart(
-        "digits-edge",
-        "Distance to the edge",
-        "tau",
-        "eta_lambda",
-        "η̃ λ1",
-        "BN",
-        "BN, larger il",
-        "LN",
-        "conv BN",
-        "cross-entropy",
-        "no normalization",
-        log_y=True,
-        lines=((2.0, "edge of stability"),),
-        caption="Without normalization: lr·λ1 of the plain Hessian.",
-    ),
-    Chart(
-        "digits-forecast",
-        "A forecast: spherical sharpness",
-        "step",
-        "spherical_sharpness",
-        runs(FORECAST),
-        f"steps after step {FORECAST_FROM}",
-        "λ1",
-        caption="The optimizer's averaged weights, the central flow that foretells them, and the flow without Σ.",
-        part=PART,
-    ),
-    Chart(
-        "digits-forecast-loss",
-        "A forecast: training loss averaged over the oscillation",
-        "step",
-        "loss",
-        runs(FORECAST),
-        f"steps after step {FORECAST_FROM}",
-        "loss",
-        part=PART,
-    ),
-    _chart(
-        "digits-loss",
-        "Training loss of the iterates",
-        "step",
-        "loss",
-        "loss",
-        "BN",
-        "BN, no decay",
-        "LN",
-        "no normalization",
-        log_y=True,
-    ),
-    _chart(
-        "digits-accuracy",
-        "Test accuracy",
-        "step",
-        "test_accuracy",
-        "share of 1297 images",
-        "BN",
-        "BN, no decay",
-        "LN",
-        "no normalization",
-        log_x=True,
-    ),
-    _chart(
-        "digits-norm",
-        "Norm of the weights",
-        "step",
-        "radius",
-        "‖w‖",
-        "BN",
-        "BN, larger il",
-        "BN, no decay",
-        caption="At the edge the squared norm is a sharpness meter: ‖w‖² = lr λ1/2.",
+CHARTS = under(
+    PART,
+    *labelled(
+        LABELS,
+        Chart(
+            "digits-sharpness",
+            "Spherical sharpness at equal τ",
+            x="tau",
+            y="spherical_sharpness",
+            runs=digits("BN", "BN, larger il", "LN", "RMSNorm", "GN", "conv BN"),
+            log_y=True,
+        ),
+        Chart(
+            "digits-threshold",
+            "Sharpness rides on the threshold",
+            x="step",
+            y="spherical_sharpness",
+            runs=digits("BN", "BN, no decay"),
+            log_y=True,
+            beside=(("threshold", "2/η̃"),),
+            caption="Spherical sharpness beside 2/η̃, at which it is at the edge. Weight decay lowers 2/η̃, and λ1"
+            " follows.",
+        ),
+        Chart(
+            "digits-edge",
+            "Distance to the edge",
+            x="tau",
+            y="eta_lambda",
+            runs=digits("BN", "BN, larger il", "LN", "conv BN", "cross-entropy", "no normalization"),
+            log_y=True,
+            lines=((2.0, "edge of stability"),),
+            caption="Without normalization: lr·λ1 of the plain Hessian.",
+        ),
+        Chart(
+            "digits-forecast",
+            "A forecast: spherical sharpness",
+            x="step",
+            y="spherical_sharpness",
+            runs=runs(FORECAST),
+            x_label=f"steps after step {FORECAST_FROM}",
+            caption="The optimizer's averaged weights, the central flow that predicts them, and the flow without Σ.",
+        ),
+        Chart(
+            "digits-forecast-loss",
+            "A forecast: training loss averaged over the oscillation",
+            x="step",
+            y="loss",
+            runs=runs(FORECAST),
+            x_label=f"steps after step {FORECAST_FROM}",
+        ),
+        Chart(
+            "digits-loss",
+            "Training loss of the iterates",
+            x="step",
+            y="loss",
+            runs=digits("BN", "BN, no decay", "LN", "no normalization"),
+            log_y=True,
+        ),
+        Chart(
+            "digits-accuracy",
+            "Test accuracy",
+            x="step",
+            y="test_accuracy",
+            runs=digits("BN", "BN, no decay", "LN", "no normalization"),
+            log_x=True,
+        ),
+        Chart(
+            "digits-norm",
+            "Norm of the weights",
+            x="step",
+            y="radius",
+            runs=digits("BN", "BN, larger il", "BN, no decay"),
+            caption="At the edge the squared norm is a sharpness meter: ‖w‖² = lr λ1/2.",
+        ),
     ),
 )
