@@ -42,7 +42,7 @@ def test_a_trace_holds_finite_points_in_the_order_of_x() -> None:
 
 
 def test_a_logarithmic_axis_counts_what_it_cannot_show() -> None:
-    chart = Chart("l", "L", x="step", y="loss", runs=("a",), log_y=True)
+    chart = Chart("l", "L", x="step", y="loss", runs=("a",), log="y")
     (trace,) = traces(chart, columns(a=[{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.0}, {"step": 2, "loss": -1.0}]))
     assert (trace.points, trace.hidden) == ([(0.0, 1.0)], 2)
 
@@ -101,8 +101,7 @@ def test_a_figure_has_the_lines_axes_and_labels_of_its_chart() -> None:
         y="mean_loss",
         runs=names,
         x_label="n $",
-        log_x=True,
-        log_y=True,
+        log="xy",
         lines=((2.0, "edge $ of stability"), (-1.0, "not on a logarithmic axis")),
     )
     data = columns(**{name: [{"step": k + 1, "mean_loss": 1 / (k + 1)} for k in range(3)] for name in names})
@@ -157,10 +156,10 @@ def test_columns_beside_are_drawn_for_every_run() -> None:
 def test_a_chart_of_the_first_repeat_leaves_out_the_others() -> None:
     """The first has the least seed; rows without a seed belong to no repeat."""
     rows: Columns = {"run": ["r"] * 4 + ["law"], "seed": [7, 7, 9, 9, None], "n": [1, 2, 1, 2, 1], "y": [3, 4, 5, 6, 8]}
-    chart = Chart("c", "C", "n", "y", ("r", "law"), beside=(("n", "n"),), repeats="first")
+    chart = Chart("c", "C", x="n", y="y", runs=("r", "law"), beside=(("n", "n"),), repeats="first")
     assert [t.points for t in traces(chart, rows)] == [[(1, 3), (2, 4)], [(1, 8)], [(1, 1), (2, 2)], [(1, 1)]]
     assert missing(chart, rows) == ""
     unrepeated = {name: values for name, values in rows.items() if name != "seed"}
     assert [len(t.points) for t in traces(chart, unrepeated)] == [4, 1, 4, 1]
     with pytest.raises(InvalidValue, match="repeats of the chart 'c' is 'last'; it must be 'all' or 'first'"):
-        Chart("c", "C", "n", "y", ("r",), repeats="last")
+        Chart("c", "C", x="n", y="y", runs=("r",), repeats="last")

@@ -114,7 +114,7 @@ def test_long_runs_are_thinned_and_the_page_says_so() -> None:
     losses = [1.0] * 50_000
     losses[31_234], losses[40_001] = 70.0, 0.0
     columns = {"run": ["run"] * 50_000, "step": list(range(50_000)), "loss": losses}
-    chart = Chart("loss", "Loss", x="step", y="loss", runs=("run",), log_y=True)
+    chart = Chart("loss", "Loss", x="step", y="loss", runs=("run",), log="y")
     html = render(**page(columns=columns, charts=[chart]))
     run = json.loads(Elements(html).scripts[0])["loss"]["runs"][0]
     assert len(run["x"]) <= 2000

@@ -109,7 +109,10 @@ def test_what_is_not_there_is_said() -> None:
 
 
 def test_headings_and_labels_are_said_once() -> None:
-    first, second = Chart("one", "One", "n", "gap", ("a",)), Chart("two", "Two", "n", "x", ("a",), y_label="x!")
+    first, second = (
+        Chart("one", "One", x="n", y="gap", runs=("a",)),
+        Chart("two", "Two", x="n", y="x", runs=("a",), y_label="x!"),
+    )
     charts = under("Part", *labelled({"n": "examples", "gap": "the gap"}, first, second))
     assert [(c.part, c.x_label, c.y_label) for c in charts] == [
         ("Part", "examples", "the gap"),

@@ -25,7 +25,7 @@ CHARTS = (
         y_label="sharpness / threshold",
         lines=((1.0, "edge of stability"),),
     ),
-    Chart("sharpness", "Sharpness", x="step", y="sharpness", runs=(RUN,), y_label="λ1 of the Hessian", log_y=True),
+    Chart("sharpness", "Sharpness", x="step", y="sharpness", runs=(RUN,), y_label="λ1 of the Hessian", log="y"),
     Chart(
         "spherical",
         "Spherical sharpness",
@@ -33,10 +33,10 @@ CHARTS = (
         y="spherical_sharpness",
         runs=(RUN,),
         y_label="λ1 at unit norm",
-        log_y=True,
+        log="y",
         caption="Sharpness at w/‖w‖: the part that does not depend on the scale of normalized weights.",
     ),
-    Chart("loss", "Loss", x="step", y="loss", runs=(RUN,), y_label="loss at the measured point", log_y=True),
+    Chart("loss", "Loss", x="step", y="loss", runs=(RUN,), y_label="loss at the measured point", log="y"),
     Chart("radius", "Norm of the scale-invariant weights", x="step", y="radius", runs=(RUN,), y_label="‖w‖"),
     Chart("rate", "Learning rate", x="step", y="learning_rate", runs=(RUN,)),
 )
@@ -102,7 +102,7 @@ def _by_group(history: History) -> tuple[list[Chart], list[dict[str, Any]]]:
             y=f"{prefix} of a group",
             runs=groups,
             y_label=label,
-            log_y=log,
+            log="y" if log else "",
             part=part,
         )
         for prefix, title, label, log in BY_GROUP

@@ -6,7 +6,7 @@ files, and the interactive page of `html`.  Both take their points from `traces`
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import singledispatch
 from typing import Any
 
@@ -28,13 +28,13 @@ class Chart:
 
     name: str  # slug: file name of the figure and anchor in the page
     title: str
+    _: KW_ONLY
     x: str  # column name
     y: str  # column name
     runs: tuple[str, ...]  # which runs, in this order (colours are assigned in this order)
     x_label: str = ""  # empty: the name of the column in words
     y_label: str = ""
-    log_x: bool = False
-    log_y: bool = False
+    log: str = ""  # the axes that are logarithmic: "x", "y" or "xy"
     lines: tuple[tuple[float, str], ...] = ()  # horizontal: (value, label), e.g. (2.0, "edge of stability")
     caption: str = ""
     part: str = ""  # charts of one part stand together, under its name
@@ -45,6 +45,16 @@ class Chart:
     def __post_init__(self) -> None:
         if self.repeats not in ("all", "first"):
             raise InvalidValue(f"repeats of the chart '{self.name}' is '{self.repeats}'; it must be 'all' or 'first'")
+
+    @property
+    def log_x(self) -> bool:
+        """True where the horizontal axis is logarithmic."""
+        return "x" in self.log
+
+    @property
+    def log_y(self) -> bool:
+        """True where the vertical axis is logarithmic."""
+        return "y" in self.log
 
     @property
     def axis_labels(self) -> tuple[str, str]:
@@ -58,6 +68,7 @@ class SphereChart:
 
     name: str  # as of a Chart
     title: str
+    _: KW_ONLY
     curve: str  # run whose x, y, z (unit vectors) form the curve
     color: str  # column of that run that colours it (e.g. "spherical_sharpness")
     paths: tuple[str, ...]  # runs whose x, y, z are drawn as trajectories

@@ -59,7 +59,7 @@ class Tested:
     criterion: Criterion
 
     def in_the_median(self) -> "Tested":
-        """The same test of the median over the repeats, which scatter in chaotic runs."""
+        """Test the median over the repeats instead, which scatter in chaotic runs."""
         return replace(self, criterion=median(self.criterion))
 
 
@@ -171,6 +171,11 @@ Item = TypeVar("Item", bound="Claim | Chart | SphereChart")
 def under(part: str, *items: Item) -> tuple[Item, ...]:
     """Claims or charts with `part` as the heading under which a report shows them."""
     return tuple(replace(item, part=part) for item in items)
+
+
+def in_the_median(*claims: Claim) -> tuple[Claim, ...]:
+    """Claims that are decided by the median over the repeats, which scatter in chaotic runs."""
+    return tuple(replace(claim, criterion=median(claim.criterion)) for claim in claims)
 
 
 def labelled(labels: Mapping[str, str], *charts: Chart) -> tuple[Chart, ...]:

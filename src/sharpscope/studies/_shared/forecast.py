@@ -11,7 +11,7 @@ from ...optimizers.base import UpdateRule
 from ...optimizers.gd import GD
 from ...records.run_log import RunLog
 from ...symmetry.sphere import effective_learning_rate
-from .._framework.claims import Claim, at_least, at_most, within
+from .._framework.claims import Claim, comparison, control
 from .._framework.observe import Quantity, run
 from .._framework.study import Job, Progress
 from .networks import SECONDS_PER_STEP, Variant, problem_of
@@ -94,38 +94,24 @@ def mean_ratio(name: str, column: str) -> Quantity:
     return late(name, "central flow", column).mean() / late(name, "optimizer", column).mean()
 
 
-def claims(name: str, *, control: bool = True) -> tuple[Claim, ...]:
+def claims(name: str, *, with_control: bool = True) -> tuple[Claim, ...]:
     """Claims that a prediction comes true; as a control, that the one of the stable flow does not."""
-    missed = Claim(
+    missed = control(
         f"{name}: the stable flow, which knows of no oscillation, misses (distance over the distance moved)",
-        end_error(name, "stable flow"),
-        at_least(0.25),
-        "negative control",
+        end_error(name, "stable flow") >= 0.25,
     )
     return (
-        Claim(
-            f"{name}: distance of the flow's end over the distance moved",
-            end_error(name),
-            at_most(0.12),
-            "comparison",
-        ),
-        Claim(
+        comparison(f"{name}: distance of the flow's end over the distance moved", end_error(name) <= 0.12),
+        comparison(
             f"{name}: norm, flow over optimizer",
-            (late(name, "central flow", "radius") / late(name, "optimizer", "radius")).extent(),
-            within(0.998, 1.002),
-            "comparison",
+            (late(name, "central flow", "radius") / late(name, "optimizer", "radius")).extent().within(0.998, 1.002),
         ),
-        Claim(
-            f"{name}: time-averaged training loss, flow over optimizer",
-            mean_ratio(name, "loss"),
-            within(0.9, 1.1),
-            "comparison",
+        comparison(
+            f"{name}: time-averaged training loss, flow over optimizer", mean_ratio(name, "loss").within(0.9, 1.1)
         ),
-        Claim(
+        comparison(
             f"{name}: sharpness, flow over averaged weights of the optimizer, in the mean",
-            mean_ratio(name, "sharpness"),
-            within(0.95, 1.05),
-            "comparison",
+            mean_ratio(name, "sharpness").within(0.95, 1.05),
         ),
-        *((missed,) if control else ()),
+        *((missed,) if with_control else ()),
     )

@@ -233,7 +233,7 @@ CHARTS = labelled(
             x="t",
             y="loss",
             runs=(*CURVES, "bound"),
-            log_y=True,
+            log="y",
             caption="What is learnt lies mostly along eigenvalues larger than the least, which makes the bound.",
         ),
         Chart(
@@ -252,8 +252,7 @@ CHARTS = labelled(
             y="KL",
             runs=(STRENGTHS, "∝ β⁻²"),
             repeats="first",
-            log_x=True,
-            log_y=True,
+            log="xy",
             beside=(("MSD", "mean square distance"),),
             caption="Between the laws after and before training, computed along the paths of the units.",
         ),
@@ -264,8 +263,7 @@ CHARTS = labelled(
             y="distance",
             runs=(SHAPES, LAZY),
             repeats="first",
-            log_x=True,
-            log_y=True,
+            log="xy",
             caption=(
                 "A unit moves as far whatever their number; in the lazy regime, β ∝ √K, it stands still in the limit."
             ),
@@ -277,8 +275,7 @@ CHARTS = labelled(
             y="gap",
             runs=(GAPS, "∝ n^-½"),
             repeats="first",
-            log_x=True,
-            log_y=True,
+            log="xy",
             caption="It falls faster than the bound, which is one-sided.",
         ),
     ),

@@ -194,8 +194,7 @@ CHARTS = labelled(
             y="error",
             runs=(PLAIN, *RATES),
             repeats="first",
-            log_x=True,
-            log_y=True,
+            log="xy",
             caption=(
                 "With a slow radius (small η, in units of ‖x*‖₁) the normalized flow recovers from starts up to the"
                 " size of the solution, at 1; beyond that neither does.  One draw of five."
@@ -207,8 +206,7 @@ CHARTS = labelled(
             x="kappa",
             y="gain",
             runs=RATES,
-            log_x=True,
-            log_y=True,
+            log="xy",
             lines=((1.0, "equal"),),
             markers=True,
             caption=(
@@ -221,8 +219,7 @@ CHARTS = labelled(
             x="kappa",
             y="seen",
             runs=RATES,
-            log_x=True,
-            log_y=True,
+            log="xy",
             markers=True,
             caption=(
                 "The plain flow conserves the part of log u in the kernel of A, so its start can be read off its end."

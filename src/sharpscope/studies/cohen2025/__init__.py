@@ -19,7 +19,7 @@ from ...linalg.warm_start import warm_started
 from ...optimizers.gd import GD
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import Claim, at_least, at_most, labelled, under, within
+from .._framework.claims import comparison, control, identity, labelled, scaling, under
 from .._framework.config import demand_positive
 from .._framework.observe import Quantity, run
 from .._framework.study import Job, Progress
@@ -161,66 +161,47 @@ def flow_over_descent(column: str) -> Quantity:
 CLAIMS = (
     *under(
         BOTH,
-        *(claim for name in NETS for claim in claims(name, control=name != PLAIN)),
-        Claim(
-            f"{PLAIN}: lr·λ1/2 along the flow",
-            distance_to_edge(PLAIN, "central flow").extent(),
-            within(0.99, 1.01),
-            "identity",
+        *(claim for name in NETS for claim in claims(name, with_control=name != PLAIN)),
+        identity(
+            f"{PLAIN}: lr·λ1/2 along the flow", distance_to_edge(PLAIN, "central flow").extent().within(0.99, 1.01)
         ),
-        Claim(
+        control(
             f"{PLAIN}: the stable flow leaves the threshold (greatest lr·λ1/2)",
-            distance_to_edge(PLAIN, "stable flow").max(),
-            at_least(1.01),
-            "negative control",
+            distance_to_edge(PLAIN, "stable flow").max() >= 1.01,
         ),
     ),
     *under(
         ENDS,
-        Claim(
+        control(
             f"{LARGE}: averaged weights are sharper than the flow (its sharpness over theirs)",
-            mean_ratio(LARGE, "sharpness"),
-            at_most(0.95),
-            "negative control",
+            mean_ratio(LARGE, "sharpness") <= 0.95,
             note="lr is 20 times that of the MLP above, and 20 modes or more are at the edge.",
         ),
         *(
-            Claim(
-                f"{name}: distance of the flow's end over the distance moved",
-                end_error(name),
-                at_most(0.12),
-                "comparison",
-                deciding=False,
+            comparison(
+                f"{name}: distance of the flow's end over the distance moved", end_error(name) <= 0.12, deciding=False
             )
             for name in FAILING
         ),
     ),
     *under(
         COST,
-        Claim(
+        comparison(
             "At il = 1e-5 the implicit flow reaches τ = 1 with fewer gradients (factor)",
-            at_rate(1e-5, "gradient descent", "gradients") / at_rate(1e-5, "implicit flow", "gradients"),
-            at_least(10),
-            "comparison",
+            at_rate(1e-5, "gradient descent", "gradients") / at_rate(1e-5, "implicit flow", "gradients") >= 10,
         ),
-        Claim(
+        comparison(
             "It ends at the spherical sharpness of gradient descent (ratio)",
-            flow_over_descent("spherical_sharpness"),
-            within(0.95, 1.05),
-            "comparison",
+            flow_over_descent("spherical_sharpness").within(0.95, 1.05),
         ),
-        Claim("It ends at its test loss (ratio)", flow_over_descent("test_loss"), within(0.95, 1.05), "comparison"),
-        Claim(
+        comparison("It ends at its test loss (ratio)", flow_over_descent("test_loss").within(0.95, 1.05)),
+        scaling(
             "Its cost does not grow as il falls (from il = 1e-3 to 1e-5, factor)",
-            at_rate(1e-5, "implicit flow", "gradients") / at_rate(1e-3, "implicit flow", "gradients"),
-            at_most(2),
-            "scaling",
+            at_rate(1e-5, "implicit flow", "gradients") / at_rate(1e-3, "implicit flow", "gradients") <= 2,
         ),
-        Claim(
+        control(
             "That of explicit steps does (from il = 1e-3 to 1e-4, factor)",
-            at_rate(1e-4, "explicit flow", "gradients") / at_rate(1e-3, "explicit flow", "gradients"),
-            at_least(3),
-            "negative control",
+            at_rate(1e-4, "explicit flow", "gradients") / at_rate(1e-3, "explicit flow", "gradients") >= 3,
         ),
     ),
 )
@@ -286,8 +267,7 @@ CHARTS = labelled(
             x="il",
             y="gradients",
             runs=("cost: implicit flow", "cost: gradient descent", "cost: explicit flow"),
-            log_x=True,
-            log_y=True,
+            log="xy",
         ),
     ),
 )

@@ -248,8 +248,7 @@ CHARTS = labelled(
             x="least",
             y="trace",
             runs=("flat", "plain", f"flat{FEW}", f"plain{FEW}", "F_L"),
-            log_x=True,
-            log_y=True,
+            log="xy",
             markers=True,
             caption=(
                 "Flat solutions lie on the line where the trace is the least for their matrix, up to the draw of the"
@@ -262,7 +261,7 @@ CHARTS = labelled(
             x="nuclear_ratio",
             y="recovery",
             runs=("flat", "plain", "least Frobenius norm", f"flat{FEW}", f"flat{ENTRIES}"),
-            log_y=True,
+            log="y",
             markers=True,
             caption=(
                 "The flat solution is the measured matrix where Gaussian measurements are enough; with 20 it is not,"
@@ -287,8 +286,7 @@ CHARTS = labelled(
             x="penalty",
             y="error",
             runs=tuple(f"path, {depth} layers" for depth in Config.depths),
-            log_x=True,
-            log_y=True,
+            log="xy",
             caption=(
                 "40 measurements.  The penalty keeps the fit from being exact; the error falls in proportion to it."
             ),

@@ -250,8 +250,7 @@ CHARTS = under(
             x="rate",
             y="drift",
             runs=DEPTHS,
-            log_x=True,
-            log_y=True,
+            log="xy",
             caption="Ten times the rate, ten times the drift.",
         ),
         Chart(
@@ -260,7 +259,7 @@ CHARTS = under(
             x="time",
             y="share",
             runs=DEPTHS,
-            log_x=True,
+            log="x",
             lines=((1.0, "best of the orthant"),),
             caption="One layer may change signs and goes on to the best of all directions; deeper networks cannot.",
         ),

@@ -9,7 +9,7 @@ from torch import nn
 from ...optimizers.gd import GD
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import Claim, at_least, at_most, labelled, under, within
+from .._framework.claims import comparison, control, identity, inequality, labelled, under
 from .._framework.observe import Quantity, joined, run
 from .._framework.study import Job, Progress
 from .._shared.nets import Product, squares
@@ -68,41 +68,25 @@ SETTLED = run("completion").between(tau=(5, math.inf))
 
 CLAIMS = under(
     PART,
-    Claim(
+    comparison(
         "Weight decay lowers the spherical sharpness (without it, over with it)",
-        without_over_with("spherical_sharpness"),
-        at_least(2.5),
-        "comparison",
+        without_over_with("spherical_sharpness") >= 2.5,
     ),
-    Claim(
+    comparison(
         "Weight decay lowers the error on hidden entries (without it, over with it)",
-        without_over_with("test_rmse"),
-        at_least(1.5),
-        "comparison",
+        without_over_with("test_rmse") >= 1.5,
     ),
-    Claim(
-        "Weight decay lowers the effective rank (without it, over with it)",
-        without_over_with("effective_rank"),
-        at_least(2),
-        "comparison",
+    comparison(
+        "Weight decay lowers the effective rank (without it, over with it)", without_over_with("effective_rank") >= 2
     ),
-    Claim(
-        "η̃λ1 stays at the edge after τ = 5",
-        SETTLED["eta_lambda"].extent(),
-        within(1.9, 2.2),
-        "inequality",
-    ),
-    Claim(
+    inequality("η̃λ1 stays at the edge after τ = 5", SETTLED["eta_lambda"].extent().within(1.9, 2.2)),
+    identity(
         "Norms settle where growth and decay balance: lr²⟨‖∇_g‖²⟩ over (2il - il²)⟨‖w_g‖²⟩ after τ = 5",
-        joined(SETTLED["balance/left"].mean(), SETTLED["balance/right"].mean()).farthest_from(1),
-        within(0.9, 1.1),
-        "identity",
+        joined(SETTLED["balance/left"].mean(), SETTLED["balance/right"].mean()).farthest_from(1).within(0.9, 1.1),
     ),
-    Claim(
+    control(
         "Without weight decay the run stays off the edge (η̃λ1 at the end)",
-        run("completion, no decay")["eta_lambda"].last(),
-        at_most(1.9),
-        "negative control",
+        run("completion, no decay")["eta_lambda"].last() <= 1.9,
     ),
 )
 
@@ -116,7 +100,7 @@ CHARTS = under(
             x="tau",
             y="spherical_sharpness",
             runs=("completion",),
-            log_y=True,
+            log="y",
         ),
         Chart(
             "completion-test",

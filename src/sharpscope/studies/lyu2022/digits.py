@@ -8,7 +8,7 @@ import math
 from dataclasses import replace
 
 from ...report.charts import Chart
-from .._framework.claims import Claim, at_least, at_most, labelled, under, within
+from .._framework.claims import comparison, control, inequality, labelled, scaling, under
 from .._framework.observe import Quantity, run
 from .._framework.study import Job
 from .._shared.forecast import Forecast, claims, runs
@@ -104,63 +104,47 @@ ACCURACY = run("digits BN")["test_accuracy"].last()
 
 CLAIMS = under(
     PART,
-    Claim(
+    inequality(
         "BN: the run sits at the edge from τ = 0.02 on (η̃λ1)",
-        run("digits BN").between(tau=(0.02, math.inf))["eta_lambda"].extent(),
-        within(1.9, 2.5),
-        "inequality",
+        run("digits BN").between(tau=(0.02, math.inf))["eta_lambda"].extent().within(1.9, 2.5),
     ),
     *(
-        Claim(
-            f"{label}: λ1 falls from τ = {start} to {end} (by the factor)",
-            fall(f"digits {name}", start, end),
-            at_least(factor),
-            "inequality",
+        inequality(
+            f"{label}: λ1 falls from τ = {start} to {end} (by the factor)", fall(f"digits {name}", start, end) >= factor
         )
         for label, name, start, end, factor in FALLS
     ),
-    Claim(
+    scaling(
         "BN: λ1 depends on τ alone (largest relative difference at τ = 0.1, 0.2, 0.29 under twice the il)",
-        relative_difference("digits BN", "digits BN, larger il", 0.1, 0.2, 0.29),
-        at_most(0.1),
-        "scaling",
+        relative_difference("digits BN", "digits BN, larger il", 0.1, 0.2, 0.29) <= 0.1,
     ),
-    Claim(
+    comparison(
         "BN: test accuracy while λ1 falls (at the end minus at τ = 0.02)",
-        ACCURACY - run("digits BN").at(tau=0.02)["test_accuracy"],
-        at_least(0),
-        "comparison",
+        ACCURACY - run("digits BN").at(tau=0.02)["test_accuracy"] >= 0,
         deciding=False,
         note="On this task flatness changes a lot and accuracy hardly at all.",
     ),
-    Claim(
+    comparison(
         "BN: weight decay against none (test accuracy at the end, difference)",
-        ACCURACY - run("digits BN, no decay")["test_accuracy"].last(),
-        at_least(0),
-        "comparison",
+        ACCURACY - run("digits BN, no decay")["test_accuracy"].last() >= 0,
         deciding=False,
     ),
     *(
-        Claim(
+        control(
             f"{label}, without weight decay: λ1 does not fall (factor over the second half)",
-            late_fall(f"digits {name}, no decay"),
-            at_most(1.05),
-            "negative control",
+            late_fall(f"digits {name}, no decay") <= 1.05,
         )
         for label, name in WITHOUT_DECAY
     ),
-    Claim(
+    control(
         "Without normalization the run stays off the edge (greatest lr·λ1)",
-        run("digits no normalization")["eta_lambda"].max(),
-        at_most(1.9),
-        "negative control",
+        run("digits no normalization")["eta_lambda"].max() <= 1.9,
     ),
-    Claim(
+    control(
         "Without normalization weight decay does not reduce sharpness (λ1 with weight decay over without)",
         run("digits no normalization")["sharpness"].last()
-        / run("digits no normalization, no decay")["sharpness"].last(),
-        at_least(0.9),
-        "negative control",
+        / run("digits no normalization, no decay")["sharpness"].last()
+        >= 0.9,
     ),
     *claims(FORECAST),
 )
@@ -175,7 +159,7 @@ CHARTS = under(
             x="tau",
             y="spherical_sharpness",
             runs=digits("BN", "BN, larger il", "LN", "RMSNorm", "GN", "conv BN"),
-            log_y=True,
+            log="y",
         ),
         Chart(
             "digits-threshold",
@@ -183,7 +167,7 @@ CHARTS = under(
             x="step",
             y="spherical_sharpness",
             runs=digits("BN", "BN, no decay"),
-            log_y=True,
+            log="y",
             beside=(("threshold", "2/η̃"),),
             caption="Spherical sharpness beside 2/η̃, at which it is at the edge. Weight decay lowers 2/η̃, and λ1"
             " follows.",
@@ -194,7 +178,7 @@ CHARTS = under(
             x="tau",
             y="eta_lambda",
             runs=digits("BN", "BN, larger il", "LN", "conv BN", "cross-entropy", "no normalization"),
-            log_y=True,
+            log="y",
             lines=((2.0, "edge of stability"),),
             caption="Without normalization: lr·λ1 of the plain Hessian.",
         ),
@@ -221,7 +205,7 @@ CHARTS = under(
             x="step",
             y="loss",
             runs=digits("BN", "BN, no decay", "LN", "no normalization"),
-            log_y=True,
+            log="y",
         ),
         Chart(
             "digits-accuracy",
@@ -229,7 +213,7 @@ CHARTS = under(
             x="step",
             y="test_accuracy",
             runs=digits("BN", "BN, no decay", "LN", "no normalization"),
-            log_x=True,
+            log="x",
         ),
         Chart(
             "digits-norm",

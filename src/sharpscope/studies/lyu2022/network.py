@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...report.charts import Chart
-from .._framework.claims import Claim, at_least, at_most, labelled, median, under, within
+from .._framework.claims import Claim, comparison, control, in_the_median, inequality, labelled, scaling, under
 from .._framework.observe import Quantity, run
 from .._framework.study import Job
 from .._shared.networks import Variant
@@ -81,23 +81,17 @@ def unnormalized(column: str) -> Quantity:
 def norm_claims(norm: str) -> tuple[Claim, ...]:
     """Claims on a normalization other than BN."""
     return (
-        Claim(
+        inequality(
             f"{norm}: the run sits at the edge (η̃λ1 at τ = 1, 2, 4, the farthest from 2)",
-            run(norm).at(tau=(1, 2, 4))["eta_lambda"].farthest_from(2),
-            median(within(1.8, 2.6)),
-            "inequality",
+            run(norm).at(tau=(1, 2, 4))["eta_lambda"].farthest_from(2).within(1.8, 2.6),
         ),
-        Claim(
+        comparison(
             f"{norm}: weight decay reduces sharpness (λ1 at τ = 4 over that without)",
-            over_no_decay(norm, "spherical_sharpness"),
-            median(at_most(0.4)),
-            "comparison",
+            over_no_decay(norm, "spherical_sharpness") <= 0.4,
         ),
-        Claim(
+        comparison(
             f"{norm}: … and the test error (at τ = 4 over that without)",
-            over_no_decay(norm, "test_loss"),
-            median(at_most(1)),
-            "comparison",
+            over_no_decay(norm, "test_loss") <= 1,
             deciding=False,
             note="Flatter is not always better: reported, not decided on.",
         ),
@@ -108,123 +102,89 @@ FROZEN = run("BN, no decay")["spherical_sharpness"]
 
 CLAIMS = under(
     PART,
-    Claim(
-        "With BN and weight decay the run sits at the edge (η̃λ1 over τ from 1 to 6, the farthest from 2.2)",
-        run("BN").between(tau=(1, 6))["eta_lambda"].farthest_from(2.2),
-        median(within(1.9, 2.5)),
-        "inequality",
-    ),
-    Claim(
-        "λ1 falls up to τ = 1 (by the factor)",
-        run("BN")["spherical_sharpness"].first() / run("BN").at(tau=1)["spherical_sharpness"],
-        median(at_least(5)),
-        "inequality",
-    ),
-    Claim("λ1 falls on from τ = 1 to 2 (by the factor)", fall("BN", 1, 2), median(at_least(1.5)), "inequality"),
-    Claim(
-        "Weight decay improves generalization (test error at τ = 4 over that without)",
-        over_no_decay("BN", "test_loss"),
-        median(at_most(0.7)),
-        "comparison",
-    ),
-    Claim(
-        "The test error falls on long after the fit (at τ = 6 over that at τ = 1)",
-        run("BN").at(tau=6)["test_loss"] / run("BN").at(tau=1)["test_loss"],
-        median(at_most(0.95)),
-        "comparison",
-    ),
-    Claim(
-        "λ1 depends on τ alone (largest relative difference at τ = 1, 2, 3, 4 under a smaller il)",
-        relative_difference("BN", "BN, smaller il", 1, 2, 3, 4),
-        median(at_most(0.1)),
-        "scaling",
-    ),
-    Claim(
-        "Without weight decay λ1 freezes (largest relative change over the second half)",
-        abs(FROZEN.second_half() / FROZEN.last() - 1).max(),
-        median(at_most(1e-3)),
-        "negative control",
-    ),
-    Claim(
-        "Without weight decay the minimum is sharper (λ1 over that with weight decay at τ = 4)",
-        FROZEN.last() / run("BN").at(tau=4)["spherical_sharpness"],
-        median(at_least(5)),
-        "negative control",
-    ),
-    *(claim for norm in NORMS for claim in norm_claims(norm)),
-    Claim(
-        "Cross-entropy on soft labels: the run sits at the edge (η̃λ1 at τ = 1, 2, 4, the farthest from 2)",
-        run("soft labels").at(tau=(1, 2, 4))["eta_lambda"].farthest_from(2),
-        median(within(1.8, 2.6)),
-        "inequality",
-    ),
-    Claim(
-        "Cross-entropy on soft labels: weight decay reduces sharpness (λ1 at τ = 4 over that without)",
-        over_no_decay("soft labels", "spherical_sharpness"),
-        median(at_most(0.2)),
-        "comparison",
-    ),
-    Claim(
-        "Cross-entropy on hard labels: η̃λ1 at τ = 4, as the loss and its sharpness vanish together",
-        run("hard labels").at(tau=4)["eta_lambda"],
-        median(within(1.8, 2.6)),
-        "inequality",
-        deciding=False,
-    ),
-    Claim(
-        "Scalar RMSprop on the sphere takes the same way (largest relative difference of λ1 at τ = 1, 2, 4)",
-        relative_difference("BN", "RMSprop on the sphere", 1, 2, 4),
-        median(at_most(0.2)),
-        "comparison",
-        deciding=False,
-    ),
-    Claim(
-        "Heavy ball 0.5 moves the edge to 3 (η̃λ1/3 at τ = 2, 4, the farthest from 1)",
-        run("heavy ball 0.5").at(tau=(2, 4))["eta_lambda"].farthest_from(3) / 3,
-        median(within(0.9, 1.2)),
-        "comparison",
-        deciding=False,
-    ),
-    Claim(
-        "Mini-batches of 40: weight decay reduces sharpness (λ1 at τ = 4 over that without)",
-        over_no_decay("batches of 40", "spherical_sharpness"),
-        median(at_most(1 / 3)),
-        "comparison",
-        deciding=False,
-    ),
-    Claim(
-        "Mini-batches of 40 stay below the edge (η̃λ1 at τ = 4)",
-        run("batches of 40").at(tau=4)["eta_lambda"],
-        median(at_most(2)),
-        "inequality",
-        deciding=False,
-    ),
-    Claim(
-        "Mini-batches of 20 stay further below (η̃λ1 at τ = 4 over that of batches of 40)",
-        run("batches of 20").at(tau=4)["eta_lambda"] / run("batches of 40").at(tau=4)["eta_lambda"],
-        median(at_most(1)),
-        "comparison",
-        deciding=False,
-    ),
-    Claim(
-        "Without normalization the run stays off the edge (greatest lr·λ1)",
-        run("no normalization")["eta_lambda"].max(),
-        median(at_most(1)),
-        "negative control",
-    ),
-    Claim(
-        "Without normalization weight decay does not reduce sharpness (λ1 with weight decay over without)",
-        unnormalized("sharpness"),
-        median(at_least(0.9)),
-        "negative control",
-    ),
-    Claim(
-        "Without normalization weight decay still helps the test error (with it over without)",
-        unnormalized("test_loss"),
-        median(at_most(1)),
-        "comparison",
-        deciding=False,
-        note="What weight decay gains by itself, without any sharpness reduction.",
+    *in_the_median(
+        inequality(
+            "With BN and weight decay the run sits at the edge (η̃λ1 over τ from 1 to 6, the farthest from 2.2)",
+            run("BN").between(tau=(1, 6))["eta_lambda"].farthest_from(2.2).within(1.9, 2.5),
+        ),
+        inequality(
+            "λ1 falls up to τ = 1 (by the factor)",
+            run("BN")["spherical_sharpness"].first() / run("BN").at(tau=1)["spherical_sharpness"] >= 5,
+        ),
+        inequality("λ1 falls on from τ = 1 to 2 (by the factor)", fall("BN", 1, 2) >= 1.5),
+        comparison(
+            "Weight decay improves generalization (test error at τ = 4 over that without)",
+            over_no_decay("BN", "test_loss") <= 0.7,
+        ),
+        comparison(
+            "The test error falls on long after the fit (at τ = 6 over that at τ = 1)",
+            run("BN").at(tau=6)["test_loss"] / run("BN").at(tau=1)["test_loss"] <= 0.95,
+        ),
+        scaling(
+            "λ1 depends on τ alone (largest relative difference at τ = 1, 2, 3, 4 under a smaller il)",
+            relative_difference("BN", "BN, smaller il", 1, 2, 3, 4) <= 0.1,
+        ),
+        control(
+            "Without weight decay λ1 freezes (largest relative change over the second half)",
+            abs(FROZEN.second_half() / FROZEN.last() - 1).max() <= 1e-3,
+        ),
+        control(
+            "Without weight decay the minimum is sharper (λ1 over that with weight decay at τ = 4)",
+            FROZEN.last() / run("BN").at(tau=4)["spherical_sharpness"] >= 5,
+        ),
+        *(claim for norm in NORMS for claim in norm_claims(norm)),
+        inequality(
+            "Cross-entropy on soft labels: the run sits at the edge (η̃λ1 at τ = 1, 2, 4, the farthest from 2)",
+            run("soft labels").at(tau=(1, 2, 4))["eta_lambda"].farthest_from(2).within(1.8, 2.6),
+        ),
+        comparison(
+            "Cross-entropy on soft labels: weight decay reduces sharpness (λ1 at τ = 4 over that without)",
+            over_no_decay("soft labels", "spherical_sharpness") <= 0.2,
+        ),
+        inequality(
+            "Cross-entropy on hard labels: η̃λ1 at τ = 4, as the loss and its sharpness vanish together",
+            run("hard labels").at(tau=4)["eta_lambda"].within(1.8, 2.6),
+            deciding=False,
+        ),
+        comparison(
+            "Scalar RMSprop on the sphere takes the same way (largest relative difference of λ1 at τ = 1, 2, 4)",
+            relative_difference("BN", "RMSprop on the sphere", 1, 2, 4) <= 0.2,
+            deciding=False,
+        ),
+        comparison(
+            "Heavy ball 0.5 moves the edge to 3 (η̃λ1/3 at τ = 2, 4, the farthest from 1)",
+            (run("heavy ball 0.5").at(tau=(2, 4))["eta_lambda"].farthest_from(3) / 3).within(0.9, 1.2),
+            deciding=False,
+        ),
+        comparison(
+            "Mini-batches of 40: weight decay reduces sharpness (λ1 at τ = 4 over that without)",
+            over_no_decay("batches of 40", "spherical_sharpness") <= 1 / 3,
+            deciding=False,
+        ),
+        inequality(
+            "Mini-batches of 40 stay below the edge (η̃λ1 at τ = 4)",
+            run("batches of 40").at(tau=4)["eta_lambda"] <= 2,
+            deciding=False,
+        ),
+        comparison(
+            "Mini-batches of 20 stay further below (η̃λ1 at τ = 4 over that of batches of 40)",
+            run("batches of 20").at(tau=4)["eta_lambda"] / run("batches of 40").at(tau=4)["eta_lambda"] <= 1,
+            deciding=False,
+        ),
+        control(
+            "Without normalization the run stays off the edge (greatest lr·λ1)",
+            run("no normalization")["eta_lambda"].max() <= 1,
+        ),
+        control(
+            "Without normalization weight decay does not reduce sharpness (λ1 with weight decay over without)",
+            unnormalized("sharpness") >= 0.9,
+        ),
+        comparison(
+            "Without normalization weight decay still helps the test error (with it over without)",
+            unnormalized("test_loss") <= 1,
+            deciding=False,
+            note="What weight decay gains by itself, without any sharpness reduction.",
+        ),
     ),
 )
 
@@ -238,7 +198,7 @@ CHARTS = under(
             x="tau",
             y="spherical_sharpness",
             runs=("BN", "BN, smaller il", *NORMS),
-            log_y=True,
+            log="y",
             caption="Batch normalization at two intrinsic rates: one curve. LN, GN and WN leave it in bursts and"
             " return.",
         ),
@@ -248,7 +208,7 @@ CHARTS = under(
             x="tau",
             y="eta_lambda",
             runs=("BN", "BN, smaller il", "LN", "batches of 40", "heavy ball 0.5"),
-            log_y=True,
+            log="y",
             lines=((2.0, "edge of stability"), (3.0, "edge with momentum 0.5")),
         ),
         Chart(
@@ -257,7 +217,7 @@ CHARTS = under(
             x="step",
             y="spherical_sharpness",
             runs=("BN", "BN, no decay", "LN", "LN, no decay"),
-            log_y=True,
+            log="y",
         ),
         Chart(
             "network-test",
@@ -265,7 +225,7 @@ CHARTS = under(
             x="step",
             y="test_loss",
             runs=("BN", "BN, no decay", "LN", "LN, no decay", "no normalization", "no normalization, no decay"),
-            log_y=True,
+            log="y",
         ),
     ),
 )

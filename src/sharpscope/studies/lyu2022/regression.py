@@ -3,15 +3,13 @@
 At the edge the angle α between w and the least-norm solution obeys ``tan α(τ) = tan α(0) e^{-τ}``, from any start.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
 from ...records.history import History
 from ...records.run_log import RunLog
 from ...report.charts import Chart
-from .._framework.claims import Claim, at_least, at_most, labelled, under, within
-from .._framework.observe import run
+from .._framework.claims import comparison, control, identity, labelled, scaling, under
+from .._framework.observe import Quantity, measured, run
 from .._framework.study import Job, Progress
 from .._shared.toys import Columns, ProcessState, measurement_steps, unit
 from .._shared.walk import walk
@@ -102,13 +100,14 @@ def null_decay_error(h: History, config: Config) -> float:
     return largest
 
 
-def ends(column: str) -> Callable[[History, Config], tuple[float, ...]]:
+def ends(column: str) -> Quantity:
     """The last value of a column from both starts on all data sets."""
-    return lambda h, config: tuple(
-        float(h.series(on_data(f"start {i}", data), column)[-1])
-        for data in range(config.regression_data)
-        for i in (1, 2)
-    )
+
+    def last_values(h: History, config: Config) -> list[float]:
+        starts = [on_data(f"start {i}", data) for data in range(config.regression_data) for i in (1, 2)]
+        return [float(h.series(name, column)[-1]) for name in starts]
+
+    return measured(last_values, "start 1")
 
 
 LATE_ANGLE = run("regression without decay").where("step", lambda step: step >= 2000)["alpha"]
@@ -116,75 +115,45 @@ NULL_NORM = run("regression without BN")["null_norm"]
 
 CLAIMS = under(
     PART,
-    Claim(
+    scaling(
         "The angle to the least-norm solution obeys tan α = tan α₀ e^(-τ) (largest error, over il)",
-        angle_errors,
-        at_most(10),
-        "scaling",
-        runs=("start 1",),
+        measured(angle_errors, "start 1") <= 10,
     ),
-    Claim(
+    scaling(
         "The angle law on three further data sets (largest error, over il)",
-        angle_errors_elsewhere,
-        at_most(10),
-        "scaling",
-        runs=("angle, il 0.001, data 1",),
+        measured(angle_errors_elsewhere, "angle, il 0.001, data 1") <= 10,
         deciding=False,
         note="On each of them the error is of first order in il; its constant depends on the data.",
     ),
-    Claim(
+    identity(
         "The part of w in the null space of the data decays as (1 - il)^t (largest relative error)",
-        null_decay_error,
-        at_most(1e-8),
-        "identity",
-        runs=("start 1",),
+        measured(null_decay_error, "start 1") <= 1e-8,
     ),
-    Claim(
+    comparison(
         "From random starts the direction becomes that of the least-norm solution (1 - cosine)",
-        ends("from_least_norm"),
-        at_most(2e-4),
-        "comparison",
-        runs=("start 1",),
+        ends("from_least_norm") <= 2e-4,
     ),
-    Claim(
+    comparison(
         "… with it the spherical sharpness becomes the least on all minima (ratio)",
-        ends("relative"),
-        within(0.95, 1.05),
-        "comparison",
-        runs=("start 1",),
+        ends("relative").within(0.95, 1.05),
     ),
-    Claim(
+    comparison(
         "… while the oscillation holds the mean loss at λ1 il/4 (ratio)",
-        ends("relative_loss"),
-        within(0.85, 1.15),
-        "comparison",
-        runs=("start 1",),
+        ends("relative_loss").within(0.85, 1.15),
     ),
-    Claim(
-        "… and two starts end in one place (1 - cosine between them)",
-        ends("apart"),
-        at_most(1e-6),
-        "comparison",
-        runs=("start 1",),
-    ),
-    Claim(
+    comparison("… and two starts end in one place (1 - cosine between them)", ends("apart") <= 1e-6),
+    control(
         "Without weight decay the angle freezes (change after step 2000)",
-        abs(LATE_ANGLE - LATE_ANGLE.last()).max(),
-        at_most(1e-10),
-        "negative control",
+        abs(LATE_ANGLE - LATE_ANGLE.last()).max() <= 1e-10,
     ),
-    Claim(
+    control(
         "Without weight decay the minimum reached is sharper than need be (sharpness over the least)",
-        run("regression without decay")["relative"].last(),
-        at_least(1.5),
-        "negative control",
+        run("regression without decay")["relative"].last() >= 1.5,
         note="For one fixed start: the ratio depends on how far from the least-norm solution a start lies.",
     ),
-    Claim(
+    control(
         "Without normalization gradient descent keeps the null part of its start (relative change)",
-        abs(NULL_NORM / NULL_NORM.first() - 1).max(),
-        at_most(1e-10),
-        "negative control",
+        abs(NULL_NORM / NULL_NORM.first() - 1).max() <= 1e-10,
     ),
 )
 
@@ -198,7 +167,7 @@ CHARTS = under(
             x="tau",
             y="relative",
             runs=("start 1", "start 2"),
-            log_y=True,
+            log="y",
             lines=((1.0, "least-norm solution"),),
             caption="Two random starts on the same data.",
         ),

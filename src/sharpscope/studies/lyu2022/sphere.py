@@ -11,8 +11,8 @@ import numpy as np
 from ...records.history import History
 from ...records.run_log import RunLog
 from ...report.charts import Chart, SphereChart
-from .._framework.claims import Claim, at_least, at_most, labelled, under
-from .._framework.observe import Quantity, joined, run
+from .._framework.claims import control, identity, labelled, scaling, under
+from .._framework.observe import Quantity, joined, measured, run
 from .._framework.study import Job, Progress
 from .._shared import toys
 from .._shared.walk import walk, write
@@ -156,63 +156,42 @@ PATHS = ("A1, il 0.001",)  # one for all: which others there are is up to the co
 
 CLAIMS = under(
     PART,
-    Claim(
+    scaling(
         "Gradient descent with weight decay follows the sharpness-reduction flow (largest distance in φ, over il)",
-        largest_error,
-        at_most(10),
-        "scaling",
-        runs=PATHS,
+        measured(largest_error, *PATHS) <= 10,
     ),
-    Claim(
+    scaling(
         "The distance is of first order in il (distance/il: largest over smallest)",
-        largest_over_smallest_error,
-        at_most(1.5),
-        "scaling",
-        runs=PATHS,
+        measured(largest_over_smallest_error, *PATHS) <= 1.5,
     ),
-    Claim(
+    identity(
         "The speed along the minima is A K/(B + K²) with A = 2 (fitted A, distance from 2)",
-        abs(A1_SPEEDS.reduce(lambda v: toys.fit_speed(SPEEDS, v)[0]) - 2),
-        at_most(1e-4),
-        "identity",
+        abs(A1_SPEEDS.reduce(lambda v: toys.fit_speed(SPEEDS, v)[0]) - 2) <= 1e-4,
     ),
-    Claim(
+    identity(
         "… and with B = 4 (fitted B, distance from 4)",
-        abs(A1_SPEEDS.reduce(lambda v: toys.fit_speed(SPEEDS, v)[1]) - 4),
-        at_most(1e-4),
-        "identity",
+        abs(A1_SPEEDS.reduce(lambda v: toys.fit_speed(SPEEDS, v)[1]) - 4) <= 1e-4,
     ),
-    Claim(
+    identity(
         "From half way below, the edge is entered at τ = ½ ln 2 (relative error)",
-        abs(ENTRY / (0.5 * math.log(2)) - 1),
-        at_most(0.01),
-        "identity",
+        abs(ENTRY / (0.5 * math.log(2)) - 1) <= 0.01,
     ),
-    Claim(
+    identity(
         "Scalar RMSprop with decay 1 - Cη² moves at speed C K/(4C + 2K²), in either order of update and use"
         " (largest relative error)",
-        largest(*(rmsprop_error(*setting) for setting in RMSPROP)),
-        at_most(1e-4),
-        "identity",
+        largest(*(rmsprop_error(*setting) for setting in RMSPROP)) <= 1e-4,
     ),
-    Claim(
+    identity(
         "Without weight decay, a start just above the edge drifts once, as predicted (largest relative error)",
-        largest(*(catapult_error(k) for k in KICKED)),
-        at_most(0.01),
-        "identity",
+        largest(*(catapult_error(k) for k in KICKED)) <= 0.01,
     ),
-    Claim(
+    control(
         "Without weight decay, below the edge, nothing moves after convergence (change of φ after step 1000)",
-        largest(*(late_motion(edge) for edge in BELOW)),
-        at_most(1e-12),
-        "negative control",
+        largest(*(late_motion(edge) for edge in BELOW)) <= 1e-12,
     ),
-    Claim(
+    control(
         "A flow with 3 or 5 in place of the constant 4 is refuted (distance over il)",
-        errors_of_wrong_flows,
-        at_least(10),
-        "negative control",
-        runs=PATHS,
+        measured(errors_of_wrong_flows, *PATHS) >= 10,
     ),
 )
 

@@ -269,7 +269,7 @@ CHARTS = under(
             x="depth",
             y="steps",
             runs=tuple(RATES),
-            log_y=True,
+            log="y",
             repeats="first",
             caption="200 chains, each method at the rate by which most escape.  Where fewer than half escape, the"
             " median is above all steps that were taken.",

@@ -219,8 +219,7 @@ def _excess(slug: str, spectrum: str, where: str, caption: str) -> Chart:
         x="N",
         y="excess",
         runs=tuple(f"{spectrum}: {name}" for name in ("bound", "least squares", "SGD", "exact", "ridge")),
-        log_x=True,
-        log_y=True,
+        log="xy",
         repeats="first",
         caption=caption,
     )
@@ -251,8 +250,7 @@ CHARTS = under(
             x="N",
             y="variance",
             runs=(*(f"{spectrum}: exact" for spectrum in SPECTRA), GROWING),
-            log_x=True,
-            log_y=True,
+            log="xy",
             caption="It falls where the eigenvalues fall; on flat spectra it grows, or stays where dimensions grow"
             " with N.",
         ),
