@@ -65,5 +65,5 @@ def test_gain_is_one_where_an_end_is_best() -> None:
 
 
 def test_bad_configurations_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"shares is \(1.0, -1.0\); it must be positive"):
-        Config(shares=(1.0, -1.0))
+    with pytest.raises(ValueError, match=r"fractions is \(1.0, -1.0\); it must be positive"):
+        Config(fractions=(1.0, -1.0))

@@ -51,7 +51,7 @@ class Config:
     rates: int = 60  # its learning rates, from .1 to 1.95 η_c
     steps: int = 20000
     teachers: int = 2000
-    shares: tuple[float, ...] = (0.5, 0.9, 1.3, 1.8, 2.5, 3.2, 4.0, 5.0)  # of η_c, for the network
+    fractions: tuple[float, ...] = (0.5, 0.9, 1.3, 1.8, 2.5, 3.2, 4.0, 5.0)  # of η_c, for the network
     target: float = 1e-2  # its training loss
 
     def __post_init__(self) -> None:
@@ -113,11 +113,11 @@ def _network(log: RunLog, progress: Progress, seed: int, config: Config) -> None
     slow = descend(f.recorded(start), start, GD(0.06), config.steps, until=until, watch=watch)
     of_flow = _sharpness(f, slow.weights[0])
     critical = 2 / max(*along_the_flow, of_flow)
-    W = start.repeat(len(config.shares), 1)
-    rules = [GD(fraction * critical) for fraction in config.shares]
+    W = start.repeat(len(config.fractions), 1)
+    rules = [GD(fraction * critical) for fraction in config.fractions]
     done = descend(f.recorded(W), W, rules, 6000, until=until)
     tests = BatchedRuns(partial(losses, stack, data.test_x, data.test_y)).value(done.weights).tolist()
-    for fraction, w, reached, test in zip(config.shares, done.weights, done.reached, tests, strict=True):
+    for fraction, w, reached, test in zip(config.fractions, done.weights, done.reached, tests, strict=True):
         if reached:
             top = _sharpness(f, w)
             log.append(
@@ -206,6 +206,7 @@ LABELS = {
     "error": "‖β - β*‖²",
     "test": "test loss",
 }
+OLD_FIELDS = {"shares": "fractions"}
 OLD_COLUMNS = {"edge": "stability_ratio", "shown_share": "share", "shown_over": "over", "shown_error": "error"}
 
 CHARTS = labelled(
