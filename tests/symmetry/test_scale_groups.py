@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from sharpscope import Objective, find_groups, make_scale_invariant
 from sharpscope.studies._shared import nets
 from sharpscope.symmetry import ScaleGroups
-from sharpscope.symmetry.scale_groups import EULER, columns, rows
+from sharpscope.symmetry.candidates import columns, rows
+from sharpscope.symmetry.scale_groups import EULER
 
 DATA = [(normal(n, 8, seed=10 + i), normal(n, 2, seed=20 + i)) for i, n in enumerate((16, 24))]
 OWN = ("BN", "LN", "GN", "RMSNorm", "WN")

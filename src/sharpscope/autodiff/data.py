@@ -22,6 +22,11 @@ class Batch(NamedTuple):
     target: Any
     examples: int
 
+    @property
+    def raw(self) -> tuple[Any, Any]:
+        """The batch as a pair (inputs, target), in which form an Objective takes it."""
+        return self.kwargs or self.args, self.target
+
 
 def read(data: Iterable[Any], seed: int | None, device: torch.device) -> Iterator[Batch]:
     """One pass over `data` on `device`, all that draws being seeded by `seed` (None: as it stands)."""
@@ -55,7 +60,7 @@ def examples(batch: Any) -> int:
 
 def _cut(tree: Any, count: int, n: int) -> Any:
     """The first n of `count` examples in every tensor that holds one per example."""
-    return _mapped(tree, lambda t: t[:n] if t.dim() > 0 and t.shape[0] == count else t)
+    return map_tensors(tree, lambda t: t[:n] if t.dim() > 0 and t.shape[0] == count else t)
 
 
 def check_data(data: Iterable[Any]) -> None:
@@ -87,17 +92,17 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _to(tree: Any, device: torch.device) -> Any:
-    return _mapped(tree, lambda t: t.to(device))
+    return map_tensors(tree, lambda t: t.to(device))
 
 
-def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nested tuples, lists and mappings with other tensors."""
+def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `change` to every tensor in nested tuples, lists and mappings."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, Mapping):
-        return {key: _mapped(item, change) for key, item in tree.items()}
+        return {key: map_tensors(item, change) for key, item in tree.items()}
     if isinstance(tree, list | tuple):
-        items = [_mapped(item, change) for item in tree]
+        items = [map_tensors(item, change) for item in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree
 

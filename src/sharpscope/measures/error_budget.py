@@ -1,4 +1,4 @@
-"""Where the error of a sharpness comes from: the solver, the sample of the data, or rounding.
+"""Split the error of a sharpness into those of the solver, of the sample of the data, and of rounding.
 
     solver    r²/gap of the top Ritz pair, r its residual; r where no gap is seen, and never beyond `Eigenpairs.upper`
     sample    λ1 of these n examples, for λ1 of what they were drawn from: first order in the noise of H the standard
@@ -9,33 +9,37 @@ The bias comes from the mean λ1 of halves and quarters of the data, which conve
 It falls like ``1/n`` where the noise is small and more slowly, at least like ``1/√n``, where it is not.  P parameters.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..autodiff.curvature import hessian
-from ..autodiff.data import Batch
+from ..autodiff.data import examples, map_tensors
 from ..autodiff.objective import Objective
+from ..autodiff.precision import in_double
 from ..errors import InvalidValue
 from ..linalg.lanczos import lanczos
 from ..linalg.operators import SymmetricOperator
 from ..linalg.trace import student
 
-QUARTERS, GROUPS = 4, 16
-"""Parts of the data in which λ1 is solved for; at most so many groups for the standard error."""
+QUARTERS = 4
+"""Number of parts of the data in each of which λ1 is solved for."""
+
+MAX_GROUPS = 16
+"""Number of groups that the standard error is computed over, at most."""
 
 
 @dataclass(frozen=True)
 class ErrorBudget:
-    """λ1(∇²L) of `examples` examples and its errors; those of the sample are against all data that might be drawn.
+    """The sharpness of a sample of the data, ``λ1(∇²L)``, and its errors.
 
-    ``means`` holds the mean λ1 of disjoint subsets by their (mean) number of examples, all of them first, then halves
-    and quarters; ``bias = λ1 - limit`` follows from them with the exponent that they show, between 1/2 and 1.
+    Those of the sample are against all data that might be drawn.  ``means`` holds the mean λ1 of disjoint subsets by
+    their (mean) number of examples, all of them first, then halves and quarters; ``bias = λ1 - limit`` follows from
+    them with the exponent that they show, between 1/2 and 1.
     """
 
     sharpness: float
@@ -52,12 +56,15 @@ class ErrorBudget:
 
     @property
     def corrected(self) -> float:
-        """λ1 less its bias: the estimate for unlimited data."""
+        """Estimate of the sharpness for unlimited data: that of the sample less its bias."""
         return self.sharpness - self.bias
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval for unlimited data: Student's t around `corrected`, out by the bias and the other errors."""
+        """Interval that holds the sharpness for unlimited data with 95 %.
+
+        Student's t around `corrected`, widened by the bias and the other errors.
+        """
         reach = student(self.groups - 1) * self.standard_error + self.bias + self.solver + self.rounding
         return self.corrected - reach, self.corrected + reach
 
@@ -81,7 +88,7 @@ class ErrorBudget:
 
 
 def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, seed: int = 0) -> ErrorBudget:
-    """The errors of ``λ1(∇²L(w))`` by solver, sample and rounding, and which of them to reduce [N20].
+    """Measure the errors of ``λ1(∇²L(w))`` by solver, sample and rounding, and which of them to reduce [N20].
 
     Costs two further solves (afresh: the top vector of a subset may be another one) and one pass in float64, and holds
     all data in memory.  Batches are taken for random draws, and stay whole (batch normalization sees them whole); fewer
@@ -93,97 +100,88 @@ def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, s
         ValueError: fewer than four examples.
     """
     w = f.weights() if w is None else w.detach()
-    batches = [_Batch(_raw(b), b.examples) for b in f._batches(w.device)]
+    batches = [batch.raw for batch in f._batches(w.device)]
     pieces, note = _pieces(batches)
-    n = sum(piece.examples for piece in pieces)
-    whole = f.on([b.data for b in batches])
+    n = sum(map(examples, pieces))
+    whole = f.on(batches)
     a = hessian(whole, w)
     top = lanczos(a, min(2, a.size), rtol=rtol, seed=seed)
     value, v, residual = top.values[0].item(), top.vectors[:, 0], top.residuals[0].item()
     gap = value - (top.values[1] + top.residuals[1]).item() if a.size > 1 else math.inf
     solver = min(residual, residual**2 / gap if gap > 0 else residual, max(top.upper - value, 0.0))
 
-    groups = _dealt(pieces, min(len(pieces), GROUPS))
-    sizes = torch.tensor([sum(b.examples for b in group) for group in groups], dtype=torch.float64)
-    slopes = torch.tensor([_curvature(_on(f, group, w), v) for group in groups], dtype=torch.float64)
-    share, k = sizes / n, len(groups)
-    centre = (share * slopes).sum()
-    standard_error = ((share * (slopes - centre)).square().sum() * k / (k - 1)).sqrt().item()
+    groups = _dealt(pieces, min(len(pieces), MAX_GROUPS))
+    sizes = torch.tensor([sum(map(examples, group)) for group in groups], dtype=torch.float64)
+    curvatures = torch.tensor([_curvature(hessian(f.on(group), w), v) for group in groups], dtype=torch.float64)
+    fractions, k = sizes / n, len(groups)
+    centre = (fractions * curvatures).sum()
+    standard_error = ((fractions * (curvatures - centre)).square().sum() * k / (k - 1)).sqrt().item()
 
     means, spent = {float(n): value}, float(top.num_matvecs) + 1
     for parts in (2, QUARTERS):
         total = 0.0
         for group in _dealt(pieces, parts):
-            found = lanczos(_on(f, group, w), rtol=rtol, seed=seed)
-            weight = sum(b.examples for b in group) / n
+            found = lanczos(hessian(f.on(group), w), rtol=rtol, seed=seed)
+            weight = sum(map(examples, group)) / n
             total += weight * found.values[0].item()
             spent += weight * found.num_matvecs
         means[n / parts] = total
     bias = _bias(*means.values())
     rounding = _rounding(whole, a, w, v, value, seed)
-    advice = _advice(value, solver, math.hypot(standard_error, bias), rounding, n, rtol, w.dtype)
-    return ErrorBudget(value, solver, standard_error, bias, rounding, n, k, means, advice, note, spent + 2)
+    return ErrorBudget(
+        sharpness=value,
+        solver=solver,
+        standard_error=standard_error,
+        bias=bias,
+        rounding=rounding,
+        examples=n,
+        groups=k,
+        means=means,
+        advice=_advice(value, solver, math.hypot(standard_error, bias), rounding, n, rtol, w.dtype),
+        note=note,
+        num_matvecs=spent + 2,
+    )
 
 
 def _bias(whole: float, halves: float, quarters: float) -> float:
-    """``c`` of ``whole = limit + c``, ``halves = limit + 2^p c``, ``quarters = limit + 4^p c``, p within [1/2, 1]."""
+    """Extrapolate the bias c from ``whole = limit + c``, ``halves = limit + 2^p c``, ``quarters = limit + 4^p c``.
+
+    The exponent p is taken within [1/2, 1].
+    """
     first, second = max(halves - whole, 0.0), max(quarters - halves, 0.0)
     p = math.log2(second / first) if first > 0 and second > 0 else 1.0
     return first / (2 ** min(max(p, 0.5), 1.0) - 1)
 
 
 def _curvature(a: SymmetricOperator, v: Tensor) -> float:
-    """``vᵀAv/vᵀv``, with the sums in float64."""
+    """Curvature along a vector, ``vᵀAv/vᵀv``, with the sums in float64."""
     v64 = v.double()
     return ((v64 @ (a @ v).double()) / (v64 @ v64)).item()
 
 
 def _rounding(f: Objective, a: SymmetricOperator, w: Tensor, v: Tensor, value: float, seed: int) -> float:
-    """``|vᵀHv - λ|`` with H in float64; where it is in float64 already, how far its products are from symmetric."""
+    """Rounding error of the sharpness: ``|vᵀHv - λ|`` with H in float64.
+
+    Where H is in float64 already, it is how far its products are from symmetric.
+    """
     if w.dtype != torch.float64:
-        return abs(_curvature(hessian(_doubled(f), w.double()), v.double()) - value)
+        return abs(_curvature(hessian(in_double(f), w.double()), v.double()) - value)
     z = torch.randn(v.shape, generator=torch.Generator().manual_seed(seed), dtype=v.dtype).to(v.device)
     u = v + z / z.norm()  # partly along v: products with a vector at right angles to it are small, and so their errors
     return abs(((u @ (a @ v)) - (v @ (a @ u))) / u.norm()).item()
 
 
-def _doubled(f: Objective) -> Objective:
-    """The objective in float64: copies of model, loss and data."""
-    model = copy.deepcopy(f.model).double()
-    loss = copy.deepcopy(f.loss).double() if isinstance(f.loss, nn.Module) else f.loss
-    return Objective(model, loss, [_mapped(batch, _double) for batch in f.data], memory_budget=f.memory_budget)
-
-
-def _double(t: Tensor) -> Tensor:
-    return t.double() if t.is_floating_point() else t
-
-
-class _Batch(NamedTuple):
-    data: Any  # as an Objective takes it
-    examples: int
-
-
-def _raw(batch: Batch) -> Any:
-    if batch.kwargs is batch.target:
-        return batch.target
-    return batch.kwargs or batch.args, batch.target
-
-
-def _on(f: Objective, group: list[_Batch], w: Tensor) -> SymmetricOperator:
-    return hessian(f.on([batch.data for batch in group]), w)
-
-
-def _pieces(batches: list[_Batch]) -> tuple[list[_Batch], str]:
-    """The batches as they are, or (with a note) cut by examples where they are fewer than four."""
-    counts = [batch.examples for batch in batches]
+def _pieces(batches: list[Any]) -> tuple[list[Any], str]:
+    """Return the batches as they are, or (with a note) cut by examples where they are fewer than four."""
+    counts = [examples(batch) for batch in batches]
     if sum(counts) < QUARTERS:
         raise InvalidValue(f"an error by sampling needs at least {QUARTERS} examples; the data hold {sum(counts)}")
     if len(batches) >= QUARTERS:
         return batches, ""
     pieces = []
-    for data, count in batches:
+    for batch, count in zip(batches, counts, strict=True):
         parts = min(count, math.ceil(2 * QUARTERS / len(batches)))
-        pieces += [_Batch(_mapped(data, _rows(count, i, parts)), len(range(i, count, parts))) for i in range(parts)]
+        pieces += [map_tensors(batch, _rows(count, i, parts)) for i in range(parts)]
     if len(pieces) < QUARTERS:
         raise InvalidValue(f"{len(batches)} batches of {counts} examples cannot be cut into {QUARTERS} parts")
     return pieces, (
@@ -196,19 +194,8 @@ def _rows(count: int, i: int, parts: int) -> Callable[[Tensor], Tensor]:
     return lambda t: t[i::parts] if t.dim() > 0 and len(t) == count else t
 
 
-def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: _mapped(item, change) for key, item in tree.items()}
-    if isinstance(tree, list | tuple):
-        items = [_mapped(item, change) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    return tree
-
-
-def _dealt(batches: list[_Batch], parts: int) -> list[list[_Batch]]:
-    """Every batch to one of `parts` groups in turn, so that an order in the data reaches all of them."""
+def _dealt(batches: list[Any], parts: int) -> list[list[Any]]:
+    """Deal the batches to `parts` groups in turn, so that an order in the data reaches all of them."""
     return [batches[i::parts] for i in range(parts)]
 
 

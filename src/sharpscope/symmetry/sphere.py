@@ -15,12 +15,12 @@ from ..linalg.operators import SymmetricOperator, projected, scaled
 
 
 def direction(w: Tensor) -> Tensor:
-    """``θ = w/‖w‖`` ``(P,)`` [N5]."""
+    """Scale the weights to unit norm, ``θ = w/‖w‖`` ``(P,)`` [N5]."""
     return w / w.norm()
 
 
 def tangent(w: Tensor, v: Tensor) -> Tensor:
-    """``v - ⟨θ, v⟩ θ``: the part of v ``(P,)`` along the sphere at θ [N6]."""
+    """Project v ``(P,)`` onto the tangent space of the sphere at θ = w/‖w‖, ``v - ⟨θ, v⟩ θ`` [N6]."""
     theta = direction(w)
     return v - (theta @ v) * theta
 
@@ -32,21 +32,21 @@ def angle(w: Tensor, z: Tensor) -> Tensor:
 
 
 def effective_learning_rate(lr: float, wd: float, radius: float) -> float:
-    """``lr / ((1 - lr wd) ‖w‖²)``: the step size of gradient descent with weight decay on the unit sphere [N8]."""
+    """Step size of gradient descent with weight decay on the unit sphere, ``lr / ((1 - lr wd) ‖w‖²)`` [N8]."""
     return lr / ((1 - lr * wd) * radius**2)
 
 
 def rmsprop_constants(lr: float, wd: float) -> tuple[float, float]:
-    """``η = √((1-β)/(2β))`` and ``β = (1 - lr wd)⁴`` of the scalar RMSprop that weight decay amounts to [N9]."""
+    """Constants of the RMSprop that weight decay amounts to, ``η = √((1-β)/(2β))`` and ``β = (1 - lr wd)⁴`` [N9]."""
     beta = (1 - lr * wd) ** 4
     return math.sqrt((1 - beta) / (2 * beta)), beta
 
 
 def on_sphere(hessian: SymmetricOperator, w: Tensor) -> SymmetricOperator:
-    """``‖w‖² ∇²L(w)``, which is the Hessian at w/‖w‖ when L is scale-invariant [N7]."""
+    """Scale the Hessian to that at w/‖w‖, ``‖w‖² ∇²L(w)``, for a scale-invariant L [N7]."""
     return scaled(hessian, (w @ w).item())
 
 
 def riemannian_hessian(hessian: SymmetricOperator, w: Tensor) -> SymmetricOperator:
-    """``Π ∇²L(θ) Π`` with Π = I - θθᵀ: second derivatives along great circles, for a scale-invariant L."""
+    """Second derivatives along great circles, ``Π ∇²L(θ) Π`` with Π = I - θθᵀ, for a scale-invariant L."""
     return projected(on_sphere(hessian, w), lambda v: tangent(w, v))

@@ -1,8 +1,8 @@
-"""A scale-invariant copy of a network: what is in the way is removed or frozen, and said.
+"""Remove or freeze the parameters that break scale invariance, and report each change.
 
-What the loss depends on at every scale (shifts, gains, readouts, biases that meet no normalization) keeps the weights
-from living on one sphere; what has no effect at all (biases right before batch normalization) only adds to their norm.
-Which is which is asked of the gradient, by `find_groups`, before and after every cut.
+Parameters whose scale the loss depends on (shifts, gains, readouts, biases that meet no normalization) keep the weights
+from living on one sphere; those without any effect (biases right before batch normalization) only add to their norm.
+`find_groups` tells them apart from the gradient, before and after every cut.
 """
 
 import copy
@@ -21,12 +21,12 @@ from .scale_groups import ScaleGroups, find_groups
 def make_scale_invariant(
     model: nn.Module | Objective, loss: Loss | None = None, data: Iterable[Any] | None = None
 ) -> tuple[nn.Module, list[str]]:
-    """A copy of `model` whose trainable weights are scale-invariant together, and what was done to it, in sentences.
+    """Copy `model` so that its trainable weights are scale-invariant together; every change is reported in a sentence.
 
-    First go parameters without effect; then biases, gains and shifts that are not invariant (without them a module
-    works as with zeros or ones; where it does not work without, they are frozen as they are); then other tensors, such
-    as the readout, are frozen as they are.  `model` is left alone.  It comes with its `loss` and `data`, which are
-    needed to ask the gradient, or as an `Objective`.
+    First parameters without effect are removed; then biases, gains and shifts that are not invariant (without them a
+    module works as with zeros or ones; where it does not, they are frozen as they are); then other tensors, such as
+    the readout, are frozen as they are.  `model` is left alone.  It comes with its `loss` and `data`, since gradients
+    are needed, or as an `Objective`.
 
     Raises:
         TypeError: a model without loss or data.
@@ -40,19 +40,21 @@ def make_scale_invariant(
     >>> [sentence.split(":")[0] for sentence in report[:-1]]
     ['Removed 1.weight', 'Removed 1.bias', 'Froze 3.weight', 'Removed 3.bias']
     """
-    f, said = _copied(model, loss, data), list[str]()
+    f, changes = _copied(model, loss, data), list[str]()
     for cut in (_without_null, _without_vectors, _with_the_rest_frozen):
         groups = find_groups(f)
-        f = cut(f, groups, said)
+        f = cut(f, groups, changes)
     groups = find_groups(f)
     if not groups.covers(f.size):
-        raise InvalidValue(f"what is left does not live on one sphere: {_least(groups)}; add normalization first")
-    return f.model, [*said, *(line for line in str(groups).splitlines() if "rescaled together" in line)]
+        raise InvalidValue(
+            f"what is left does not live on one sphere: {_closest_to_invariant(groups)}; add normalization first"
+        )
+    return f.model, [*changes, *(line for line in str(groups).splitlines() if "rescaled together" in line)]
 
 
 def _copied(model: nn.Module | Objective, loss: Loss | None, data: Iterable[Any] | None) -> Objective:
     if isinstance(model, Objective):
-        return _again(model, copy.deepcopy(model.model))
+        return _rebuilt(model, copy.deepcopy(model.model))
     if loss is None or data is None:
         raise InvalidType(
             "which weights are scale-invariant depends on loss and data: make_scale_invariant(model, loss, data) or"
@@ -61,80 +63,80 @@ def _copied(model: nn.Module | Objective, loss: Loss | None, data: Iterable[Any]
     return Objective(copy.deepcopy(model), loss, data)
 
 
-def _again(f: Objective, model: nn.Module) -> Objective:
-    """The objective of a model whose parameters have changed in number."""
+def _rebuilt(f: Objective, model: nn.Module) -> Objective:
+    """Make the objective anew, for a model whose parameters have changed in number."""
     return Objective(model, f.loss, f.data, memory_budget=f.memory_budget, without_dropout=not f.dropout)
 
 
-def _without_null(f: Objective, groups: ScaleGroups, said: list[str]) -> Objective:
+def _without_null(f: Objective, groups: ScaleGroups, changes: list[str]) -> Objective:
     for name in [name for name in groups.null if name in f.slices]:
-        f = _removed(f, name, "it has no effect on the loss", said)
+        f = _removed(f, name, "it has no effect on the loss", changes)
     return f
 
 
-def _without_vectors(f: Objective, groups: ScaleGroups, said: list[str]) -> Objective:
-    """Without biases, gains, shifts and factors (tensors with one long axis) that have no part in the joint group."""
-    for name, outside in _in_the_way(f, groups).items():
+def _without_vectors(f: Objective, groups: ScaleGroups, changes: list[str]) -> Objective:
+    """Remove biases, gains, shifts and factors (tensors with one long axis) that have no part in the joint group."""
+    for name, outside in _not_invariant(f, groups).items():
         if len(outside) == f.shapes[name].numel() == max(f.shapes[name], default=1):
-            f = _removed(f, name, _why(name, groups), said)
+            f = _removed(f, name, _reason(name, groups), changes)
     return f
 
 
-def _with_the_rest_frozen(f: Objective, groups: ScaleGroups, said: list[str]) -> Objective:
+def _with_the_rest_frozen(f: Objective, groups: ScaleGroups, changes: list[str]) -> Objective:
     if not groups.groups:
-        raise InvalidValue(f"no weights are scale-invariant: {_least(groups)}; add normalization first")
-    for name, outside in _in_the_way(f, groups).items():
+        raise InvalidValue(f"no weights are scale-invariant: {_closest_to_invariant(groups)}; add normalization first")
+    for name, outside in _not_invariant(f, groups).items():
         if len(outside) == f.shapes[name].numel():
-            f = _frozen(f, name, _why(name, groups), said)
+            f = _frozen(f, name, _reason(name, groups), changes)
         else:
-            f = _frozen_in_part(f, name, outside, said)
+            f = _frozen_in_part(f, name, outside, changes)
     return f
 
 
-def _in_the_way(f: Objective, groups: ScaleGroups) -> dict[str, Tensor]:
-    """Tensors of which not all is in the joint group, and which of their entries are not."""
+def _not_invariant(f: Objective, groups: ScaleGroups) -> dict[str, Tensor]:
+    """Find the tensors of which not all is in the joint group, and which of their entries are not."""
     inside = torch.zeros(f.size, dtype=torch.bool)
     inside[groups.joint] = True
     outside = {name: (~inside[s]).nonzero().flatten() for name, s in f.slices.items()}
     return {name: entries for name, entries in outside.items() if len(entries)}
 
 
-def _why(name: str, groups: ScaleGroups) -> str:
+def _reason(name: str, groups: ScaleGroups) -> str:
     if name not in groups.defects:
         return "it has no effect on the loss"
     return f"the loss depends on its scale (Euler cosine {groups.defects[name]:.2g})"
 
 
-def _least(groups: ScaleGroups) -> str:
+def _closest_to_invariant(groups: ScaleGroups) -> str:
     outside = {name: defect for name, defect in groups.defects.items() if name not in groups.groups}
     name, defect = min(outside.items(), key=lambda item: item[1], default=("", 1.0))
     return f"the least Euler cosine of what is not invariant is {defect:.2g} ({name})"
 
 
-def _removed(f: Objective, name: str, why: str, said: list[str]) -> Objective:
-    """Without the parameter, or with it frozen where its module does not work without."""
+def _removed(f: Objective, name: str, reason: str, changes: list[str]) -> Objective:
+    """Remove the parameter, or freeze it where its module does not work without."""
     parameter = f.model.get_parameter(name)
     owners = [(m, leaf) for m in f.model.modules() for leaf, p in m._parameters.items() if p is parameter]
     for module, leaf in owners:
         setattr(module, leaf, None)
     try:
-        smaller = _again(f, f.model)
-    except Exception:  # whatever a module says that cannot do without
+        smaller = _rebuilt(f, f.model)
+    except Exception:  # whatever a module raises that does not work without it
         for module, leaf in owners:
             setattr(module, leaf, parameter)
-        return _frozen(f, name, why, said)
-    said.append(f"Removed {name}: {why}.")
+        return _frozen(f, name, reason, changes)
+    changes.append(f"Removed {name}: {reason}.")
     return smaller
 
 
-def _frozen(f: Objective, name: str, why: str, said: list[str]) -> Objective:
+def _frozen(f: Objective, name: str, reason: str, changes: list[str]) -> Objective:
     parameter = f.model.get_parameter(name).requires_grad_(False)
-    said.append(f"Froze {name}: {why}; its norm stays {parameter.detach().norm().item():.3g}.")
-    return _again(f, f.model)
+    changes.append(f"Froze {name}: {reason}; its norm stays {parameter.detach().norm().item():.3g}.")
+    return _rebuilt(f, f.model)
 
 
 class _Filled(nn.Module):
-    """Parametrization: a tensor whose entries `rest` are fixed; the others are the parameter."""
+    """Parametrize a tensor whose entries `rest` are fixed; the others are the parameter."""
 
     fixed: Tensor
     moving: Tensor
@@ -153,12 +155,12 @@ class _Filled(nn.Module):
         return whole[self.moving]
 
 
-def _frozen_in_part(f: Objective, name: str, rest: Tensor, said: list[str]) -> Objective:
-    """With the entries `rest` of the parameter fixed: the others become a vector, ``parametrizations.*.original``."""
+def _frozen_in_part(f: Objective, name: str, rest: Tensor, changes: list[str]) -> Objective:
+    """Fix the entries `rest` of the parameter; the others become a vector, ``parametrizations.*.original``."""
     module_name, _, leaf = name.rpartition(".")
     module, parameter = f.model.get_submodule(module_name), f.model.get_parameter(name)
     parametrize.register_parametrization(module, leaf, _Filled(parameter, rest), unsafe=True)
-    said.append(
+    changes.append(
         f"Froze part of {name}: {len(rest)} of {f.shapes[name].numel()} entries; only the others are invariant."
     )
-    return _again(f, f.model)
+    return _rebuilt(f, f.model)

@@ -1,0 +1,49 @@
+"""An objective in double precision, where rounding in single precision would hide what a function does.
+
+    f₆₄ = in_double(f),      f₆₄.value(w.double()) = L(w) but for the rounding of float32
+
+P parameters.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .data import map_tensors
+from .objective import Objective
+
+
+def in_double(f: Objective) -> Objective:
+    """The same function in double precision, on copies of the model and of a loss that is a module.
+
+    Batches are converted as they are read, so that the data are in memory once; integers stay integers.  The data keep
+    their seed and products are formed as those of `f`, which itself is left as it is.  A model that casts to single
+    precision inside still does.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: the model or the loss cannot be copied.
+    """
+    double = copy.copy(f)
+    double.model = copy.deepcopy(f.model).double()
+    double.loss = copy.deepcopy(f.loss).double() if isinstance(f.loss, nn.Module) else f.loss
+    double.data = _DoubledData(f)
+    double._graph_bytes_per_example = 2 * f._graph_bytes_per_example
+    return double
+
+
+@dataclass(frozen=True)
+class _DoubledData:
+    """The batches of an objective, read under its seed, with floating point numbers in double precision."""
+
+    f: Objective
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.f._batches(next(self.f.model.parameters()).device):
+            yield map_tensors(batch.raw, _doubled)
+
+
+def _doubled(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
