@@ -27,7 +27,7 @@ def say(ratios: Sequence[float | None], facts: Facts = PLAIN, **columns: Any) ->
     count = len(ratios)
     loss = [None if r is None else 1.0 + i % 2 for i, r in enumerate(ratios)]
     base: dict[str, Any] = {"tau": 0.0, "loss": loss, "stability_ratio": list(ratios), "sharpness": list(ratios)}
-    base |= {"learning_rate": 0.1, "clock": 0.0, "equilibrium": 0.0}
+    base |= {"learning_rate": 0.1, "intrinsic_time_per_step": 0.0, "equilibrium": 0.0}
     found = diagnose(History(rows(count, **base | columns)), "r", facts)
     assert len({f.name for f in found}) == len(found)
     return {f.name: f for f in found}
@@ -111,12 +111,12 @@ def test_no_threshold_no_regime() -> None:
 
 
 def test_where_the_curvature_lives() -> None:
-    inside = say([1.0] * 4, INVARIANT, **{"share/a": 0.7, "share/b": 0.1})["top eigenvector"]
+    inside = say([1.0] * 4, INVARIANT, **{"fraction/a": 0.7, "fraction/b": 0.1})["top eigenvector"]
     assert "80% of the top eigenvector lies in scale-invariant weights (most in a)" in inside.text
-    outside = say([1.0] * 4, INVARIANT, **{"share/a": 0.1, "share/b": 0.1})["top eigenvector"]
+    outside = say([1.0] * 4, INVARIANT, **{"fraction/a": 0.1, "fraction/b": 0.1})["top eigenvector"]
     assert "Only 20%" in outside.text and "that of the 40 other weights" in outside.text
     whole = Facts(60, 60, 3e-16, {"a": 40, "b": 20})
-    assert "top eigenvector" not in say([1.0] * 4, whole, **{"share/a": 0.7, "share/b": 0.3})
+    assert "top eigenvector" not in say([1.0] * 4, whole, **{"fraction/a": 0.7, "fraction/b": 0.3})
     assert "top eigenvector" not in say([1.0] * 4)
 
 
@@ -133,14 +133,14 @@ def test_twice_the_learning_rate() -> None:
     assert "to 1.60, past the edge" in say([0.8] * 4)["twice the rate"].text
     plain = say([1.0] * 4)["twice the rate"].text
     assert "halve the sharpness" in plain and "jump" in plain
-    adapting = say([1.0] * 4, INVARIANT, **{"share/a": 0.9})["twice the rate"].text
+    adapting = say([1.0] * 4, INVARIANT, **{"fraction/a": 0.9})["twice the rate"].text
     assert "√2 times their norm" in adapting
     assert "twice the rate" not in say([-1.0] * 4)
 
 
 def test_the_entry_formula() -> None:
     """τ = ½ ln 2 at half the threshold."""
-    columns: dict[str, Any] = {"clock": 1e-3, "share/a": 0.9}
+    columns: dict[str, Any] = {"intrinsic_time_per_step": 1e-3, "fraction/a": 0.9}
     found = say([0.5] * 4, INVARIANT, **columns)["steps to the edge"]
     assert found.numbers["tau"] == pytest.approx(0.5 * math.log(2))
     assert found.numbers["steps"] == pytest.approx(500 * math.log(2))
@@ -151,8 +151,8 @@ def test_the_entry_formula() -> None:
     assert "1970 are left." in say([0.5] * 4, long, **columns)["steps to the edge"].text
     assert "steps to the edge" not in say([1.0] * 4, INVARIANT, **columns)
     assert "steps to the edge" not in say([0.5] * 4, INVARIANT, **columns | {"radial/a": 1.0})
-    assert "steps to the edge" not in say([0.5] * 4, INVARIANT, **columns | {"clock": 0.0})
-    assert "steps to the edge" not in say([0.5] * 4, INVARIANT, **columns | {"share/a": 0.2})
+    assert "steps to the edge" not in say([0.5] * 4, INVARIANT, **columns | {"intrinsic_time_per_step": 0.0})
+    assert "steps to the edge" not in say([0.5] * 4, INVARIANT, **columns | {"fraction/a": 0.2})
 
 
 def test_invariant_weights_are_counted() -> None:
@@ -167,62 +167,75 @@ def test_unknown_groups_are_not_counted() -> None:
 
 
 def test_weight_decay_that_only_rescales() -> None:
-    found = say([1.0], INVARIANT, clock=1e-3)["decay rescales"].text
+    found = say([1.0], INVARIANT, intrinsic_time_per_step=1e-3)["decay rescales"].text
     assert "On the 60 invariant weights weight decay penalizes nothing" in found and "no effect" not in found
     idle = Facts(100, 0, 1.0, {}, {"c.bias": 6}, decayed_null=6)
     assert (
-        "6 parameters that have no effect on the loss (c.bias)" in say([1.0], idle, clock=1e-3)["decay rescales"].text
+        "6 parameters that have no effect on the loss (c.bias)"
+        in say([1.0], idle, intrinsic_time_per_step=1e-3)["decay rescales"].text
     )
     paired = Facts(100, pairs=("a -> b", "c -> d"))
-    assert "In 2 pairs of tensors (a -> b, ..)" in say([1.0], paired, clock=1e-3)["decay rescales"].text
     assert (
-        "In 1 pair of tensors (a -> b)," in say([1.0], Facts(100, pairs=("a -> b",)), clock=1e-3)["decay rescales"].text
+        "In 2 pairs of tensors (a -> b, ..)" in say([1.0], paired, intrinsic_time_per_step=1e-3)["decay rescales"].text
+    )
+    assert (
+        "In 1 pair of tensors (a -> b),"
+        in say([1.0], Facts(100, pairs=("a -> b",)), intrinsic_time_per_step=1e-3)["decay rescales"].text
     )
     assert "decay rescales" not in say([1.0], INVARIANT)
-    assert "decay rescales" not in say([1.0], clock=1e-3)
+    assert "decay rescales" not in say([1.0], intrinsic_time_per_step=1e-3)
 
 
 def test_the_intrinsic_time_of_weight_decay() -> None:
     assert "no decay" in say([1.0], INVARIANT)
-    early = say([1.0], INVARIANT, clock=0.002, tau=0.25)["intrinsic time"].text
+    early = say([1.0], INVARIANT, intrinsic_time_per_step=0.002, tau=0.25)["intrinsic time"].text
     assert "τ = 0.25 (by now 0.002 a step)" in early
     assert "takes 375 more steps" in early and "time to settle" not in early
-    late = say([1.0], INVARIANT, clock=0.002, tau=1.5)["intrinsic time"].text
+    late = say([1.0], INVARIANT, intrinsic_time_per_step=0.002, tau=1.5)["intrinsic time"].text
     assert late.startswith("Weight decay has acted for τ = 1.5 ") and late.endswith("norms have had time to settle.")
-    for names in (say([1.0], INVARIANT, clock=math.nan), say([1.0], clock=0.002, tau=0.25)):
+    for names in (
+        say([1.0], INVARIANT, intrinsic_time_per_step=math.nan),
+        say([1.0], intrinsic_time_per_step=0.002, tau=0.25),
+    ):
         assert not {"intrinsic time", "no decay", "no time"} & set(names)
 
 
 def test_weight_decay_without_time() -> None:
     facts = Facts(100, 60, 0.0, {"a": 60}, steps=50)
-    found = say([0.5] * 4, facts, clock=1e-3, tau=0.03)["no time"]
+    found = say([0.5] * 4, facts, intrinsic_time_per_step=1e-3, tau=0.03)["no time"]
     assert found.numbers["tau at the end"] == pytest.approx(0.03 + 20 * 1e-3)
     assert "weight decay has no time to act in this run" in found.text
-    enough = say([0.5] * 4, Facts(100, 60, 0.0, {"a": 60}, steps=500), clock=1e-3, tau=0.03)
+    enough = say([0.5] * 4, Facts(100, 60, 0.0, {"a": 60}, steps=500), intrinsic_time_per_step=1e-3, tau=0.03)
     assert "no time" not in enough and "will have for τ = 0.5 at the end" in enough["intrinsic time"].text
-    assert "no time" not in say([0.5] * 4, INVARIANT, clock=1e-3, tau=0.03)  # nobody knows the end
+    assert "no time" not in say([0.5] * 4, INVARIANT, intrinsic_time_per_step=1e-3, tau=0.03)  # nobody knows the end
 
 
 @pytest.mark.parametrize(
     ("steps", "word"), [(100, "does not fit"), (1000, "only just fits"), (2000, "fits in the 2000")]
 )
 def test_time_to_balance(steps: int, word: str) -> None:
-    found = say([0.5] * 4, Facts(100, 60, 0.0, {"a": 60}, steps=steps), clock=1e-3, tau=0.03)["settling"]
+    found = say([0.5] * 4, Facts(100, 60, 0.0, {"a": 60}, steps=steps), intrinsic_time_per_step=1e-3, tau=0.03)[
+        "settling"
+    ]
     assert found.numbers["time"] == 500 and word in found.text
-    assert "settling" not in say([0.5] * 4, INVARIANT, clock=1e-3)
-    assert "settling" not in say([0.5] * 4, Facts(100, 0, steps=steps), clock=1e-3)
+    assert "settling" not in say([0.5] * 4, INVARIANT, intrinsic_time_per_step=1e-3)
+    assert "settling" not in say([0.5] * 4, Facts(100, 0, steps=steps), intrinsic_time_per_step=1e-3)
 
 
 def test_twice_the_weight_decay() -> None:
-    found = say([0.5] * 4, INVARIANT, clock=1e-3, equilibrium=math.radians(1.0))["twice the decay"].text
+    found = say([0.5] * 4, INVARIANT, intrinsic_time_per_step=1e-3, equilibrium=math.radians(1.0))[
+        "twice the decay"
+    ].text
     assert "by 1.4° a step instead of 1°" in found
-    planned = say([0.5] * 4, Facts(100, 60, 0.0, {}, steps=530), clock=1e-3, tau=0.5)["twice the decay"].text
+    planned = say([0.5] * 4, Facts(100, 60, 0.0, {}, steps=530), intrinsic_time_per_step=1e-3, tau=0.5)[
+        "twice the decay"
+    ].text
     assert "(τ = 2 at the end)" in planned
     assert "twice the decay" not in say([0.5] * 4, INVARIANT)
 
 
 def test_rotation_against_its_law() -> None:
-    columns: dict[str, Any] = {"clock": 1e-2, "tau": 2.0, "equilibrium": 0.1}
+    columns: dict[str, Any] = {"intrinsic_time_per_step": 1e-2, "tau": 2.0, "equilibrium": 0.1}
     balanced = say([0.5] * 4, INVARIANT, **columns, **{"rotation/a": 0.12, "rotation/b": 0.08})["rotation"]
     assert "all within a factor of two" in balanced.text
     unequal = say([0.5] * 4, INVARIANT, **columns, **{"rotation/a": 0.12, "rotation/b": 0.02})["rotation"]

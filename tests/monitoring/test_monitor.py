@@ -111,7 +111,7 @@ def test_measurements_are_those_of_iterates(
             assert row["eta_lambda"] == pytest.approx(measures.eta_lambda(it), rel=SOLVER)
             assert row["radius"] == pytest.approx(measures.radius(it), rel=1e-15)
         else:
-            hyper = {"learning_rate", "clock", "equilibrium", "applied_gradient", "overhead"}
+            hyper = {"learning_rate", "intrinsic_time_per_step", "equilibrium", "applied_gradient", "overhead"}
             assert row.keys() == {"run", "step", "tau", "loss", "sharpness", "stability_ratio", "residual", *hyper}
 
 

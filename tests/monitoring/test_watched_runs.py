@@ -353,7 +353,7 @@ def test_each_invariant_group_has_its_columns() -> None:
         assert row[f"rate/{name}"] == pytest.approx(lr / ((1 - lr * wd) * (w @ w).item()), rel=1e-14)
         cosine = (before @ w / (before.norm() * w.norm())).item()
         assert row[f"rotation/{name}"] == pytest.approx(float(np.arccos(cosine)), rel=1e-5)
-        assert row[f"share/{name}"] == pytest.approx((vector[i] @ vector[i]).item(), rel=1e-3)
+        assert row[f"fraction/{name}"] == pytest.approx((vector[i] @ vector[i]).item(), rel=1e-3)
         assert abs(row[f"radial/{name}"]) < 1e-9  # eps = 0: no radial gradient
 
 

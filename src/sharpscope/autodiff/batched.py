@@ -25,7 +25,7 @@ from .tracing import record
 Rows = Callable[[Tensor], Tensor]
 """A function of each row: ``(R, P)`` to ``(R,)`` or ``(R, n)``."""
 
-Slope = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+GradientFunction = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """Losses ``(R,)`` and gradients ``(R, P)`` at weights ``(R, P)`` before step t."""
 
 
@@ -87,7 +87,7 @@ class BatchedRuns:
         """The same at every step: full-batch descent."""
         return self.value_and_grad(W)
 
-    def recorded(self, W: Tensor) -> Slope:
+    def recorded(self, W: Tensor) -> GradientFunction:
         """`slope` as a fixed program for weights of this shape: nothing but the arithmetic is left of a step.
 
         On small problems it is several times faster.  Whatever else the losses read, data above all, is fixed with it.

@@ -22,16 +22,16 @@ from ..symmetry.sphere import on_sphere
 
 
 def midpoint(before: Tensor, now: Tensor) -> Tensor:
-    """``(w_{t-1} + w_t)/2``: cancels the oscillation by which single iterates read high and low in turn."""
+    """Average two iterates, ``(w_{t-1} + w_t)/2``, which cancels their oscillation at the edge of stability."""
     return (before + now) / 2
 
 
 @dataclass(frozen=True)
 class Iterate:
-    """Weights `w` ``(P,)`` of `objective`, reached by `rule` in `state` after `step` steps.
+    """A point of training: weights `w` ``(P,)`` of `objective`, reached by `rule` in `state` after `step` steps.
 
     `k` and `rtol` are handed to the eigenvalue solver; `start` is the `memories` of an earlier Iterate.  `stability`
-    takes the place of what the rule says of it, for an optimizer with several parameter groups (`stability_of`).
+    takes the place of the rule's own criterion, for an optimizer with several parameter groups (`stability_of`).
     """
 
     objective: Objective
@@ -47,7 +47,7 @@ class Iterate:
 
     @classmethod
     def of(cls, at: "Objective | Iterate") -> "Iterate":
-        """The Iterate itself, or the one at an objective's present weights."""
+        """Return the Iterate itself, or the one at an objective's present weights."""
         if not isinstance(at, Iterate | Objective):
             raise InvalidType(f"a {type(at).__name__} has no sharpness by itself; make an Objective(model, loss, data)")
         return at if isinstance(at, Iterate) else cls(at, at.weights())
@@ -66,7 +66,7 @@ class Iterate:
 
     @cached_property
     def invariant(self) -> Tensor:
-        """The jointly scale-invariant weights ``(n,)``.
+        """Jointly scale-invariant weights ``(n,)``.
 
         Raises:
             ValueError: there are none.
@@ -82,28 +82,33 @@ class Iterate:
 
     @cached_property
     def top(self) -> Eigenpairs:
-        """Of ``∇²L(w)``."""
+        """Top eigenpairs of the Hessian, ``∇²L(w)``."""
         return self._solve("top", self.hessian)
+
+    @property
+    def required_rule(self) -> UpdateRule:
+        """Update rule of this point; raises InvalidValue where there is none."""
+        if self.rule is None:
+            raise InvalidValue("this measure needs an update rule: Iterate(..., rule=GD(learning_rate=...))")
+        return self.rule
 
     @cached_property
     def criterion(self) -> Stability:
-        """When the next step is stable.
+        """Criterion for the next step to be stable.
 
         Raises:
             ValueError: there is no rule, or it has no step length yet.
         """
         if self.stability is not None:
             return self.stability
-        if self.rule is None:
-            raise InvalidValue("this measure needs an update rule: Iterate(..., rule=GD(learning_rate=...))")
-        found = self.rule.stability(self.state)
+        found = self.required_rule.stability(self.state)
         if found is None:
             raise InvalidValue(f"{type(self.rule).__name__} has averaged no gradient yet: its steps have no length")
         return found
 
     @cached_property
     def effective_top(self) -> Eigenpairs:
-        """Of ``M^-½ (∇²L + D) M^-½``, whose largest eigenvalue is one at the edge of stability [N34]."""
+        """Top eigenpairs of ``M^-½ (∇²L + D) M^-½``, whose largest eigenvalue is 1 at the edge of stability [N34]."""
         metric, decay = self.criterion.metric.to(self.w), self.criterion.decay.to(self.w)
         if not self.criterion.uniform:
             a = shifted(preconditioned(self.hessian, metric), decay / metric)
@@ -111,12 +116,11 @@ class Iterate:
         top, m = self.top, (metric[0] if metric.dim() else metric).item()
         # One step length for all weights: the vectors of ∇²L serve, and D counts as they see it.
         seen = (decay.expand_as(self.w)[:, None] * top.vectors.square()).sum(dim=0)
-        shifted_up = replace(top, values=top.values + seen, upper=top.upper + decay.max().item(), memory=None)
-        return shifted_up.scaled(1 / m)
+        return replace(top, values=top.values + seen, upper=top.upper + decay.max().item(), memory=None).scaled(1 / m)
 
     @cached_property
     def spherical_top(self) -> Eigenpairs:
-        """Of the Hessian in the jointly scale-invariant weights, at unit norm [N7]."""
+        """Top eigenpairs of the Hessian in the jointly scale-invariant weights, at unit norm [N7]."""
         if self.scale_groups.covers(self.objective.size):
             return self.top.scaled((self.w @ self.w).item())
         block = restricted(self.hessian, self.scale_groups.joint)
@@ -124,22 +128,19 @@ class Iterate:
 
     @cached_property
     def product_sphere_top(self) -> Eigenpairs:
-        """Of the Hessian in the invariant groups, each group at unit norm: ``Δ H Δ``, Δ = diag(‖w_g‖) [N12]."""
+        """Top eigenpairs of the Hessian in the invariant groups at unit norm each: ``Δ H Δ``, Δ = diag(‖w_g‖) [N12]."""
         groups = self.scale_groups.groups
         if not groups:
             raise InvalidValue("no group of weights is scale-invariant on its own; use spherical_sharpness()")
         inverse_square = self.w.new_ones(self.objective.size)
         for indices in groups.values():
             inverse_square[indices] = 1 / self.w[indices].square().sum()
-        indices = torch.zeros(self.objective.size, dtype=torch.bool)
-        for i in groups.values():
-            indices[i] = True
-        block = restricted(preconditioned(self.hessian, inverse_square), indices.nonzero().flatten())
-        return self._solve("product_sphere_top", block)
+        members = torch.cat(list(groups.values())).unique()
+        return self._solve("product_sphere_top", restricted(preconditioned(self.hessian, inverse_square), members))
 
     @property
     def memories(self) -> dict[str, Memory]:
-        """What the solvers found, as `start` of the next Iterate."""
+        """Memories of the solvers that ran, to be the `start` of the next Iterate."""
         names = ("top", "effective_top", "spherical_top", "product_sphere_top")
         solved = {name: self.__dict__[name].memory for name in names if name in self.__dict__}
         return {name: memory for name, memory in solved.items() if memory is not None}

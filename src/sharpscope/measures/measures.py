@@ -4,29 +4,29 @@ Each takes an `Iterate`, or an `Objective` (then at its model's present weights)
 """
 
 from ..autodiff.objective import Objective
-from ..errors import InvalidValue
 from ..linalg.eigenpairs import Eigenpairs
-from ..optimizers.base import UpdateRule
 from .iterate import Iterate
 
 
 def loss(at: Objective | Iterate) -> float:
-    """``L(w)``."""
+    """Loss of the objective at the weights, ``L(w)``."""
     return Iterate.of(at).expansion.value.item()
 
 
 def gradient_norm(at: Objective | Iterate) -> float:
-    """``‖∇L(w)‖``."""
+    """Norm of the gradient, ``‖∇L(w)‖``."""
     return Iterate.of(at).expansion.grad.norm().item()
 
 
 def radius(at: Objective | Iterate) -> float:
-    """``‖w‖`` over the jointly scale-invariant weights."""
+    """Norm of the jointly scale-invariant weights, ``‖w‖``."""
     return Iterate.of(at).invariant.norm().item()
 
 
 def sharpness(at: Objective | Iterate) -> float:
-    """``λ1(∇²L(w))`` [N2]: depends on the scale of normalized weights; see `spherical_sharpness`.
+    """Largest eigenvalue of the Hessian, ``λ1(∇²L(w))`` [N2].
+
+    It depends on the scale of normalized weights; `spherical_sharpness` does not.
 
     >>> from torch import nn, ones, zeros
     >>> net = nn.Linear(2, 1, bias=False)
@@ -38,7 +38,9 @@ def sharpness(at: Objective | Iterate) -> float:
 
 
 def spherical_sharpness(at: Objective | Iterate) -> float:
-    """``λ1`` of the Hessian in the jointly scale-invariant weights at w/‖w‖ [N7] (Lyu, Li & Arora, arXiv 2206.07085).
+    """Sharpness at unit norm: ``λ1`` of the Hessian in the jointly scale-invariant weights at w/‖w‖ [N7].
+
+    (Lyu, Li & Arora 2022, arXiv 2206.07085.)
 
     Raises:
         ValueError: no weights are scale-invariant.
@@ -47,7 +49,7 @@ def spherical_sharpness(at: Objective | Iterate) -> float:
 
 
 def product_sphere_sharpness(at: Objective | Iterate) -> float:
-    """``λ1(Δ H Δ)``, Δ = diag(‖w_g‖): every invariant group at unit radius, a product of spheres [N12].
+    """Sharpness with every invariant group at unit norm: ``λ1(Δ H Δ)``, Δ = diag(‖w_g‖) [N12].
 
     Unlike `spherical_sharpness` it does not change when groups are rescaled against each other.
     """
@@ -56,16 +58,16 @@ def product_sphere_sharpness(at: Objective | Iterate) -> float:
 
 def effective_learning_rate(at: Iterate) -> float:
     """Step size of the rule seen on the unit sphere [N8]."""
-    return _rule(at).effective_learning_rate(radius(at), at.state)
+    return at.required_rule.effective_learning_rate(radius(at), at.state)
 
 
 def eta_lambda(at: Iterate) -> float:
-    """``η̃ λ1``: effective learning rate × spherical sharpness; 2 at the edge for gradient descent."""
+    """Effective learning rate times spherical sharpness, ``η̃ λ1``: 2 at the edge of gradient descent."""
     return effective_learning_rate(at) * spherical_sharpness(at)
 
 
 def stability_ratio(at: Iterate) -> float:
-    """``λ1(∇²L(w)) / threshold``: one at the edge of stability, whatever the rule and the model.
+    """Sharpness over its threshold, ``λ1(∇²L(w)) / threshold``: 1 at the edge of stability of any rule.
 
     Where no one threshold exists (a learning rate for every weight, parameter groups that differ) it is
     ``λ1(M^-½ (∇²L + D) M^-½)``, in the metric of the steps [N34].
@@ -75,12 +77,6 @@ def stability_ratio(at: Iterate) -> float:
 
 
 def top_eigenpairs(at: Objective | Iterate, k: int = 1) -> Eigenpairs:
-    """The k largest eigenpairs of ``∇²L(w)``, with residuals [N4]."""
+    """Compute the k largest eigenpairs of ``∇²L(w)``, with residuals [N4]."""
     it = Iterate.of(at)
     return Iterate(it.objective, it.w, k=k, rtol=it.rtol, start=it.start).top
-
-
-def _rule(at: Iterate) -> UpdateRule:
-    if at.rule is None:
-        raise InvalidValue("this measure needs an update rule: Iterate(..., rule=GD(learning_rate=...))")
-    return at.rule

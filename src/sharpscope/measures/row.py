@@ -1,4 +1,6 @@
-"""The numbers of one reading of a running training: columns of a row, from an iterate and the optimizer's setting.
+"""Columns of one measurement of a running training, from an iterate and the optimizer's setting.
+
+`columns` says what each of them is.
 
 P parameters.
 """
@@ -21,9 +23,9 @@ from .iterate import Iterate
 
 @dataclass(frozen=True)
 class Setting:
-    """How the optimizer was set at a step: its leading parameter group, and the stability of all of them.
+    """Setting of an optimizer at a step: its leading parameter group, and the stability of all of them.
 
-    `on_sphere` is the effective learning rate at a radius, where steps have one length for all weights; `gradient` the
+    `rate_at` is the effective learning rate at a radius, where steps have one length for all weights; `gradient` the
     norm of the gradient that was applied.
     """
 
@@ -31,7 +33,7 @@ class Setting:
     stability: Stability | None
     learning_rate: float
     weight_decay: float
-    on_sphere: Callable[[float], float] | None
+    rate_at: Callable[[float], float] | None
     gradient: float | None
 
 
@@ -42,7 +44,7 @@ def setting_of(
     rules: Sequence[UpdateRule | None],
     leading: int,
 ) -> Setting:
-    """The setting of a live optimizer whose parameter groups have these `rules`, the `leading` one `rule`."""
+    """Read the setting of a live optimizer whose parameter groups have these `rules`, the `leading` one `rule`."""
     grads = [g for p in parameters if (g := p.grad) is not None and not g.is_sparse]
     norm = torch.stack(torch._foreach_norm(grads)).norm().item() if grads else None
     group, stability = optimizer.param_groups[leading], stability_of(optimizer, parameters, rules)
@@ -57,26 +59,26 @@ def curvature(it: Iterate, at: Setting, row: dict[str, Any], *, full: bool) -> N
     """Add to `row` the columns that need eigenvalues, as far as these are found; if not `full`, from one problem alone.
 
     Raises:
-        NotConverged, NotFinite: as `track`; what was found before is in the row.
+        NotConverged, NotFinite: as `warm_started`; the columns found before are in the row.
     """
     groups, whole = it.scale_groups, it.scale_groups.covers(it.objective.size)
-    one = it.stability is None or it.stability.uniform
-    if full or one:
+    uniform = it.stability is None or it.stability.uniform
+    if full or uniform:
         row |= {"sharpness": measures.sharpness(it), "residual": it.top.residuals[0].item()}
         row |= {f"sharpness{i}": v for i, v in enumerate(it.top.values[1:].tolist(), start=2)}
     if it.stability is not None:
         row["stability_ratio"] = measures.stability_ratio(it)
     if groups.joint.numel() > 0:
         row["radius"] = measures.radius(it)
-        if full or (one and whole):
+        if full or (uniform and whole):
             row["spherical_sharpness"] = measures.spherical_sharpness(it)
-            if at.on_sphere is not None:
-                row["eta_lambda"] = at.on_sphere(row["radius"]) * row["spherical_sharpness"]
+            if at.rate_at is not None:
+                row["eta_lambda"] = at.rate_at(row["radius"]) * row["spherical_sharpness"]
     row |= _by_group(it, at)
 
 
 def _by_group(it: Iterate, at: Setting) -> dict[str, float]:
-    """Of each invariant group: radius, effective learning rate, share in the top eigenvector, radial gradient.
+    """Columns of each invariant group: its radius, fraction of the top eigenvector, rate and radial gradient.
 
     The last is ``-⟨w_g, ∇_g L⟩/(wd ‖w_g‖²)``, zero for exact invariance; at one it balances weight decay.
     """
@@ -85,16 +87,16 @@ def _by_group(it: Iterate, at: Setting) -> dict[str, float]:
     for name, indices in it.scale_groups.groups.items():
         w, g = it.w[indices].double(), it.expansion.grad[indices].double()
         radius = w.norm().item()
-        row |= {f"radius/{name}": radius, f"share/{name}": top[indices].double().square().sum().item()}
-        if at.on_sphere is not None and radius > 0:
-            row[f"rate/{name}"] = at.on_sphere(radius)
+        row |= {f"radius/{name}": radius, f"fraction/{name}": top[indices].double().square().sum().item()}
+        if at.rate_at is not None and radius > 0:
+            row[f"rate/{name}"] = at.rate_at(radius)
             if at.weight_decay > 0:
                 row[f"radial/{name}"] = -(w @ g).item() / (at.weight_decay * radius**2)
     return row
 
 
 def angles(groups: ScaleGroups, turned: tuple[Tensor, Tensor] | None) -> dict[str, float]:
-    """By how much each group has turned between weights before and after a step, in radians."""
+    """Angle by which each group has turned between weights before and after a step, in radians."""
     if turned is None:
         return {}
     before, after = turned

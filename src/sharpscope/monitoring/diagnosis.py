@@ -198,7 +198,7 @@ def _by_norm(at: Measurements) -> bool:
 
 def top_eigenvector(at: Measurements) -> Finding | None:
     """Say whether the curvature is that of the invariant or of the other weights, where there are both."""
-    fractions = at.by_group("share")
+    fractions = at.by_group("fraction")
     other = at.facts.size - at.facts.invariant - sum(at.facts.null.values())
     if not fractions or other <= 0 or not at.ratio > 0:
         return None
@@ -243,15 +243,15 @@ def twice_the_rate(at: Measurements) -> Finding | None:
         )
     else:
         text = "Twice the learning rate would halve the sharpness that training can hold"
-        inside = sum(at.by_group("share").values()) >= 0.5
+        inside = sum(at.by_group("fraction").values()) >= 0.5
         text += ": invariant weights get there by √2 times their norm." if inside else ": expect a jump first."
     return Finding("twice the rate", text, {"ratio": r, "doubled": 2 * r}, COHEN)
 
 
 def steps_to_the_edge(at: Measurements) -> Finding | None:
     """Predict when shrinking norms reach the edge, if gradients have died: after τ = ½ ln(1/r) of weight decay."""
-    r, rate = at.ratio, at.last("clock")
-    if not (0 < r < AT_THE_EDGE[0] and rate > 0) or sum(at.by_group("share").values()) < 0.5 or eps(at):
+    r, rate = at.ratio, at.last("intrinsic_time_per_step")
+    if not (0 < r < AT_THE_EDGE[0] and rate > 0) or sum(at.by_group("fraction").values()) < 0.5 or eps(at):
         return None
     tau = 0.5 * math.log(1 / r)
     steps = tau / rate
@@ -281,7 +281,7 @@ def invariance(at: Measurements) -> Finding:
 def decay_rescales(at: Measurements) -> Finding | None:
     """Say which weights weight decay only rescales, and which it only shrinks, without being a penalty."""
     n, idle, pairs = at.facts.invariant, at.facts.decayed_null, at.facts.pairs
-    if not at.last("clock") > 0 or not (n or idle or pairs):
+    if not at.last("intrinsic_time_per_step") > 0 or not (n or idle or pairs):
         return None
     parts = []
     if n:
@@ -301,7 +301,7 @@ def decay_rescales(at: Measurements) -> Finding | None:
 
 def intrinsic_time(at: Measurements) -> Finding | None:
     """Say whether weight decay has had time to act: τ so far and at the end."""
-    rate, tau = at.last("clock"), at.last("tau")
+    rate, tau = at.last("intrinsic_time_per_step"), at.last("tau")
     if at.facts.invariant == 0 or math.isnan(rate):
         return None
     if rate == 0:
@@ -323,7 +323,7 @@ def intrinsic_time(at: Measurements) -> Finding | None:
 
 def settling(at: Measurements) -> Finding | None:
     """Compare the steps until norm and rotation balance, 1/(2·lr·wd), with those of the run."""
-    rate, tau, steps = at.last("clock"), at.last("tau"), at.facts.steps
+    rate, tau, steps = at.last("intrinsic_time_per_step"), at.last("tau"), at.facts.steps
     if at.facts.invariant == 0 or not rate > 0 or steps is None or tau >= 1:
         return None
     time = 1 / (2 * rate)
@@ -337,7 +337,7 @@ def settling(at: Measurements) -> Finding | None:
 
 def twice_the_decay(at: Measurements) -> Finding | None:
     """Say what doubling weight decay would change."""
-    rate = at.last("clock")
+    rate = at.last("intrinsic_time_per_step")
     if at.facts.invariant == 0 or not rate > 0:
         return None
     end = at.last("tau") + rate * at.steps_left

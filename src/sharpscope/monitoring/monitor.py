@@ -315,7 +315,7 @@ class Monitor:
         it = Iterate(f, w, at.rule, step=self.steps, groups=groups, **options)
         row: dict[str, Any] = {"tau": self.tau, "loss": measures.loss(it), "learning_rate": at.learning_rate}
         if at.rule is not None:
-            row |= {"clock": at.rule.intrinsic_time_per_step, "equilibrium": at.rule.equilibrium}
+            row |= {"intrinsic_time_per_step": at.rule.intrinsic_time_per_step, "equilibrium": at.rule.equilibrium}
         if setting is not None and setting.gradient is not None:
             row["applied_gradient"] = setting.gradient
         if math.isfinite(row["loss"]):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..measures.columns import label_of
 from ..records.history import History
 from ..records.run_log import RunLog
 from ..report.charts import Chart
@@ -15,40 +16,39 @@ from ..report.html import number, render
 from .diagnosis import Facts, Finding, Measurements, diagnose
 from .recorder import RUN, read_description
 
+
+def _chart(name: str, title: str, y: str, **options: Any) -> Chart:
+    return Chart(name, title, x="step", y=y, runs=(RUN,), y_label=label_of(y), **options)
+
+
 CHARTS = (
-    Chart(
+    _chart(
         "stability",
         "Distance to the edge of stability",
-        x="step",
-        y="stability_ratio",
-        runs=(RUN,),
-        y_label="sharpness / threshold",
+        "stability_ratio",
         lines=((1.0, "edge of stability"),),
     ),
-    Chart("sharpness", "Sharpness", x="step", y="sharpness", runs=(RUN,), y_label="λ1 of the Hessian", log="y"),
-    Chart(
+    _chart("sharpness", "Sharpness", "sharpness", log="y"),
+    _chart(
         "spherical",
         "Spherical sharpness",
-        x="step",
-        y="spherical_sharpness",
-        runs=(RUN,),
-        y_label="λ1 at unit norm",
+        "spherical_sharpness",
         log="y",
         caption="Sharpness at w/‖w‖: the part that does not depend on the scale of normalized weights.",
     ),
-    Chart("loss", "Loss", x="step", y="loss", runs=(RUN,), y_label="loss at the measured point", log="y"),
-    Chart("radius", "Norm of the scale-invariant weights", x="step", y="radius", runs=(RUN,), y_label="‖w‖"),
-    Chart("rate", "Learning rate", x="step", y="learning_rate", runs=(RUN,)),
+    _chart("loss", "Loss", "loss", log="y"),
+    _chart("radius", "Norm of the scale-invariant weights", "radius"),
+    _chart("rate", "Learning rate", "learning_rate"),
 )
 """Charts of columns of the whole run."""
 
 BY_GROUP = (
-    ("share", "Share in the top eigenvector", "share of its square", False),
-    ("rotation", "Rotation per step", "angle in radians", True),
-    ("radius", "Norm of each group", "‖w‖ of the group", True),
-    ("rate", "Effective learning rate of each group", "lr/‖w‖²", True),
+    ("fraction", "Fraction of the top eigenvector", False),
+    ("rotation", "Rotation per step", True),
+    ("radius", "Norm of each group", True),
+    ("rate", "Effective learning rate of each group", True),
 )
-"""Charts of the columns of single groups: column prefix, title, axis and whether it is logarithmic."""
+"""Charts of the columns of single groups: column prefix, title, and whether the axis is logarithmic."""
 
 MAX_GROUPS = 6
 """Number of groups that are drawn: those with the largest fractions of the top eigenvector."""
@@ -84,7 +84,7 @@ def render_directory(directory: Path) -> str:
 
 def _by_group(history: History) -> tuple[list[Chart], list[dict[str, Any]]]:
     """Charts with a line for each of the groups that matter most, and the rows that they draw."""
-    fractions = Measurements(history, RUN, Facts()).by_group("share")
+    fractions = Measurements(history, RUN, Facts()).by_group("fraction")
     groups = tuple(sorted(fractions, key=lambda name: -fractions[name])[:MAX_GROUPS])
     if not groups:
         return [], []
@@ -101,11 +101,11 @@ def _by_group(history: History) -> tuple[list[Chart], list[dict[str, Any]]]:
             x="step",
             y=f"{prefix} of a group",
             runs=groups,
-            y_label=label,
+            y_label=label_of(f"{prefix}/the group"),
             log="y" if log else "",
             part=part,
         )
-        for prefix, title, label, log in BY_GROUP
+        for prefix, title, log in BY_GROUP
         if any(f"{prefix}/{group}" in history.columns for group in groups)
     ]
     return charts, rows

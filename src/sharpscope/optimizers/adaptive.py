@@ -1,7 +1,7 @@
 """Rules with a learning rate for every weight, set by the mean square of its gradient: RMSprop, Adam, AdamW.
 
-Their steps are those of torch's optimizers.  No single threshold on ∇²L tells when they are stable; the eigenvalues of
-P^-1/2 ∇²F P^-1/2 do, with P their preconditioner of the moment (Cohen et al. 2022, arXiv 2207.14484).
+Their steps are those of torch's optimizers.  No single threshold on ∇²L decides when they are stable; the eigenvalues
+of P^-1/2 ∇²F P^-1/2 do, with P their preconditioner of the moment (Cohen et al. 2022, arXiv 2207.14484).
 
 P parameters.
 """
@@ -20,7 +20,7 @@ from .base import Stability, State, UpdateRule, demand, described, heavy_ball
 
 
 class PerWeight(UpdateRule):
-    """A rule with a learning rate for every weight: its stability shows in ``P^-1/2 ∇²F P^-1/2`` alone."""
+    """A rule with a learning rate for every weight, whose stability shows in ``P^-1/2 ∇²F P^-1/2`` alone."""
 
     def threshold(self, state: State) -> NoReturn:
         raise InvalidType(self._none("threshold on the eigenvalues of ∇²L"))
@@ -33,7 +33,7 @@ class PerWeight(UpdateRule):
         raise InvalidType(self._none("effective learning rate on the sphere"))
 
     def stability(self, state: State) -> Stability | None:
-        """In the metric ``bound·P``; None before the first gradient."""
+        """Criterion in the metric ``bound·P``; None before the first gradient."""
         if not bool(state["v"].any()):
             return None
         decay = torch.tensor(self.coupled_decay, dtype=torch.float64)
@@ -49,12 +49,12 @@ class PerWeight(UpdateRule):
 
 @dataclass(frozen=True)
 class RMSprop(PerWeight):
-    """A learning rate for every weight, from the mean square of its gradient g = ∇L(w) + wd·w [N28]:
+    """Gradient descent with a learning rate for every weight, from the mean square of its gradient [N28].
 
         v ← β v + (1-β) g∘g,      b ← mom·b + g/(√v + eps),      w ← w - lr·b
 
-    v starts at zero, as in torch (Tieleman & Hinton 2012).  While v changes little it is heavy ball in the metric
-    P = diag(1-mom)(√v + eps)/lr, stable up to 2 (1 + mom)/(1 - mom).
+    with g = ∇L(w) + wd·w.  v starts at zero, as in torch (Tieleman & Hinton 2012).  While v changes little it is heavy
+    ball in the metric P = diag(1-mom)(√v + eps)/lr, stable up to 2 (1 + mom)/(1 - mom).
     """
 
     learning_rate: float
@@ -73,12 +73,12 @@ class RMSprop(PerWeight):
 
     @property
     def intrinsic_time_per_step(self) -> float:
-        """0 without weight decay; with it not a number: g/√v decays weights by another rule than exp(-τ)."""
+        """Time τ per step: 0 without weight decay; with it not a number, since g/√v decays weights unlike exp(-τ)."""
         return math.nan if self.weight_decay else 0.0
 
     @property
     def bound(self) -> float:
-        """``2 (1 + mom)/(1 - mom)``."""
+        """Largest stable eigenvalue, ``2 (1 + mom)/(1 - mom)``."""
         return heavy_ball(self.momentum)
 
     @property
@@ -98,14 +98,14 @@ class RMSprop(PerWeight):
         return w - self.learning_rate * b, {"v": v, "momentum": b}
 
     def preconditioner(self, state: State) -> Tensor:
-        """``(1 - mom)(√v + eps)/lr`` (P,)."""
-        return (1 - self.momentum) * (_seen(state["v"]).sqrt() + self.eps) / self.learning_rate
+        """Diagonal of the preconditioner, ``(1 - mom)(√v + eps)/lr`` (P,)."""
+        return (1 - self.momentum) * (_with_gradient(state["v"]).sqrt() + self.eps) / self.learning_rate
 
     def averages(self, state: State) -> State:
         return {"v": state["v"]}
 
     def relax(self, averages: State, square: Tensor) -> State:
-        """``(1 - β)(⟨g∘g⟩ - v)``."""
+        """Change of the average per step, ``(1 - β)(⟨g∘g⟩ - v)``."""
         return {"v": (1 - self.decay) * (square - averages["v"])}
 
     @classmethod
@@ -116,14 +116,15 @@ class RMSprop(PerWeight):
 
 @dataclass(frozen=True)
 class Adam(PerWeight):
-    """Averages of the gradient and of its square, both corrected for their start at zero [N29]:
+    """Steps along an averaged gradient, with a learning rate for every weight; AdamW if `decoupled` [N29].
 
         m ← β1 m + (1-β1) g,     v ← β2 v + (1-β2) g∘g,     w ← w - lr m̂/(√v̂ + eps),
         m̂ = m/(1-β1^t),          v̂ = v/(1-β2^t)            at step t = 1, 2, ..
 
-    (Kingma & Ba 2015), with g = ∇L(w) + wd·w, or, if `decoupled` (AdamW; Loshchilov & Hutter 2019), g = ∇L(w) and
-    w ← (1 - lr·wd) w before the step.  In the metric P = diag(√v̂ + eps)/lr the first average is a heavy ball, stable up
-    to ``(2 - il)(1 + β1)/(1 - β1)``, il = lr·wd if decoupled, else 0 (Cohen et al. 2022, arXiv 2207.14484, for il = 0).
+    (Kingma & Ba 2015); m̂ and v̂ are corrected for their start at zero.  Here g = ∇L(w) + wd·w or, if `decoupled`
+    (Loshchilov & Hutter 2019), g = ∇L(w) and w ← (1 - lr·wd) w before the step.  In the metric P = diag(√v̂ + eps)/lr
+    the first average is a heavy ball, stable up to ``(2 - il)(1 + β1)/(1 - β1)``, il = lr·wd if decoupled, else 0
+    (Cohen et al. 2022, arXiv 2207.14484, for il = 0).
     """
 
     learning_rate: float
@@ -145,12 +146,12 @@ class Adam(PerWeight):
 
     @property
     def intrinsic_time_per_step(self) -> float:
-        """``lr·wd`` if decoupled or zero; otherwise not a number, as for `RMSprop`."""
+        """Time τ per step, ``lr·wd`` if decoupled or zero; otherwise not a number, as for `RMSprop`."""
         return math.nan if self.coupled_decay else self.decoupled_decay
 
     @property
     def bound(self) -> float:
-        """``(2 - il)(1 + β1)/(1 - β1)``."""
+        """Largest stable eigenvalue, ``(2 - il)(1 + β1)/(1 - β1)``."""
         return heavy_ball(self.beta1, self.decoupled_decay)
 
     @property
@@ -159,14 +160,14 @@ class Adam(PerWeight):
 
     @property
     def equilibrium(self) -> float:
-        """``√(2 il (1 - β1)/(1 + β1))`` if decoupled (Kosson et al. 2024, arXiv 2305.17212); else not known."""
+        """Angle per step of settled weights, ``√(2 il (1 - β1)/(1 + β1))`` if decoupled; else not known."""
         if self.coupled_decay:
             return math.nan
         return math.sqrt(2 * self.decoupled_decay * (1 - self.beta1) / (1 + self.beta1))
 
     @property
     def decoupled_decay(self) -> float:
-        """``lr·wd``, if decoupled."""
+        """Fraction of the weights taken away in a step, ``lr·wd``, if decoupled."""
         return self.learning_rate * self.weight_decay if self.decoupled else 0.0
 
     def init(self, w: Tensor) -> State:
@@ -181,18 +182,18 @@ class Adam(PerWeight):
         return (1 - self.decoupled_decay) * w - self.learning_rate * move, {"momentum": m, "v": v, "step": t}
 
     def _root(self, v: Tensor, t: Tensor) -> Tensor:
-        """``√v̂ + eps``."""
+        """Square root of the corrected average, ``√v̂ + eps``."""
         return (v / (1 - self.beta2**t)).sqrt() + self.eps
 
     def preconditioner(self, state: State) -> Tensor:
-        """``(√v̂ + eps)/lr`` (P,); m̂ counts as the gradient."""
-        return self._root(_seen(state["v"]), state["step"]) / self.learning_rate
+        """Diagonal of the preconditioner, ``(√v̂ + eps)/lr`` (P,); m̂ counts as the gradient."""
+        return self._root(_with_gradient(state["v"]), state["step"]) / self.learning_rate
 
     def averages(self, state: State) -> State:
         return {"v": state["v"], "step": state["step"]}
 
     def relax(self, averages: State, square: Tensor) -> State:
-        """``(1 - β2)(⟨g∘g⟩ - v)``, and 1 for the step."""
+        """Change of the averages per step, ``(1 - β2)(⟨g∘g⟩ - v)``, and 1 for the step count."""
         v, t = averages["v"], averages["step"]
         return {"v": (1 - self.beta2) * (square - v), "step": torch.ones_like(t)}
 
@@ -201,7 +202,8 @@ class Adam(PerWeight):
         group = described(optimizer, "amsgrad", "maximize")
         decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
         lr, eps, wd = (float(group[name]) for name in ("lr", "eps", "weight_decay"))
-        return cls(lr, float(group["betas"][0]), float(group["betas"][1]), eps, wd, decoupled)
+        beta1, beta2 = map(float, group["betas"])
+        return cls(lr, beta1, beta2, eps=eps, weight_decay=wd, decoupled=decoupled)
 
 
 def _check(learning_rate: float, eps: float, weight_decay: float) -> None:
@@ -209,7 +211,7 @@ def _check(learning_rate: float, eps: float, weight_decay: float) -> None:
     demand(eps >= 0 and weight_decay >= 0, f"eps is {eps} and weight decay {weight_decay}; neither is negative")
 
 
-def _seen(v: Tensor) -> Tensor:
-    """v, if a gradient has gone into it."""
+def _with_gradient(v: Tensor) -> Tensor:
+    """Return v; raise InvalidValue where no gradient has gone into it."""
     demand(bool(v.any()), "no gradient has been averaged yet, so the steps have no length; take a step before")
     return v

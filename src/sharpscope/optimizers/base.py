@@ -1,4 +1,4 @@
-"""Update rules: what an optimizer does to the weights, and the curvature at which it becomes unstable.
+"""Update rules: how an optimizer changes the weights, and the curvature at which it becomes unstable.
 
 A rule is a value.  Its state (a momentum buffer, an average of squares, a step count) is a dict of tensors handed in
 and out.  F is the loss with the weight decay inside the gradient, ``L + (wd/2)‖w‖²``; P, the preconditioner, is what
@@ -24,7 +24,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Stability:
-    """When steps are stable on a quadratic: ``λ1(M^-½ (∇²L + D) M^-½) ≤ 1`` [N34].
+    """Criterion for steps to be stable on a quadratic, ``λ1(M^-½ (∇²L + D) M^-½) ≤ 1`` [N34].
 
     M = P c, the preconditioner times the bound on the curvature in its metric; D, the weight decay inside the gradient.
     Both are diagonals, one number or ``(P,)``.  Where M is infinite, nothing moves.
@@ -35,7 +35,7 @@ class Stability:
 
     @property
     def uniform(self) -> bool:
-        """Whether M is one number, so that steps have one length for all weights."""
+        """True where M is one number, so that steps have one length for all weights."""
         return self.metric.dim() == 0 or bool((self.metric == self.metric[0]).all())
 
     @property
@@ -45,18 +45,20 @@ class Stability:
 
 
 class UpdateRule(ABC):
-    """One optimizer.  Subclass it, frozen, to teach sharpscope another one; set `reads` to its torch counterpart.
+    """Rule by which an optimizer moves the weights.
+
+    Subclass it, frozen, to teach sharpscope another optimizer; set `reads` to its torch counterpart.
 
     `preconditioner` and what follows it describe the mean motion, which is what a flow of the rule needs.
     """
 
     reads: ClassVar[type[Optimizer] | tuple[type[Optimizer], ...] | None] = None
     entries: ClassVar[Mapping[str, str]] = {}
-    """Names in the rule's state of what the torch optimizer keeps for each parameter under another name."""
+    """Names in the rule's state of tensors that the torch optimizer keeps for each parameter under another name."""
 
     @abstractmethod
     def init(self, w: Tensor) -> State:
-        """The state before the first step from w ``(P,)``."""
+        """State of the rule before the first step from w ``(P,)``."""
 
     @abstractmethod
     def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
@@ -78,10 +80,10 @@ class UpdateRule(ABC):
     @property
     @abstractmethod
     def intrinsic_time_per_step(self) -> float:
-        """τ per step: the time in which weight decay acts (τ = 1 decays a weight that nothing else holds by e)."""
+        """Time τ per step in which weight decay acts: over τ = 1 a weight that nothing else holds decays by e."""
 
     def preconditioner(self, state: State) -> Tensor:
-        """The diagonal p of P, one number or ``(P,)``: on average the weights move by ``-∇F/p`` a step [N25].
+        """Diagonal p of P, one number or ``(P,)``: on average the weights move by ``-∇F/p`` a step [N25].
 
         A momentum buffer does not enter: it has settled on the gradient, which changes little between steps.
         """
@@ -96,16 +98,16 @@ class UpdateRule(ABC):
 
     @property
     def coupled_decay(self) -> float:
-        """The a of ``F = L + (a/2) ‖w‖²``, which the rule descends."""
+        """Weight decay inside the gradient, the a of ``F = L + (a/2) ‖w‖²``, which the rule descends."""
         return 0.0
 
     @property
     def decoupled_decay(self) -> float:
-        """Share of the weights that decoupled weight decay takes away in a step."""
+        """Fraction of the weights that decoupled weight decay takes away in a step."""
         return 0.0
 
     def stability(self, state: State) -> Stability | None:
-        """When its steps are stable; None as long as the rule has no step length."""
+        """Criterion for its steps to be stable; None as long as the rule has no step length."""
         decay = torch.tensor(self.coupled_decay, dtype=torch.float64)
         return Stability(decay + self.threshold(state), decay)
 
@@ -113,12 +115,12 @@ class UpdateRule(ABC):
     def equilibrium(self) -> float:
         """Angle in radians by which scale-invariant weights turn in a step once their norm has settled [N35].
 
-        Not a number where no law is known, zero without weight decay.
+        Not a number where no law is known, zero without weight decay (Kosson et al. 2024, arXiv 2305.17212).
         """
         return math.nan
 
     def averages(self, state: State) -> State:
-        """What `preconditioner` reads in the state: averages of squares, a step count; not the momentum."""
+        """Parts of the state that `preconditioner` reads: averages of squares, a step count; not the momentum."""
         return {}
 
     def relax(self, averages: State, square: Tensor) -> State:
@@ -132,18 +134,18 @@ class UpdateRule(ABC):
 
 
 def described(optimizer: Optimizer, *refused: str) -> Mapping[str, Any]:
-    """The hyper-parameters of an optimizer's one parameter group, in which none of `refused` is on."""
+    """Read the hyper-parameters of an optimizer's one parameter group, in which none of `refused` may be on."""
     kind, groups = type(optimizer).__name__, optimizer.param_groups
     if len(groups) != 1:
         raise InvalidType(f"the optimizer has {len(groups)} parameter groups; a rule describes one: see rules_of")
-    odd = [name for name in refused if groups[0][name]]
-    if odd:
-        raise InvalidType(f"no update rule for {kind} with {', '.join(odd)}; subclass UpdateRule and pass rule=")
+    active = [name for name in refused if groups[0][name]]
+    if active:
+        raise InvalidType(f"no update rule for {kind} with {', '.join(active)}; subclass UpdateRule and pass rule=")
     return groups[0]
 
 
 def heavy_ball(momentum: float, decoupled_decay: float = 0.0) -> float:
-    """``(2 - il)(1 + mom)/(1 - mom)``: the largest stable eigenvalue of P^-1/2 ∇²F P^-1/2 under momentum.
+    """Largest stable eigenvalue of P^-1/2 ∇²F P^-1/2 under momentum, ``(2 - il)(1 + mom)/(1 - mom)``.
 
     There -1 is an eigenvalue of the map ``b' = mom·b + (1 - mom) λw,  w' = (1 - il) w - b'``: iterates change sign.
     """

@@ -1,4 +1,4 @@
-"""Descent of many independent runs as one computation."""
+"""Train many independent runs as one computation."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..autodiff.batched import BatchedRuns, Slope
+from ..autodiff.batched import BatchedRuns, GradientFunction
 from ..autodiff.objective import Objective
 from ..errors import InvalidType, InvalidValue
 from .base import UpdateRule
@@ -15,20 +15,20 @@ from .base import UpdateRule
 MAY_DIFFER = ("learning_rate", "weight_decay")
 
 
-def noisy(slope: Slope, deviation: float | Tensor, seed: int) -> Slope:
-    """Gradients plus independent normal noise; `deviation` is one number or one for each run, ``(R, 1)``."""
+def noisy(gradients: GradientFunction, deviation: float | Tensor, seed: int) -> GradientFunction:
+    """Add independent normal noise to gradients; `deviation` is one number or one for each run, ``(R, 1)``."""
     draws: dict[torch.device, torch.Generator] = {}
 
     def noise(W: Tensor, step: int) -> tuple[Tensor, Tensor]:
         draw = draws.setdefault(W.device, torch.Generator(W.device).manual_seed(seed))
-        losses, g = slope(W, step)
+        losses, g = gradients(W, step)
         return losses, g + deviation * torch.randn(g.shape, generator=draw, dtype=g.dtype, device=g.device)
 
     return noise
 
 
-def on_batches(f: Objective, x: Tensor, y: Tensor, size: int, seed: int) -> Slope:
-    """The objective on `size` examples drawn anew, without replacement within an epoch; all runs see the same ones."""
+def on_batches(f: Objective, x: Tensor, y: Tensor, size: int, seed: int) -> GradientFunction:
+    """Draw `size` examples anew at every step, without replacement within an epoch; all runs see the same ones."""
     draw = torch.Generator().manual_seed(seed)
 
     def epochs() -> Iterator[Tensor]:
@@ -37,16 +37,16 @@ def on_batches(f: Objective, x: Tensor, y: Tensor, size: int, seed: int) -> Slop
 
     picks = epochs()
 
-    def slope(W: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def gradients(W: Tensor, step: int) -> tuple[Tensor, Tensor]:
         pick = next(picks)
         return BatchedRuns.of(f.on([(x[pick], y[pick])])).value_and_grad(W)
 
-    return slope
+    return gradients
 
 
 @dataclass(frozen=True)
 class Descent:
-    """Where R runs ended: weights ``(R, P)``, and for each of them ``(R,)`` its loss, its steps, and how it ended."""
+    """The end of R runs: weights ``(R, P)``, and for each of them ``(R,)`` its loss, its steps, and how it ended."""
 
     weights: Tensor
     losses: Tensor
@@ -56,7 +56,7 @@ class Descent:
 
 
 def descend(
-    slope: Slope,
+    gradients: GradientFunction,
     W: Tensor,
     rules: UpdateRule | Sequence[UpdateRule],
     steps: int,
@@ -65,10 +65,10 @@ def descend(
     watch: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
     limit: float = 1e6,
 ) -> Descent:
-    """At most `steps` steps of R runs from `W` ``(R, P)``; a run that is done stays where it is while others go on.
+    """Take at most `steps` steps of R runs from `W` ``(R, P)``; a run that is done stays while others go on.
 
     Args:
-        slope: losses and gradients, `BatchedRuns.slope` or what mini-batches and noise make of it.
+        gradients: losses and gradients, such as `BatchedRuns.slope`, `on_batches` or `noisy`.
         rules: one for all, or one a run; these may differ in learning rate and weight decay.
         until: losses ``(R,)`` to booleans: which runs have arrived.
         watch: called with step t, W, losses and gradients at every iterate, before step t and after the last.
@@ -80,13 +80,13 @@ def descend(
     rule = rules if isinstance(rules, UpdateRule) else stacked(rules, W)
     state = rule.init(W)
     first = W.norm(dim=1)
-    most = torch.where(first > 0, limit * first, torch.inf)
+    max_norm = torch.where(first > 0, limit * first, torch.inf)
     ended = torch.zeros((3, len(W)), dtype=torch.bool, device=W.device)
     reached, diverged, done = ended.unbind()
     taken = torch.zeros(len(W), dtype=torch.long, device=W.device)
     for t in range(steps + 1):
-        losses, g = slope(W, t)
-        lost = ~(losses.isfinite() & (W.norm(dim=1) <= most))
+        losses, g = gradients(W, t)
+        lost = ~(losses.isfinite() & (W.norm(dim=1) <= max_norm))
         diverged |= lost & ~done
         if until is not None:
             reached |= until(losses) & ~lost & ~done
@@ -104,7 +104,7 @@ def descend(
 
 
 def stacked(rules: Sequence[UpdateRule], W: Tensor) -> UpdateRule:
-    """One rule for all runs, whose learning rates and weight decays are columns ``(R, 1)`` where they differ."""
+    """Merge rules into one for all runs; learning rates and weight decays that differ become columns ``(R, 1)``."""
     first, *others = rules
     if len(rules) != len(W):
         raise InvalidValue(f"{len(rules)} rules for {len(W)} runs; give one rule, or one a run")
@@ -125,7 +125,7 @@ def stacked(rules: Sequence[UpdateRule], W: Tensor) -> UpdateRule:
 
 
 def _check_rows(rule: UpdateRule, rules: UpdateRule | Sequence[UpdateRule], W: Tensor, g: Tensor) -> None:
-    """The first and the last run step as they would alone."""
+    """Raise InvalidValue unless the first and the last run step as they would alone."""
     for r in {0, len(W) - 1}:
         own = rules if isinstance(rules, UpdateRule) else rules[r]
         error = 1e3 * torch.finfo(W.dtype).eps * W[r].abs().max().item()

@@ -30,7 +30,7 @@ from .scalar import SphericalRMSprop
 
 @dataclass(frozen=True)
 class ProjectedGD(UpdateRule):
-    """``θ ← Π(θ - η̃_t ∇L(θ))``, with η̃_t = `schedule` (t) at step t = 0, 1, .. [N31].
+    """Gradient descent on the unit sphere by a schedule of rates: ``θ ← Π(θ - η̃_t ∇L(θ))``, η̃_t = `schedule` (t) [N31].
 
     >>> rule = ProjectedGD(lambda t: 0.1 / (1 + t))
     >>> w = torch.tensor([0.6, 0.8])
@@ -42,7 +42,7 @@ class ProjectedGD(UpdateRule):
     schedule: Callable[[int], float]
 
     def rate(self, state: State) -> float:
-        """η̃_t of the next step."""
+        """Rate η̃_t of the next step."""
         t = int(state["step"])
         rate = self.schedule(t)
         demand(0 <= rate < math.inf, f"the schedule says {rate} at step {t}; a rate is finite and not negative")
@@ -65,7 +65,7 @@ class ProjectedGD(UpdateRule):
         return sphere.direction(theta - self.rate(state) * g), {"step": state["step"] + 1}
 
     def threshold(self, state: State) -> float:
-        """``2/η̃_t``, for weights of unit norm."""
+        """Largest stable eigenvalue for weights of unit norm, ``2/η̃_t``."""
         rate = self.rate(state)
         return self.edge / rate if rate else math.inf
 
@@ -77,7 +77,7 @@ class ProjectedGD(UpdateRule):
 class ExponentialRate(UpdateRule):
     """Gradient descent at a growing rate: ``w ← w - lr (1-il)^(-2t-1) ∇L(w)`` at step t = 0, 1, .. [N31].
 
-    It is what weight decay does to the direction of scale-invariant weights (Li & Arora 2020, arXiv 1910.07454).
+    It turns scale-invariant weights as weight decay does (Li & Arora 2020, arXiv 1910.07454).
     """
 
     learning_rate: float
@@ -88,7 +88,7 @@ class ExponentialRate(UpdateRule):
         demand(0 <= self.intrinsic_rate < 1, f"the intrinsic rate is {self.intrinsic_rate}; it lies in [0, 1)")
 
     def rate(self, state: State) -> float:
-        """``lr (1-il)^(-2t-1)``."""
+        """Learning rate of the next step, ``lr (1-il)^(-2t-1)``."""
         return self.learning_rate * (1 - self.intrinsic_rate) ** -(2 * state["step"].item() + 1)
 
     @property
@@ -97,7 +97,7 @@ class ExponentialRate(UpdateRule):
 
     @property
     def intrinsic_time_per_step(self) -> float:
-        """il, as of the weight decay that it replaces."""
+        """Time τ per step, il, as of the weight decay that it replaces."""
         return self.intrinsic_rate
 
     def init(self, w: Tensor) -> State:
@@ -107,14 +107,14 @@ class ExponentialRate(UpdateRule):
         return w - self.rate(state) * g, {"step": state["step"] + 1}
 
     def threshold(self, state: State) -> float:
-        """``2/lr_t``."""
+        """Largest stable eigenvalue of ``∇²L(w)``, ``2/lr_t``."""
         return self.edge / self.rate(state)
 
     def effective_learning_rate(self, radius: float, state: State) -> float:
         return self.rate(state) / radius**2
 
     def preconditioner(self, state: State) -> Tensor:
-        """``1/lr_t``."""
+        """Preconditioner as one number, ``1/lr_t``."""
         return torch.tensor(1 / self.rate(state), dtype=torch.float64)
 
     def averages(self, state: State) -> State:
@@ -125,7 +125,7 @@ class ExponentialRate(UpdateRule):
 
 
 def as_projected(rule: GD, w: Tensor, radii: Sequence[float]) -> tuple[ProjectedGD, Tensor]:
-    """``η̃_t = lr/((1 - il) ‖w_t‖²)`` from the norms `radii` of a run of `rule` from w [N31].
+    """Projected descent that follows a run of `rule` from w, ``η̃_t = lr/((1 - il) ‖w_t‖²)`` by its norms `radii` [N31].
 
     (Theory: Lyu, Li & Arora 2022, arXiv 2206.07085.)
     """
@@ -141,9 +141,10 @@ def as_projected(rule: GD, w: Tensor, radii: Sequence[float]) -> tuple[Projected
 
 
 def as_rmsprop(rule: GD, w: Tensor) -> tuple[SphericalRMSprop, Tensor]:
-    """``v ← β v (1 + η̃² ‖∇L(θ)‖²)²``, η̃ = η/√v, with β = (1-il)⁴, η² = (1-β)/(2β) [N9] [N31].
+    """Adaptive descent on the sphere that turns weights as `rule` does from w [N9] [N31].
 
-    It is scalar RMSprop and a term of higher order, ``β η⁴ ‖∇L(θ)‖⁴/v`` (Lyu, Li & Arora 2022, arXiv 2206.07085).
+    ``v ← β v (1 + η̃² ‖∇L(θ)‖²)²``, η̃ = η/√v, with β = (1-il)⁴, η² = (1-β)/(2β).  It is scalar RMSprop and a term of
+    higher order, ``β η⁴ ‖∇L(θ)‖⁴/v`` (Lyu, Li & Arora 2022, arXiv 2206.07085).
     """
     _check_plain(rule)
     demand(rule.weight_decay > 0, "without weight decay the average of squares never forgets: it is no RMSprop")
@@ -151,18 +152,19 @@ def as_rmsprop(rule: GD, w: Tensor) -> tuple[SphericalRMSprop, Tensor]:
 
 
 def as_exponential(rule: GD, w: Tensor) -> tuple[ExponentialRate, Tensor]:
-    """``lr_t = lr (1-il)^(-2t-1)`` and no weight decay: weights (1-il)^-t times as large [N31].
+    """Descent without weight decay that turns weights as `rule` does from w, at a growing rate [N31].
 
-    (Li & Arora 2020, arXiv 1910.07454.)
+    ``lr_t = lr (1-il)^(-2t-1)``: weights (1-il)^-t times as large (Li & Arora 2020, arXiv 1910.07454).
     """
     _check_plain(rule)
     return ExponentialRate(rule.learning_rate, rule.intrinsic_rate), w
 
 
 def as_decayed(rule: SphericalRMSprop | ExponentialRate, w: Tensor) -> tuple[GD, Tensor]:
-    """The gradient descent with weight decay that is `rule`, from w on: il = 1 - β^¼, lr = (1-il) η̃₀ ‖w‖² [N31].
+    """Gradient descent with weight decay that turns weights as `rule` does from w [N31].
 
-    The inverse of `as_rmsprop`, whose w has unit norm, and of `as_exponential`.
+    ``il = 1 - β^¼``, ``lr = (1-il) η̃₀ ‖w‖²``.  The inverse of `as_rmsprop`, whose w has unit norm, and of
+    `as_exponential`.
     """
     if isinstance(rule, ExponentialRate):
         return GD(rule.learning_rate, rule.intrinsic_rate / rule.learning_rate), w
@@ -173,9 +175,10 @@ def as_decayed(rule: SphericalRMSprop | ExponentialRate, w: Tensor) -> tuple[GD,
 
 
 def rescaled(rule: GD, w: Tensor, c: float) -> tuple[GD, Tensor]:
-    """``(w, lr, wd) → (c w, c² lr, wd/c²)``: every later w is c times as large; exact in binary if c is a power of two.
+    """Rescale weights, learning rate and weight decay together, ``(w, lr, wd) → (c w, c² lr, wd/c²)``.
 
-    Holds with momentum too.  In the middle of a run the momentum buffer is to be divided by c.
+    Every later w is c times as large; exact in binary if c is a power of two.  Holds with momentum too.  In the middle
+    of a run the momentum buffer is to be divided by c.
 
     >>> rescaled(GD(0.5, 0.25), torch.tensor([3.0, 4.0]), 2.0)
     (GD(learning_rate=2.0, weight_decay=0.0625, momentum=0.0, nesterov=False, dampening=0.0), tensor([6., 8.]))

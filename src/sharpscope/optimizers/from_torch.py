@@ -1,4 +1,4 @@
-"""The update rule, its state and its stability, read from a live torch optimizer."""
+"""Read the update rule, its state and its stability from a live torch optimizer."""
 
 import math
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def rule_of(optimizer: Optimizer) -> UpdateRule:
 
 
 def parts_of(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizer once for each of its parameter groups, seen as if it had no other; state and groups are shared."""
+    """Split an optimizer into one for each of its parameter groups; state and groups are shared."""
     parts = []
     for group in optimizer.param_groups:
         part = object.__new__(type(optimizer))
@@ -69,11 +69,11 @@ def state_of(optimizer: Optimizer, parameters: Sequence[Tensor], rule: UpdateRul
 def stability_of(
     optimizer: Optimizer, parameters: Sequence[Tensor], rules: Sequence[UpdateRule | None] | None = None
 ) -> Stability | None:
-    """When a live optimizer is stable, over `parameters` in their order [N34]; None as long as nothing can move.
+    """Criterion for a live optimizer to be stable, over `parameters` in their order [N34]; None while nothing can move.
 
     One number each where all parameter groups agree on one, otherwise diagonals ``(P,)``.  Where groups differ in
-    momentum or decay the criterion still is exact: it asks at which curvature weights and buffers change sign together.
-    `rules`, one for each group, are those of `rules_of` by default.
+    momentum or decay the criterion still is exact: it is the curvature at which weights and buffers change sign
+    together.  `rules`, one for each group, are those of `rules_of` by default.
 
     Raises:
         TypeError, ValueError: as `rule_of`; parameters that the optimizer does not train.
@@ -87,7 +87,7 @@ def stability_of(
     kinds = {None if s is None or s.metric.dim() else (s.metric.item(), s.decay.item()) for s in found}
     if all(s is None for s in found) or (len(kinds) == 1 and None not in kinds):
         return found[0]
-    moving = [STANDING if s is None else s for s in found]
+    moving = [UNMOVED if s is None else s for s in found]
     pairs = list(zip(moving, parameters, strict=True))
     return Stability(
         torch.cat([s.metric.to(p).expand(p.numel()) for s, p in pairs]),
@@ -95,8 +95,8 @@ def stability_of(
     )
 
 
-STANDING = Stability(torch.tensor(math.inf), torch.tensor(0.0))
-"""Of weights that do not move."""
+UNMOVED = Stability(torch.tensor(math.inf), torch.tensor(0.0))
+"""Criterion of weights that do not move: every curvature is stable."""
 
 
 def _stability(part: Optimizer, rule: UpdateRule | None, parameter: Tensor) -> Stability | None:

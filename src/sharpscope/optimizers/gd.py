@@ -15,11 +15,11 @@ from .base import State, UpdateRule, demand, described
 
 @dataclass(frozen=True)
 class GD(UpdateRule):
-    """Gradient descent with weight decay and heavy-ball momentum [N10]:
+    """Gradient descent with weight decay and momentum, as torch's SGD does it [N10].
 
         b ← mom·b + (1-d) g,  g = ∇L(w) + wd·w,      w ← w - lr·b,  or  w ← w - lr (g + mom·b)  if `nesterov`
 
-    with dampening d, which spares the first step as in torch.  On a quadratic of curvature λ it is stable up to
+    with dampening d, which spares the first step.  On a quadratic of curvature λ it is stable up to
     ``lr (λ + wd) = 2 (1 + mom)/(1 - d)``, or ``2 (1 + mom)/(1 + 2 mom)`` with Nesterov's step: there b and w change
     sign (Polyak 1964; Cohen et al. 2021, arXiv 2103.00065, appendix on momentum).
     """
@@ -35,9 +35,9 @@ class GD(UpdateRule):
 
     def __post_init__(self) -> None:
         demand(0 < self.learning_rate < math.inf, f"the learning rate is {self.learning_rate}; it must be positive")
-        most = 1 / self.learning_rate
-        sentence = f"weight decay is {self.weight_decay}; it lies in [0, 1/lr) = [0, {most:g})"
-        demand(0 <= self.weight_decay < most, sentence)
+        max_decay = 1 / self.learning_rate
+        sentence = f"weight decay is {self.weight_decay}; it lies in [0, 1/lr) = [0, {max_decay:g})"
+        demand(0 <= self.weight_decay < max_decay, sentence)
         demand(0 <= self.momentum < 1, f"momentum is {self.momentum}; it lies in [0, 1)")
         demand(0 <= self.dampening < 1, f"dampening is {self.dampening}; it lies in [0, 1)")
         plain = not self.nesterov or (self.momentum > 0 and self.dampening == 0)
@@ -45,36 +45,36 @@ class GD(UpdateRule):
 
     @property
     def intrinsic_rate(self) -> float:
-        """``lr·wd``: the rate at which weight decay shrinks a weight, per step."""
+        """Rate per step at which weight decay shrinks a weight, ``lr·wd``."""
         return self.learning_rate * self.weight_decay
 
     @property
     def _undamped(self) -> float:
-        """Share of a gradient that enters the buffer."""
+        """Fraction of a gradient that enters the buffer."""
         return 1 - self.dampening if self.momentum else 1.0
 
     @property
     def edge(self) -> float:
-        """``2 (1 + mom)/(1 - d)``, or ``2 (1 + mom)/(1 + 2 mom)`` with Nesterov's step."""
+        """Value at the edge, ``2 (1 + mom)/(1 - d)``, or ``2 (1 + mom)/(1 + 2 mom)`` with Nesterov's step."""
         return 2 * (1 + self.momentum) / (1 + 2 * self.momentum if self.nesterov else self._undamped)
 
     @property
     def intrinsic_time_per_step(self) -> float:
-        """``(1 - d) lr·wd/(1 - mom)``."""
+        """Time τ per step, ``(1 - d) lr·wd/(1 - mom)``."""
         return self._undamped * self.intrinsic_rate / (1 - self.momentum)
 
     def preconditioner(self, state: State) -> Tensor:
-        """``(1 - mom)/((1 - d) lr)``."""
+        """Preconditioner as one number, ``(1 - mom)/((1 - d) lr)``."""
         return torch.tensor((1 - self.momentum) / (self._undamped * self.learning_rate), dtype=torch.float64)
 
     @property
     def bound(self) -> float:
-        """``(1 - d)/(1 - mom)`` times the `edge`."""
+        """Largest stable eigenvalue, ``(1 - d)/(1 - mom)`` times the `edge`."""
         return self._undamped * self.edge / (1 - self.momentum)
 
     @property
     def equilibrium(self) -> float:
-        """``√(2 (1 - d) lr·wd/(1 + mom))`` (Kosson et al. 2024, arXiv 2305.17212); not known for Nesterov's step."""
+        """Angle per step of settled weights, ``√(2 (1 - d) lr·wd/(1 + mom))``; not known for Nesterov's step."""
         return math.nan if self.nesterov else math.sqrt(2 * self._undamped * self.intrinsic_rate / (1 + self.momentum))
 
     @property
@@ -92,7 +92,7 @@ class GD(UpdateRule):
         return w - self.learning_rate * (g + self.momentum * b if self.nesterov else b), {"momentum": b}
 
     def threshold(self, state: State) -> float:
-        """``edge/lr - wd``."""
+        """Largest stable eigenvalue of ``∇²L(w)``, ``edge/lr - wd``."""
         return self.edge / self.learning_rate - self.weight_decay
 
     def effective_learning_rate(self, radius: float, state: State) -> float:
@@ -102,4 +102,4 @@ class GD(UpdateRule):
     def read(cls, optimizer: Optimizer) -> "GD":
         group = described(optimizer, "maximize")
         lr, wd, momentum, dampening = (float(group[n]) for n in ("lr", "weight_decay", "momentum", "dampening"))
-        return cls(lr, wd, momentum, bool(group["nesterov"]), dampening if momentum else 0.0)
+        return cls(lr, wd, momentum, nesterov=bool(group["nesterov"]), dampening=dampening if momentum else 0.0)

@@ -12,7 +12,7 @@ from .gd import GD
 
 @dataclass(frozen=True)
 class ScalarRMSprop(UpdateRule):
-    """Gradient descent with one adaptive rate for all weights [N30]:
+    """Gradient descent with one adaptive rate for all weights, from the mean square of the whole gradient [N30].
 
         w ← w - (η/√v) ∇L(w),      v ← β v + (1-β) ‖∇L(w)‖²
 
@@ -45,18 +45,18 @@ class ScalarRMSprop(UpdateRule):
         return w - self.base_rate / (v if self.update_first else state["v"]).sqrt() * g, {"v": v}
 
     def preconditioner(self, state: State) -> Tensor:
-        """``√v/η``."""
+        """Preconditioner as one number, ``√v/η``."""
         return state["v"].sqrt() / self.base_rate
 
     def averages(self, state: State) -> State:
         return {"v": state["v"]}
 
     def relax(self, averages: State, square: Tensor) -> State:
-        """``(1 - β)(⟨‖g‖²⟩ - v)``."""
+        """Change of the average per step, ``(1 - β)(⟨‖g‖²⟩ - v)``."""
         return {"v": (1 - self.decay) * (square.sum() - averages["v"])}
 
     def threshold(self, state: State) -> float:
-        """``2 √v/η``."""
+        """Largest stable eigenvalue of ``∇²L(w)``, ``2 √v/η``."""
         return 2 * state["v"].sqrt().item() / self.base_rate
 
     def effective_learning_rate(self, radius: float, state: State) -> float:
@@ -65,14 +65,14 @@ class ScalarRMSprop(UpdateRule):
 
 @dataclass(frozen=True)
 class SphericalRMSprop(UpdateRule):
-    """Projected gradient descent on the unit sphere with one adaptive rate for all weights [N11]:
+    """Gradient descent on the unit sphere with one adaptive rate for all weights [N11].
 
         θ ← Π(θ - (η/√v) ∇L(θ)),      v ← β v + (1-β) ‖∇L(θ)‖²
 
     in this order, or with the updated v in the step if `update_first`.  With β = (1 - lr wd)⁴ and η² = (1-β)/(2β) it is
-    what gradient descent with weight decay does to the direction of scale-invariant weights, up to a term of higher
-    order; with that term, ``v ← β v (1 + (η²/v) ‖∇L(θ)‖²)²``, it is the same if `exact`.  Starts at
-    v₀ = (η/`first_rate`)².
+    the motion that gradient descent with weight decay gives to the direction of scale-invariant weights, up to a term
+    of higher order; with that term, ``v ← β v (1 + (η²/v) ‖∇L(θ)‖²)²``, it is the same if `exact`.  Starts at v₀ =
+    (η/`first_rate`)².
     """
 
     base_rate: float
@@ -88,13 +88,13 @@ class SphericalRMSprop(UpdateRule):
 
     @classmethod
     def like(cls, rule: GD, radius: float) -> "SphericalRMSprop":
-        """The member of the family that mimics `rule` on weights that start at norm `radius`."""
+        """Choose the constants that mimic `rule` on weights that start at norm `radius`."""
         eta, beta = sphere.rmsprop_constants(rule.learning_rate, rule.weight_decay)
         return cls(eta, beta, sphere.effective_learning_rate(rule.learning_rate, rule.weight_decay, radius))
 
     @property
     def constant(self) -> float:
-        """The C of ``β = 1 - C η²``; about 2 for what weight decay does."""
+        """Constant C of ``β = 1 - C η²``; about 2 for rules that mimic weight decay."""
         return (1 - self.decay) / self.base_rate**2
 
     @property
@@ -103,7 +103,7 @@ class SphericalRMSprop(UpdateRule):
 
     @property
     def intrinsic_time_per_step(self) -> float:
-        """``(1 - β)/4``, the intrinsic rate of the gradient descent that this rule mimics."""
+        """Intrinsic rate of the gradient descent that this rule mimics, ``(1 - β)/4``."""
         return (1 - self.decay) / 4
 
     def init(self, w: Tensor) -> State:
@@ -121,7 +121,7 @@ class SphericalRMSprop(UpdateRule):
         return sphere.direction(theta - rate * g), {"v": after}
 
     def threshold(self, state: State) -> float:
-        """``2 √v/η``, for weights of unit norm."""
+        """Largest stable eigenvalue for weights of unit norm, ``2 √v/η``."""
         return 2 * state["v"].sqrt().item() / self.base_rate
 
     def effective_learning_rate(self, radius: float, state: State) -> float:

@@ -252,7 +252,7 @@ class _Search:
         return Sample(w, (f or self.f).grad(w))
 
     def _is_double(self) -> bool:
-        """Whether rounding inside the model is that of double precision too: a model may cast to single precision."""
+        """True where rounding inside the model is that of double precision too: it may cast to single precision."""
         if self.w.dtype is not torch.float64 or self.given_in_double:
             return self.given_in_double
         step, (here, *_) = 1e-6 * _noise(self.w, 4) * self.base[0].w, self.base
@@ -275,7 +275,7 @@ class _Search:
 
 
 def _gradients_agree(tested: Mapping[str, Tensor], scale: Tensor, before: Sample, after: Sample) -> bool:
-    """Whether ``c ∇_g`` of every candidate is about the same after rescaling."""
+    """True where ``c ∇_g`` of every candidate is about the same after rescaling."""
     change = scale * after.g - before.g
     return all(bool(change[i].norm() <= MAX_CHANGE * before.g[i].norm()) for i in tested.values())
 

@@ -15,6 +15,8 @@ COLUMNS = (
     (r"lambda1", r"spherical_sharpness"),
     (r"lambda(\d+)", r"spherical_sharpness\1"),
     (r"(radius|balance):(.*)", r"\1/\2"),
+    (r"share/(.*)", r"fraction/\1"),
+    (r"clock", r"intrinsic_time_per_step"),
 )
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...autodiff.batched import Slope
+from ...autodiff.batched import GradientFunction
 
 MEMORY = 50
 """Number of past steps from which the Hessian is approximated."""
@@ -30,7 +30,7 @@ class LocalMinimum:
     num_evaluations: int
 
 
-def minimize(slope: Slope, w: Tensor, *, below: float = 0.0, max_evaluations: int = 20000) -> LocalMinimum:
+def minimize(slope: GradientFunction, w: Tensor, *, below: float = 0.0, max_evaluations: int = 20000) -> LocalMinimum:
     """Minimize the loss of one run from w ``(P,)`` on.
 
     It ends once the loss is at most `below`, no start finds a smaller one, or after so many evaluations.

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...autodiff.batched import BatchedRuns, Slope
+from ...autodiff.batched import BatchedRuns, GradientFunction
 from .._shared.minimize import LocalMinimum, minimize
 from .._shared.oracles import least_frobenius_norm, least_nuclear_norm
 
@@ -240,7 +240,7 @@ def solve(
 
 def with_label_noise(
     problem: MatrixSensing, noise: Tensor, *, batch: int, rate: Callable[[int], float], noisy_steps: int, seed: int
-) -> Slope:
+) -> GradientFunction:
     """Give gradients on mini-batches whose labels are drawn with noise at each step, times a rate for each step.
 
     The noise has deviation `noise` ``(R,)`` and ends after `noisy_steps` steps.

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...autodiff.batched import BatchedRuns, Slope, jacobian
+from ...autodiff.batched import BatchedRuns, GradientFunction, jacobian
 from ...optimizers.descend import descend, noisy
 from ...optimizers.gd import GD
 from .._shared.minimize import minimize
@@ -72,7 +72,7 @@ class FittedNet:
         rng = np.random.default_rng([102, seed, self.width])
         return torch.from_numpy(rng.standard_normal(self.size))
 
-    def with_noisy_labels(self, deviation: float, seed: int) -> Slope:
+    def with_noisy_labels(self, deviation: float, seed: int) -> GradientFunction:
         """Losses and gradients with new noise on all labels in each step."""
         generator = torch.Generator().manual_seed(seed)
 
@@ -167,7 +167,9 @@ class Minimum:
                 "stay": (height < basin).double().mean().item(),
             }
 
-    def displacements(self, slope: Slope, runs: int = 32, steps: int = 500) -> list[tuple[int, dict[str, float]]]:
+    def displacements(
+        self, slope: GradientFunction, runs: int = 32, steps: int = 500
+    ) -> list[tuple[int, dict[str, float]]]:
         """Every 10 steps the `share` of displacements in the n directions, and `around` the mean of all runs."""
         seen: list[tuple[int, dict[str, float]]] = []
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...autodiff.batched import Slope
+from ...autodiff.batched import GradientFunction
 from ...optimizers.descend import descend
 from ...optimizers.gd import GD
 from .shallow import MAX_BEND, hessian, output, slope, start
@@ -32,7 +32,7 @@ def teacher(x: Tensor) -> Tensor:
     return torch.sin(2 * x[..., 0]) + 0.5 * x[..., 1]
 
 
-def on_single_examples(x: Tensor, y: Tensor, generator: torch.Generator) -> Slope:
+def on_single_examples(x: Tensor, y: Tensor, generator: torch.Generator) -> GradientFunction:
     """Losses and gradients of R runs on one example a step, drawn for each run by itself.
 
     Inputs ``(R, n, d)``, targets ``(R, n)``.
@@ -46,7 +46,7 @@ def on_single_examples(x: Tensor, y: Tensor, generator: torch.Generator) -> Slop
     return step
 
 
-def excess_risks(step: Slope, first: Tensor, fresh: Tensor) -> Tensor:
+def excess_risks(step: GradientFunction, first: Tensor, fresh: Tensor) -> Tensor:
     """Population risk above that of the noise, ``½ mean (f - teacher)²`` on fresh inputs, at each time ``(T, R)``."""
     seen: list[Tensor] = []
 

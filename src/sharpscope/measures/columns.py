@@ -1,0 +1,92 @@
+"""Every column of the rows that the library writes: its name, the label of its axis, its unit, and its meaning.
+
+A family of columns has a place ``{}`` in its name, for a group of weights (``radius/0.weight``) or a number
+(``sharpness2``).  What a study measures for itself alone is not listed here.
+
+>>> label_of("rotation/0.weight"), label_of("sharpness2")
+('rotation of 0.weight per step (rad)', 'λ2 of the Hessian')
+"""
+
+from dataclasses import dataclass, replace
+
+from ..errors import NoSuchColumn
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a history: `label` and `unit` are for the axis of a chart, `meaning` is a sentence."""
+
+    name: str
+    label: str
+    meaning: str
+    unit: str = ""
+
+
+COLUMNS = (
+    Column("run", "run", "Name of the run that the row belongs to."),
+    Column("step", "step", "Number of steps that the optimizer has taken."),
+    Column("tau", "τ", "Time in which weight decay has acted, the sum of the intrinsic times of the steps."),
+    Column("loss", "loss", "Loss at the measured point; in studies at the iterate, in predictions a mean over steps."),
+    Column("midpoint_loss", "loss at the midpoint", "Loss midway between two iterates, where curvature is measured."),
+    Column("point_loss", "loss at one point", "Loss at averaged weights, unlike the average of the loss."),
+    Column("learning_rate", "learning rate", "Learning rate of the optimizer at the step."),
+    Column("intrinsic_time_per_step", "τ per step", "Intrinsic time of a step, lr·wd for plain gradient descent."),
+    Column("equilibrium", "rotation at equilibrium", "Angle per step of weights whose norm has settled.", "rad"),
+    Column("applied_gradient", "norm of the gradient", "Norm of the gradient that the optimizer applied."),
+    Column("sharpness", "λ1 of the Hessian", "Largest eigenvalue of the Hessian of the loss."),
+    Column("sharpness{}", "λ{} of the Hessian", "Further eigenvalue of the Hessian, by its number from the top."),
+    Column("residual", "residual", "Residual of the top eigenpair; in studies relative to its eigenvalue."),
+    Column("spherical_sharpness", "λ1 at unit norm", "Sharpness in the scale-invariant weights, at unit norm."),
+    Column("spherical_sharpness{}", "λ{} at unit norm", "Further eigenvalue at unit norm, by its number from the top."),
+    Column("threshold", "threshold", "Sharpness, in studies spherical sharpness, at which the rule becomes unstable."),
+    Column("stability_ratio", "sharpness / threshold", "Sharpness over its threshold: 1 at the edge of stability."),
+    Column("eta_lambda", "η̃ λ1", "Effective learning rate times spherical sharpness: 2 at gradient descent's edge."),
+    Column("radius", "‖w‖", "Norm of the scale-invariant weights; in studies and predictions of all weights."),
+    Column("angle", "angle of a step", "Angle between the weights before and after the step.", "rad"),
+    Column("radius/{}", "‖w‖ of {}", "Norm of a group of weights."),
+    Column("fraction/{}", "fraction of the top eigenvector in {}", "Squared length of its part in a group of weights."),
+    Column("rotation/{}", "rotation of {} per step", "Angle of a group between before and after the step.", "rad"),
+    Column("rate/{}", "effective learning rate of {}", "Step size of a group of weights on its unit sphere."),
+    Column("radial/{}", "radial gradient of {}", "Gradient along a group over weight decay: 1 where they balance."),
+    Column("balance/{}", "growth / decay of {}", "Growth of the norm of a group by gradients over its weight decay."),
+    Column("overhead", "time of measuring / training", "Time that measuring has taken over that of training."),
+    Column("train_accuracy", "training accuracy", "Fraction of the training set that is classified correctly."),
+    Column("test_accuracy", "test accuracy", "Fraction of the test set that is classified correctly."),
+    Column("test_loss", "test loss", "Loss on the test set."),
+    Column("checkpoint", "checkpoint", "Name of the file that holds the weights."),
+    Column("digest", "digest", "Digest of the content of the checkpoint."),
+    Column("kept", "buffers kept", "Buffers that the checkpoint lacks, so that those of the model were used."),
+    Column("note", "note", "Reason why a row has no curvature."),
+    Column("products", "products", "Number of products with the Hessian that the row took."),
+    Column("moved", "distance moved", "Distance of the optimizer from its start."),
+    Column("distance", "distance", "Distance of a flow from the optimizer that it predicts."),
+    Column("error", "distance / distance moved", "Distance of a flow from the optimizer over the distance moved."),
+    Column("variance", "size of the oscillation", "Mean squared distance of the iterates from their average."),
+    Column("modes", "modes", "Number of eigenvectors that a flow keeps at the edge of stability or near it."),
+    Column("gradients", "gradients", "Gradients that following a flow has cost so far."),
+    Column("line", "edge of stability", "Spherical sharpness at the edge of stability, at the present norm."),
+)
+
+_BY_NAME = {column.name: column for column in COLUMNS}
+
+
+def column_of(name: str) -> Column:
+    """Look a column up by its name; one of a family with the label of its member.
+
+    Raises:
+        NoSuchColumn: the library writes no such column.
+    """
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    group = name.find("/") + 1
+    prefix = name[:group] if group else name.rstrip("0123456789")
+    family, member = _BY_NAME.get(prefix + "{}"), name.removeprefix(prefix)
+    if family is None or not member:
+        raise NoSuchColumn(f"the library writes no column '{name}'")
+    return replace(family, name=name, label=family.label.replace("{}", member))
+
+
+def label_of(name: str) -> str:
+    """Label of the axis that shows a column, with its unit."""
+    column = column_of(name)
+    return f"{column.label} ({column.unit})" if column.unit else column.label
