@@ -135,7 +135,7 @@ def test_local_model_against_dense_derivatives() -> None:
     assert torch.allclose(local.curvature(w + step), U.T @ there @ U, atol=1e-5)
 
 
-def test_a_look_at_ten_modes_costs_at_most_250_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refresh_of_ten_modes_costs_at_most_250_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted: gradients as one, products as two.  Its own account of the cost is not below that."""
     data = digits(100)
     f = Objective(digits_mlp("BN", 0), half_squares, [(data.x, data.y)])
@@ -159,7 +159,7 @@ def test_a_look_at_ten_modes_costs_at_most_250_gradients(monkeypatch: pytest.Mon
     monkeypatch.setattr(Objective, "value_and_grad", counted)
     monkeypatch.setattr(Expansion, "hvp", product)
     local = before.flow.local(w, {}, before.memory, 1)
-    local.slope(w, {}, 0.5)
+    local.motion(w, {}, 0.5)
     assert 9 <= local.modes.shape[1] <= 11
     assert count[0] <= 250
     assert count[0] <= local.cost + 2
@@ -172,11 +172,11 @@ def test_one_mode_in_closed_form() -> None:
     rule = GD(1.95 / ss.sharpness(f), 1e-3)
     local = ss.flows.central(f, rule, band=0.03).local(w, {})
     assert local.modes.shape[1] == 1
-    (G,), lr, dt = local.slopes, rule.learning_rate, 30.0
+    (G,), lr, dt = local.curvature_gradients, rule.learning_rate, 30.0
     force = f.grad(w) + rule.weight_decay * w
     gap = 2 - local.curvatures.item()
     x = max(0.0, -(gap + dt * lr * (G @ force).item()) / (dt * lr * 0.5 * (G @ G).item()))
-    found = local.slope(w, {}, dt)
+    found = local.motion(w, {}, dt)
     assert found.covariance.item() == pytest.approx(x, rel=1e-6, abs=1e-12)
     assert torch.allclose(found.velocity, -lr * (force + 0.5 * x * G))
     assert found.variances.item() == pytest.approx(x * lr, rel=1e-9, abs=1e-15)

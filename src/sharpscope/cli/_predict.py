@@ -78,7 +78,7 @@ def predict_checkpoint(task: str, checkpoint: Path | None, rule: GD, steps: int,
     w = f.weights() if checkpoint is None else load_weights(f, checkpoint)
     _fresh_directory(out)
     try:
-        p = compare(f, rule, w, steps, points=points, report=progress())
+        p = compare(f, rule, w, steps, points=points, progress=progress())
     except (ArithmeticError, NotConverged, NotFinite, ValueError) as error:
         raise Unusable(str(error)) from error
     chosen = {"task": task, "checkpoint": str(checkpoint or "as the task returns it"), **vars(rule), "steps": steps}

@@ -1,13 +1,14 @@
-"""A flow beside the optimizer it describes: both from the same point, read at the same times.
+"""Compare flows with the optimizer that they describe, from the same point and at the same times.
 
 The optimizer oscillates with period two, so the flow is compared with ``(w_{t-1} + 2 w_t + w_{t+1})/4``, and it starts
-there.  What decides is the distance of the two paths relative to the distance moved.
+there.  The error of a prediction is the distance of the two paths relative to the distance moved.
 
 P parameters.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from .path import Method, Trajectory
 
 Evaluate = Callable[[Tensor], Mapping[str, float]]
 
-APART = 0.25
+MAX_ERROR = 0.25
 """Distance between the paths, relative to the distance moved, up to which a prediction counts as valid."""
 
 
@@ -34,10 +35,8 @@ APART = 0.25
 class Prediction:
     """An optimizer's path and its flows', as rows of a history: runs "optimizer", "central flow" and "stable flow".
 
-    Columns: step (of the optimizer, from the start), tau, loss (mean over the steps around), point_loss (at the
-    averaged weights), radius, sharpness (of ∇²L there), variance (mean squared distance of iterates to their average;
-    predicted by the flow), modes (of the flow, within 10 % of the edge), moved (distance of the optimizer from the
-    start), distance (of the flow from the optimizer), error (distance/moved), gradients, and what `evaluate` returns.
+    The columns are those of `measures.columns`, and those that `evaluate` returns.  Curvature is that at the averaged
+    weights, steps count from the start, and the modes of a flow are those within 10 % of the edge.
     """
 
     history: History
@@ -49,18 +48,18 @@ class Prediction:
 
     @property
     def skill(self) -> float:
-        """``1 - d_central/d_stable``, mean over the path: what the central flow knows beyond the stable flow."""
+        """Advantage of the central over the stable flow, ``1 - d_central/d_stable``, averaged over the path."""
         central, stable = (self.history.series(name, "distance")[1:] for name in ("central flow", "stable flow"))
         return float(np.mean(1 - central / np.maximum(stable, 1e-300)))
 
     @property
     def valid_until(self) -> float:
-        """The last step at which the error is within `APART`, 0 where it never is.
+        """The last step at which the error is within `MAX_ERROR`, 0 where it never is.
 
-        At the start, where the distance moved is as small as the oscillation, the error is large and says nothing.
+        At the start, where the distance moved is as small as the oscillation, the error is large and means nothing.
         """
         step, error = self.history.table("central flow", "step", "error")
-        good = step[(error <= APART) & (step > 0)]
+        good = step[(error <= MAX_ERROR) & (step > 0)]
         return float(good[-1]) if len(good) else 0.0
 
     def __str__(self) -> str:
@@ -94,57 +93,61 @@ def compare(
     points: int = 25,
     evaluate: Evaluate | None = None,
     method: Method | None = None,
-    report: Callable[[float], None] = lambda share: None,
+    progress: Callable[[float], None] = lambda fraction: None,
 ) -> Prediction:
     """Run the optimizer from `w` ``(P,)`` and `state`, and its central and stable flows beside it, over `steps` steps.
 
     Args:
-        points: readings along the way, evenly spaced.
+        points: measurements along the path, evenly spaced.
         evaluate: further columns at given weights, such as a test loss.
         method: of the central flow (`multirate()`, `implicit()`).
-        report: is told the share of the work that is done.
+        progress: called with the fraction of the work that is done.
 
     Raises:
-        ValueError: fewer steps than readings.
+        ValueError: fewer steps than measurements.
         FlowStuck, WrongThirdDerivative: from the flow.
     """
     if steps < max(points, 1):
         raise InvalidValue(f"{points} readings do not fit into {steps} steps; ask for fewer points")
-    reading = [round(i * steps / points) for i in range(points + 1)]
-    run = _run(f, rule, w, rule.init(w) if state is None else state, reading)
-    report(0.1)
-    rows = _rows(f, rule, "optimizer", reading, run.averaged, run.averaged, run.columns, evaluate)
+    measured = [round(i * steps / points) for i in range(points + 1)]
+    run = _run(f, rule, w, rule.init(w) if state is None else state, measured)
+    rows_of = partial(_rows, f, rule, steps=measured, truth=run.averaged, evaluate=evaluate)
+    progress(0.1)
+    rows = rows_of("optimizer", weights=run.averaged, columns=run.columns)
     paths = {}
     for i, (name, band) in enumerate((("central flow", 0.1), ("stable flow", None))):
-        way = method if band else None
-        start = run.averaged[0]
         path = integrate(
-            Flow(f, rule, band), start, steps, averages=rule.averages(run.state), method=way, at=reading[1:-1]
+            Flow(f, rule, band),
+            run.averaged[0],
+            steps,
+            averages=rule.averages(run.state),
+            method=method if band else None,
+            at=measured[1:-1],
         )
         t, end = np.array(path["t"]), path["t"][-1] + path["length"][-1]
-        here = np.searchsorted(t, np.array(reading) + 1e-6).clip(1) - 1
+        here = np.searchsorted(t, np.array(measured) + 1e-6).clip(1) - 1
         columns = {name: np.array(path[name])[here] for name in ("variance", "modes", "gradients")}
-        columns["loss"] = _windows(np.append(t, end), np.array(path["loss"]), reading)
+        columns["loss"] = _window_means(np.append(t, end), np.array(path["loss"]), measured)
         columns["gradients"][-1] = path.gradients
-        rows += _rows(f, rule, name, reading, list(path.weights), run.averaged, columns, evaluate)
+        rows += rows_of(name, weights=list(path.weights), columns=columns)
         paths[name] = path
-        report(0.1 + 0.45 * (i + 1))
+        progress(0.1 + 0.45 * (i + 1))
     return Prediction(History(rows), paths)
 
 
 class _Run(NamedTuple):
-    """What the optimizer did."""
+    """The run of the optimizer itself."""
 
-    averaged: list[Tensor]  # (w_{t-1} + 2 w_t + w_{t+1})/4 at the readings
-    state: State  # of the rule at the first reading
+    averaged: list[Tensor]  # (w_{t-1} + 2 w_t + w_{t+1})/4 at the measured steps
+    state: State  # of the rule at the first of them
     columns: Mapping[str, "np.ndarray"]
 
 
-def _run(f: Objective, rule: UpdateRule, w: Tensor, state: State, reading: Sequence[int]) -> _Run:
-    """From w over reading[-1] + 2 steps; time zero is one step after w."""
-    wanted, averaged, losses, spread, first = set(reading), [], [], [], state
+def _run(f: Objective, rule: UpdateRule, w: Tensor, state: State, measured: Sequence[int]) -> _Run:
+    """Run the optimizer from w over measured[-1] + 2 steps; time zero is one step after w."""
+    averaged, losses, variances, first = [], [], [], state
     before, now = w, w
-    for t in range(-1, reading[-1] + 1):
+    for t in range(-1, measured[-1] + 1):
         value, g = f.value_and_grad(now)
         losses.append(value.item())
         after, state = rule.step(now, g, state)
@@ -152,26 +155,26 @@ def _run(f: Objective, rule: UpdateRule, w: Tensor, state: State, reading: Seque
             first = state
         else:
             mean = (before + 2 * now + after) / 4
-            spread.append((now - mean).square().sum().item())
-            if t in wanted:
+            variances.append((now - mean).square().sum().item())
+            if t in measured:
                 averaged.append(mean)
         before, now = now, after
     if not bool(now.isfinite().all()):
         raise InvalidValue(
-            f"the optimizer itself diverges within {reading[-1]} steps from here: its weights are not finite"
+            f"the optimizer itself diverges within {measured[-1]} steps from here: its weights are not finite"
         )
     columns = {
-        "loss": _windows(np.arange(-1.5, reading[-1] + 1), np.array(losses), reading),
-        "variance": _windows(np.arange(-0.5, reading[-1] + 1), np.array(spread), reading),
+        "loss": _window_means(np.arange(-1.5, measured[-1] + 1), np.array(losses), measured),
+        "variance": _window_means(np.arange(-0.5, measured[-1] + 1), np.array(variances), measured),
     }
     return _Run(averaged, first, columns)
 
 
-def _windows(edges: "np.ndarray", values: "np.ndarray", reading: Sequence[int]) -> "np.ndarray":
-    """Means of a function, constant between `edges` ``(n + 1,)``, from half-way to half-way of the readings."""
+def _window_means(edges: "np.ndarray", values: "np.ndarray", measured: Sequence[int]) -> "np.ndarray":
+    """Means of a function, constant between `edges` ``(n + 1,)``, from midway to midway of the measured steps."""
     total = np.concatenate([[0.0], np.cumsum(values * np.diff(edges))])
-    middle = [(a + b) / 2 for a, b in pairwise(reading)]
-    low, high = np.array([reading[0], *middle]), np.array([*middle, reading[-1]])
+    middle = [(a + b) / 2 for a, b in pairwise(measured)]
+    low, high = np.array([measured[0], *middle]), np.array([*middle, measured[-1]])
     return (np.interp(high, edges, total) - np.interp(low, edges, total)) / (high - low)
 
 
@@ -179,14 +182,16 @@ def _rows(
     f: Objective,
     rule: UpdateRule,
     name: str,
-    reading: Sequence[int],
+    *,
+    steps: Sequence[int],
     weights: Sequence[Tensor],
     truth: Sequence[Tensor],
     columns: Mapping[str, "np.ndarray"],
     evaluate: Evaluate | None,
 ) -> list[dict[str, Any]]:
+    """Rows of the run `name` at these weights, beside those of the optimizer (`truth`)."""
     rows, memory = [], None
-    for i, (step, w, true) in enumerate(zip(reading, weights, truth, strict=True)):
+    for i, (step, w, true) in enumerate(zip(steps, weights, truth, strict=True)):
         top = warm_started(hessian(f, w), memory, seed=step)
         memory = top.memory
         moved, distance = (true - truth[0]).norm().item(), (w - true).norm().item()

@@ -1,9 +1,9 @@
-"""Follow a flow in time: explicitly with curvature foretold between looks, or implicitly, along the minimizers.
+"""Follow a flow in time: by explicit steps between refreshes of its modes, or by implicit steps along the minimizers.
 
-Near the edge a flow is stiff: an explicit step is bounded by about one step of the optimizer.  Two ways round that:
+Near the edge a flow is stiff: an explicit step is bounded by about one step of the optimizer.  Two methods avoid that:
 
-`multirate` looks at the modes and their G (some hundred gradients) only as often as the curvature foretold from the
-last look goes wrong, and takes explicit steps of 1/c with true gradients between: about c gradients per unit of time.
+`multirate` computes the modes and their G (some hundred gradients) anew only when the curvature that it predicts from
+them goes wrong, and takes explicit steps of 1/c with true gradients between: about c gradients per unit of time.
 
 `implicit` solves the flow of the local quadratic model exactly over a step of any length dt,
 
@@ -38,7 +38,7 @@ def integrate(
     method: Method | None = None,
     at: Iterable[float] = (),
 ) -> Trajectory:
-    """The path of `flow` from `w` ``(P,)`` over a time of that many optimizer steps.
+    """Follow `flow` from `w` ``(P,)`` over a time of that many optimizer steps.
 
     Args:
         averages: of the rule's state at the start; by default those of a rule that starts here.
@@ -46,7 +46,7 @@ def integrate(
         at: times, besides the start and the end, at which the weights are kept.
 
     Raises:
-        FlowStuck: it cannot go on; what was seen is in the message.
+        FlowStuck: it cannot go on; the message says why.
         WrongThirdDerivative: third derivatives of this model cannot be trusted.
     """
     if not steps > 0:
@@ -56,7 +56,7 @@ def integrate(
     advance = multirate() if method is None else method
     stops = sorted({float(s) for s in at if 0 < s < steps} | {float(steps)})
     flow = flow.verified(w)
-    point, kept = Point(0.0, w, averages, cost=20.0 if flow.slopes else 0.0), [w]
+    point, kept = Point(0.0, w, averages, cost=20.0 if flow.third_derivatives else 0.0), [w]
     rows: list[Row] = []
     for stop in stops:
         while point.t < stop * (1 - 1e-12):
@@ -72,5 +72,5 @@ def integrate(
             else:
                 rows.append(row)
         kept.append(point.w)
-    names = rows[0].keys()
-    return Trajectory(torch.tensor([0.0, *stops]), torch.stack(kept), {n: [r[n] for r in rows] for n in names}, point)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return Trajectory(torch.tensor([0.0, *stops]), torch.stack(kept), columns, end=point)

@@ -1,4 +1,4 @@
-"""Points and readings along an integrated flow."""
+"""Points and rows along an integrated flow."""
 
 import math
 from collections.abc import Callable
@@ -8,26 +8,27 @@ from torch import Tensor
 
 from ..linalg.eigenpairs import Memory
 from ..optimizers.base import State
-from .central import Flow, Local, Slope
+from .central import Flow, Local, Motion
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where a flow is, and what its integrator wants to know about the way there."""
+    """A point of a flow, and the state of the integrator that has come to it."""
 
     t: float
     w: Tensor
     averages: State
     reach: float = 0.0  # length of the next step, as far as is known
     memory: Memory | None = None
-    foretold: Tensor | None = None  # curvatures that the last step predicts here, (k,) descending
+    predicted: Tensor | None = None  # curvatures that the last step predicts here, (k,) descending
     cost: float = 0.0  # gradients so far
-    looks: int = 0  # local models so far
+    refreshes: int = 0  # local models so far
     before: "Point | None" = None  # where the last step began, for another try
 
 
 Row = dict[str, float]
 Method = Callable[[Flow, Point, float], tuple[Point, Row | None]]
+"""A step of an integrator towards a time: the point it reaches and its row, or a point before to try again from."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Trajectory:
 
     Columns: t, length, loss (averaged over the oscillation), point_loss, radius, curvature (the largest, at the bound
     when at the edge), modes, active (those of them that oscillate), variance (mean squared distance to the flow),
-    error (relative defect of the curvature foretold), gradients (spent so far).
+    error (relative error of the predicted curvature), gradients (spent so far).
     """
 
     times: Tensor
@@ -53,33 +54,34 @@ class Trajectory:
         return self.columns[name]
 
 
-def _defect(local: Local, foretold: Tensor | None, bound: float) -> float:
-    """Relative error of the largest curvatures foretold."""
+def prediction_error(local: Local, predicted: Tensor | None) -> float:
+    """Error of the largest predicted curvatures at a new local model, relative to the bound."""
     here = local.curvatures.diagonal()
-    if foretold is None or not len(here) or not len(foretold):
+    if predicted is None or not len(here) or not len(predicted):
         return 0.0
-    n = min(len(here), len(foretold), 3)
-    return ((here[:n] - foretold[:n]).abs().max() / bound).item()
+    n = min(len(here), len(predicted), 3)
+    return ((here[:n] - predicted[:n]).abs().max() / local.flow.rule.bound).item()
 
 
-def _next(reach: float, error: float, rtol: float, longest: float) -> float:
-    """The error of a linear prediction grows with the square of the distance."""
+def next_reach(reach: float, error: float, rtol: float, longest: float) -> float:
+    """Length of the next step: the error of a linear prediction grows with the square of the distance."""
     factor = 0.8 * math.sqrt(rtol / max(error, 1e-3 * rtol))
     return min(longest, reach * min(2.0, max(0.25, factor)))
 
 
-def _row(point: Point, local: Local, s: Slope, length: float, loss: float, error: float, cost: float) -> Row:
-    spread = s.variances
+def row_of(point: Point, local: Local, motion: Motion, *, length: float, loss: float, error: float, cost: float) -> Row:
+    """Row of a step of that length from a point, with the loss averaged over it and the cost at its end."""
+    variances = motion.variances
     return {
         "t": point.t,
         "length": length,
         "loss": loss,
-        "point_loss": s.point_loss,
+        "point_loss": motion.point_loss,
         "radius": point.w.norm().item(),
         "curvature": local.largest,
         "modes": len(local.curvatures),
-        "active": int((spread > 1e-6 * spread.max().clamp_min(1e-300)).sum()) if len(spread) else 0,
-        "variance": spread.sum().item(),
+        "active": int((variances > 1e-6 * variances.max().clamp_min(1e-300)).sum()) if len(variances) else 0,
+        "variance": variances.sum().item(),
         "error": error,
         "gradients": cost,
     }

@@ -28,13 +28,13 @@ from ..optimizers.gd import GD
 from ..optimizers.scalar import SphericalRMSprop
 from ..symmetry.sphere import direction
 
-MOST = 500
-"""Dimensions of a Hessian's range, at most."""
+MAX_RANGE = 500
+"""Number of dimensions of a Hessian's range, at most."""
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """What the flow says at a point of Γ."""
+    """Motion of the flow at a point of Γ, and the oscillation that it averages over."""
 
     velocity: Tensor  # dζ/dt (P,), tangent to Γ, per step of the rule
     eigenvalues: Tensor  # of the spherical Hessian, the k largest (k,)
@@ -43,7 +43,7 @@ class Reduction:
 
     @property
     def K(self) -> float:
-        """``‖∇_Γ log λ1‖``."""
+        """Slope of the log of sharpness along Γ, ``‖∇_Γ log λ1‖``."""
         return self.log_slopes[0].norm().item()
 
 
@@ -63,7 +63,7 @@ class ReductionFlow:
     floor: float = 1e-6
 
     def minimizer(self, w: Tensor) -> Tensor:
-        """The point of Γ near w/‖w‖ (P,), by Gauss-Newton steps ``θ ← θ - H⁺ ∇L(θ)`` in the range of the Hessian H.
+        """Find the point of Γ near w/‖w‖ (P,), by Gauss-Newton steps ``θ ← θ - H⁺ ∇L(θ)`` in the range of H = ∇²L.
 
         Raises:
             NoMinimizer: the gradient does not vanish.
@@ -85,7 +85,7 @@ class ReductionFlow:
         )
 
     def at(self, zeta: Tensor, dtau: float | None = None) -> Reduction:
-        """The flow at a point of Γ; with `dtau`, eigenvalues below the first may rise to it within that time.
+        """Motion at a point of Γ; with `dtau`, eigenvalues below the first may rise to it within that time.
 
         Without it all k count as equal.
         """
@@ -103,32 +103,33 @@ class ReductionFlow:
         return Reduction(-self.rate * third_order.combined(p, g), near.values[:k], g, p)
 
     def _range(self, theta: Tensor) -> Basis:
-        """An eigenbasis of the Hessian at θ."""
+        """Compute an eigenbasis of the Hessian at θ."""
         a = hessian(self.objective, theta)
-        return eigenbasis(a, 1e-3 * self.floor, min(a.size, MOST))
+        return eigenbasis(a, 1e-3 * self.floor, min(a.size, MAX_RANGE))
 
 
 def sharpness_reduction(f: Objective, rule: UpdateRule, k: int = 1) -> ReductionFlow:
-    """The flow that `rule` follows at the edge: `GD` with weight decay or `SphericalRMSprop`.
+    """Sharpness-reduction flow that `rule` follows at the edge: `GD` with weight decay or `SphericalRMSprop`.
 
     Raises:
         TypeError, ValueError: the rule is not of the quasi-RMSprop family.
     """
     if isinstance(rule, SphericalRMSprop):
-        return ReductionFlow(f, rule.base_rate**2, rule.constant, k)
+        return ReductionFlow(f, rate=rule.base_rate**2, C=rule.constant, k=k)
     if not isinstance(rule, GD):
         raise InvalidType(
             f"{type(rule).__name__} is not in the quasi-RMSprop family: it has no sharpness-reduction flow"
         )
     if not rule.weight_decay:
         raise InvalidValue("without weight decay nothing drives the sharpness down; pass a rule with weight_decay > 0")
-    return ReductionFlow(f, 2 * rule.intrinsic_time_per_step, 2.0, k)
+    return ReductionFlow(f, rate=2 * rule.intrinsic_time_per_step, k=k)
 
 
 def follow(flow: ReductionFlow, w: Tensor, steps: float, *, pieces: int = 50) -> tuple[Tensor, Tensor]:
-    """Times ``(pieces + 1,)`` in steps and points of Γ ``(pieces + 1, P)``: Runge-Kutta of order 4, projected on Γ.
+    """Follow the flow; return times ``(pieces + 1,)`` in steps, and points of Γ ``(pieces + 1, P)``.
 
-    With several eigenvalues, whose velocity jumps where they meet, Euler steps with the gaps as slack.
+    By Runge-Kutta steps of order 4, projected on Γ.  With several eigenvalues, whose velocity jumps where they meet,
+    Euler steps with the gaps as slack.
     """
     zeta, h = flow.minimizer(w), steps / pieces
     out = [zeta]

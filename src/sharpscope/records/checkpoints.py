@@ -1,4 +1,4 @@
-"""Weights on disk: where a series of them lies, what a file holds, and how its names fit a model.
+"""Weights on disk: find a series of checkpoints, read them safely, and fit their names to a model.
 
 Nothing that is read is executed: safetensors, or state dicts of torch by its weights-only reader.  A state dict may be
 wrapped (``{"state_dict": ...}``, ``{"model": ...}``), and its names may carry a prefix (``module.`` of DDP, ``model.``
@@ -24,20 +24,20 @@ from ..autodiff.objective import Objective
 from ..errors import Unusable
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-"""What counts as a checkpoint in a directory; a file that is named may be called anything."""
+"""Suffixes of the files in a directory that count as checkpoints; a file given by name may have any."""
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
 """Names under which a training script keeps a state dict beside other things."""
 
 SAFE = (2, 6)
-"""The weights-only reader of earlier torch could be made to run code (CVE-2025-32434)."""
+"""First version of torch whose weights-only reader cannot be made to run code (CVE-2025-32434)."""
 
 WRAPPING = {"module", "model", "_orig_mod", "net"}
-"""Parts of a prefix that say no more than "the model"; another one, such as ``ema``, says which model."""
+"""Parts of a prefix that mean just "the model"; any other, such as ``ema``, tells models from each other."""
 
 
 def load_task(task: str) -> tuple[Any, Any, Any]:
-    """Model, loss and data, as the function ``module:function`` returns them; modules of this folder are found.
+    """Call the function ``module:function`` for its model, loss and data; modules of this folder are found.
 
     Raises:
         Unusable: there is no such function, or it returns something else.
@@ -57,7 +57,7 @@ def load_task(task: str) -> tuple[Any, Any, Any]:
 
 
 def step_of(path: Path) -> int | None:
-    """The step in the name of a checkpoint: the number after "step" or "iter", else its last number, else its folder's.
+    """Read the step from the name of a checkpoint: the number after "step" or "iter", else the last, else its folder's.
 
     >>> [step_of(Path(p)) for p in ("epoch=2-step=1500.ckpt", "w0020.safetensors", "checkpoint-40/model.bin", "w.pt")]
     [1500, 20, 40, None]
@@ -69,7 +69,7 @@ def step_of(path: Path) -> int | None:
 
 
 def series(places: Sequence[Path]) -> list[Path]:
-    """The files meant by files and directories, each once: by step, those without a step last, in natural order.
+    """List the checkpoints in files and directories, each once: by step, those without a step last, in natural order.
 
     Raises:
         Unusable: a place is not there, or a directory holds no checkpoint.
@@ -99,19 +99,19 @@ def _natural(path: Path) -> tuple[float, list[tuple[int, str]], str]:
 
 
 def read(content: bytes, name: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under their names, from its bytes; `name` is for what is said of it.
+    """Read the tensors of a checkpoint under their names, from its bytes; `name` is for error messages.
 
     Raises:
         Unusable: it is neither safetensors nor a state dict, or would run code when loaded.
     """
-    held = _safetensors(content, name) if content[8:9] == b"{" else _state_dict(content, name)
-    while not any(isinstance(value, Tensor) for value in held.values()):
-        inner = next((held[key] for key in WRAPPERS if isinstance(held.get(key), Mapping)), None)
+    state = _safetensors(content, name) if content[8:9] == b"{" else _state_dict(content, name)
+    while not any(isinstance(value, Tensor) for value in state.values()):
+        inner = next((state[key] for key in WRAPPERS if isinstance(state.get(key), Mapping)), None)
         if inner is None:
-            some = ", ".join(f"{key} ({type(value).__name__})" for key, value in list(held.items())[:4])
+            some = ", ".join(f"{key} ({type(value).__name__})" for key, value in list(state.items())[:4])
             raise Unusable(f"{name} is not a state dict: it holds {some or 'nothing'}; save model.state_dict()")
-        held = inner
-    return {str(key): value for key, value in held.items() if isinstance(value, Tensor)}
+        state = inner
+    return {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def _safetensors(content: bytes, name: str) -> Mapping[str, Any]:
@@ -130,7 +130,7 @@ def _state_dict(content: bytes, name: str) -> Mapping[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of storages of old
-            held = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file may raise anything
         kind = re.search(r"GLOBAL ([\w.]+)", str(error))
         if kind:
@@ -138,13 +138,13 @@ def _state_dict(content: bytes, name: str) -> Mapping[str, Any]:
                 f"{name} holds a pickled {kind[1]}, which only running code could load; save model.state_dict() alone"
             ) from error
         raise Unusable(f"{name} is not a safetensors file, nor a state dict of torch that can be read") from error
-    if not isinstance(held, Mapping):
-        raise Unusable(f"{name} is not a state dict but a {type(held).__name__}; save model.state_dict()")
-    return held
+    if not isinstance(state, Mapping):
+        raise Unusable(f"{name} is not a state dict but a {type(state).__name__}; save model.state_dict()")
+    return state
 
 
 def fit(f: Objective, tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """The trainable parameters of `f` ``(P,)``, and what else of its model is there: buffers and frozen parameters.
+    """Fit tensors to the trainable parameters of `f` ``(P,)``, and to buffers and frozen parameters of its model.
 
     Names that the model does not have are left alone.
 
@@ -158,8 +158,8 @@ def fit(f: Objective, tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor,
     for own in {**f.slices, **found}:
         what = f"in {name} the {'parameter' if isinstance(state[own], nn.Parameter) else 'buffer'} {own}"
         if own not in found:
-            held = f"{', '.join(list(tensors)[:3])}{', ...' if len(tensors) > 3 else ''}"
-            raise Unusable(f"{what} of shape {tuple(state[own].shape)} is missing; it holds {held}")
+            present = f"{', '.join(list(tensors)[:3])}{', ...' if len(tensors) > 3 else ''}"
+            raise Unusable(f"{what} of shape {tuple(state[own].shape)} is missing; it holds {present}")
         _check(state[own], found[own], what)
     like = f.weights()
     flat = torch.cat([found[own].to(like).reshape(-1) for own in f.slices])
@@ -180,7 +180,7 @@ def write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_weights(f: Objective, path: Path) -> Tensor:
-    """The trainable parameters of `f` ``(P,)`` from a file; the buffers in it are written into the model of `f`.
+    """Load the trainable parameters of `f` ``(P,)`` from a file; its buffers are written into the model of `f`.
 
     Raises:
         Unusable: the file cannot be read, or does not fit the model.
@@ -191,7 +191,7 @@ def load_weights(f: Objective, path: Path) -> Tensor:
 
 
 def read_bytes(path: Path) -> bytes:
-    """What the file holds.
+    """Read the content of a file.
 
     Raises:
         Unusable: it cannot be read.
@@ -203,7 +203,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _twins(model: nn.Module) -> dict[str, str]:
-    """Name of a parameter -> another name of the same one: a file may keep tied weights under either."""
+    """Map the name of a parameter to another name of the same one: a file may keep tied weights under either."""
     first: dict[int, str] = {}
     twins = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -213,7 +213,7 @@ def _twins(model: nn.Module) -> dict[str, str]:
 
 
 def _prefix(f: Objective, twins: Mapping[str, str], tensors: Mapping[str, Tensor], name: str) -> str:
-    """What stands before the model's names in the file; where nothing fits, what lacks the fewest."""
+    """Find the prefix of the model's names in the file; where none fits, the one that lacks the fewest."""
     probe = next(iter(f.slices))
     ends = (probe, twins.get(probe, probe))
     possible = {key.removesuffix(end) for key in tensors for end in ends if key.endswith("." + end)} | {""}

@@ -1,9 +1,4 @@
-"""A run on disk: rows while it runs, columns when it is done.
-
-While a run lasts, its rows go to an append-only log (one JSON object a line) and its state, now and then, to a
-checkpoint that remembers how long the log was.  After a kill the log is cut back to the checkpoint and the run goes
-on: the rows that come out are those of an uninterrupted run, to the last bit.
-"""
+"""Columns of runs in memory, and as a Parquet file once a run is done."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -79,7 +74,7 @@ class History:
 
     @classmethod
     def load(cls, path: Path) -> "History":
-        """Read what `save` wrote."""
+        """Read a history that `save` wrote."""
         import pyarrow.parquet as pq
 
         history = cls()

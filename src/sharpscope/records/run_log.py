@@ -1,4 +1,9 @@
-"""Rows of a run on disk, written so that a kill loses nothing."""
+"""Rows of a run on disk, written so that a kill loses nothing.
+
+While a run lasts, its rows go to an append-only log (one JSON object a line) and its state, now and then, to a
+checkpoint that records how long the log was.  After a kill the log is cut back to the checkpoint and the run goes
+on: its rows are those of an uninterrupted run, to the last bit.
+"""
 
 import hashlib
 import json
@@ -19,7 +24,7 @@ class RunLog:
     def __init__(self, folder: Path, run: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.run = run
-        # Readable, but told apart by the digest: file systems differ in the letters and lengths they can tell apart.
+        # Readable, but unique by the digest: file systems differ in the letters and lengths that they distinguish.
         readable = "".join(c if c.isascii() and (c.isalnum() or c in "-.") else "_" for c in run[:60])
         stem = f"{readable}-{hashlib.sha256(run.encode()).hexdigest()[:16]}"
         self.path, self.state = folder / f"{stem}.jsonl", folder / f"{stem}.safetensors"
@@ -37,12 +42,12 @@ class RunLog:
 
     @property
     def note(self) -> str:
-        """What `finish` was told: empty, or why the run stopped early."""
+        """Note that `finish` was given: empty, or why the run stopped early."""
         lines = self._lines()
         return str(lines[-1]["finished"]) if lines and "finished" in lines[-1] else ""
 
     def resume(self) -> dict[str, Tensor]:
-        """The last checkpoint's tensors, or an empty dict for a fresh start; cuts the log back to that moment."""
+        """Load the last checkpoint's tensors, or none for a fresh start, and cut the log back to that moment."""
         from safetensors import safe_open
 
         self.path.touch()
@@ -87,5 +92,5 @@ class RunLog:
 
 
 def _plain(value: Value) -> Value:
-    """Numbers that JSON has no word for become empty."""
+    """Replace numbers that JSON cannot express by None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

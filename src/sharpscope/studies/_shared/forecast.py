@@ -67,7 +67,7 @@ def run_forecast(log: RunLog, progress: Progress, name: str, forecast: Forecast)
             state=state,
             points=forecast.points,
             evaluate=evaluate,
-            report=lambda fraction: progress(0.1 + 0.9 * fraction),
+            progress=lambda fraction: progress(0.1 + 0.9 * fraction),
         )
     except (ArithmeticError, NotConverged, NotFinite, ValueError) as error:
         log.finish(f"stopped after step {forecast.start}: {error}")
