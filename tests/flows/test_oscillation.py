@@ -120,8 +120,8 @@ def test_sharpness_never_falls_faster_than_weight_decay_allows() -> None:
     """``Δ log λ1 + 2 Δτ ≥ -5η`` between any two times."""
     il = 1e-4
     r = seen("A2", il, path("A2", il, 5000, 1.0))
-    held = np.log(r["sharpness"]) + 2 * il * np.arange(len(r["sharpness"]))
-    assert (held - np.maximum.accumulate(held)).min() >= -5 * float(toys.rmsprop_rate(il))
+    undecayed = np.log(r["sharpness"]) + 2 * il * np.arange(len(r["sharpness"]))
+    assert (undecayed - np.maximum.accumulate(undecayed)).min() >= -5 * float(toys.rmsprop_rate(il))
 
 
 @pytest.mark.parametrize("u", [1.5, 0.02])

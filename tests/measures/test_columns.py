@@ -79,7 +79,7 @@ def test_training_in_studies_writes_known_columns(tmp_path: Path) -> None:
     for net, norm, found in (("regression", "BN", "spherical_sharpness2"), ("plain", "none", "eta_lambda")):
         variant = Variant(net, norm, "squares", 0.05, 1e-3, train=50)
         log = RunLog(tmp_path / net, "a run")
-        train(log, lambda share: None, problem_of(variant), GD(0.05, 1e-3), TrainingPlan(3, every=2))
+        train(log, lambda fraction: None, problem_of(variant), GD(0.05, 1e-3), TrainingPlan(3, every=2))
         assert_known((name for row in log.rows for name in row), "test_loss", "midpoint_loss", found)
 
 
@@ -87,7 +87,7 @@ def test_predictions_write_known_columns(tmp_path: Path) -> None:
     f = cases.invariant()
     assert_known(compare(f, GD(0.1, 1e-3), f.weights(), 6, points=3).history.columns, "distance", "variance", "modes")
     log = RunLog(tmp_path, "a forecast")
-    run_forecast(log, lambda share: None, "a", Forecast(Variant("regression", "BN", "squares", 0.5, 1e-3), 20, 6, 3))
+    run_forecast(log, lambda fraction: None, "a", Forecast(Variant("regression", "BN", "squares", 0.5, 1e-3), 20, 6, 3))
     assert_known((name for row in log.rows for name in row), "line", "test_loss", "spherical_sharpness")
 
 

@@ -47,7 +47,7 @@ def follow(f: Objective, rule: UpdateRule, w: Tensor, steps: int) -> list[Tensor
     return path
 
 
-def apart(a: list[Tensor], b: list[Tensor]) -> float:
+def distance(a: list[Tensor], b: list[Tensor]) -> float:
     """The largest distance of directions along two paths."""
     return max((direction(x) - direction(y)).norm().item() for x, y in zip(a, b, strict=True))
 
@@ -60,7 +60,7 @@ def test_one_path_in_four_descriptions(norm: str, loss: str) -> None:
     path = follow(f, rule, w, 10)
     radii = [x.norm().item() for x in path]
     for other, start in (as_projected(rule, w, radii), as_rmsprop(rule, w), as_exponential(rule, w)):
-        assert apart(follow(f, other, start, 10), path) <= 1e-13, other
+        assert distance(follow(f, other, start, 10), path) <= 1e-13, other
     assert (direction(path[-1]) - direction(w)).norm() > 1e-3  # they do not agree by standing still
 
 
@@ -75,9 +75,9 @@ def test_one_path_over_long_stable_runs(norm: str, loss: str) -> None:
         as_rmsprop(rule, w),
         as_exponential(rule, w),
     ):
-        assert apart(follow(f, other, start, 300), path) <= 1e-12, other
+        assert distance(follow(f, other, start, 300), path) <= 1e-12, other
     mimic = SphericalRMSprop.like(rule, w.norm().item())
-    assert apart(follow(f, mimic, direction(w), 300), path) > 1e-12
+    assert distance(follow(f, mimic, direction(w), 300), path) > 1e-12
 
 
 @pytest.mark.parametrize(("norm", "loss"), [("BN", "mse"), ("LN", "cross-entropy")])
@@ -125,7 +125,7 @@ def test_every_exact_member_is_some_weight_decay(norm: str, loss: str) -> None:
     f, w, lr = problem(norm, loss)
     member = SphericalRMSprop(0.7, 0.97, lr / (w @ w).item(), exact=True)
     rule, start = as_decayed(member, w)
-    assert apart(follow(f, member, w, 10), follow(f, rule, start, 10)) <= 1e-13
+    assert distance(follow(f, member, w, 10), follow(f, rule, start, 10)) <= 1e-13
 
 
 @every_net

@@ -214,7 +214,7 @@ def simulate(folder: Path, steps: int, killed_at: float = math.inf) -> RunLog:
     for step in range(first, steps):
         b = 0.9 * b + w.sin() + torch.randn(3, generator=draw, dtype=torch.float64)
         w = w - 0.1 * b
-        log.append(step=step, loss=(w @ w).item(), odd=math.nan if step % 2 else 1 / 3)
+        log.append(step=step, loss=(w @ w).item(), ratio=math.nan if step % 2 else 1 / 3)
         if step >= killed_at:
             with log.path.open("ab") as file:
                 file.write(b'{"run": "walk/1", "st')

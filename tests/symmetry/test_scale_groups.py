@@ -253,20 +253,20 @@ def test_nearly_is_not_invariant() -> None:
 class DeepStem(nn.Module):
     """A side branch beside two maps that act as one: rescaling both makes it vanish like 1/c²."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, level: float) -> None:
         super().__init__()
         self.first, self.second, self.branch, self.readout = linear(8, 8), linear(8, 8), linear(8, 8), linear(8, 2)
-        self.share = share
+        self.level = level
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.second(torch.relu(self.first(x)))
-        return self.readout(F.layer_norm(h + self.share * torch.tanh(self.branch(F.layer_norm(h, (8,)))), (8,)))
+        return self.readout(F.layer_norm(h + self.level * torch.tanh(self.branch(F.layer_norm(h, (8,)))), (8,)))
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("share", [1e-1, 1e-2, 1e-3])
-def test_two_maps_beside_a_weak_branch_are_not_invariant(share: float, seed: int) -> None:
-    assert not find_groups(objective(DeepStem(share), seed=seed)).groups
+@pytest.mark.parametrize("level", [1e-1, 1e-2, 1e-3])
+def test_two_maps_beside_a_weak_branch_are_not_invariant(level: float, seed: int) -> None:
+    assert not find_groups(objective(DeepStem(level), seed=seed)).groups
 
 
 def test_a_gradient_that_is_not_finite_is_no_answer() -> None:

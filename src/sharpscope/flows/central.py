@@ -89,7 +89,7 @@ class Flow:
             u = torch.ones_like(w)
         return replace(self, third_derivatives=third_order.checked(self.objective, w, u))
 
-    def local(self, w: Tensor, averages: State, memory: Memory | None = None, seed: int = 0) -> "Local":
+    def local(self, w: Tensor, averages: State, memory: Memory | None = None, seed: int = 0) -> "LocalModel":
         """Model the flow around w, with its modes tracked from `memory`."""
         inverse = self.inverse(w, averages)
         a, shift = self.curvature(w, inverse)
@@ -109,13 +109,13 @@ class Flow:
             return scaled(h, inverse.item()), decay * inverse.item()
         return preconditioned(shifted(h, decay), 1 / inverse), 0.0
 
-    def around(self, w: Tensor, inverse: Tensor, values: Tensor, vectors: Tensor) -> "Local":
+    def around(self, w: Tensor, inverse: Tensor, values: Tensor, vectors: Tensor) -> "LocalModel":
         """Model the flow around w, given eigenpairs of ``P^-1/2 ∇²F P^-1/2``; those in the band are its modes."""
         k = 0 if self.band is None else min(int((values >= (1 - self.band) * self.rule.bound).sum()), MAX_MODES)
         U = vectors[:, :k] * column(inverse.sqrt())
         third_derivatives = self.third_derivatives or third_order.by_autograd
         G = third_derivatives(self.objective, w, U) if k else w.new_zeros(0, len(w))
-        return Local(
+        return LocalModel(
             flow=self,
             w0=w,
             inverse=inverse,
@@ -134,7 +134,7 @@ def column(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalModel:
     """Local model of a flow around a point ``w0``: fixed modes, and their curvature to first order in w - w0."""
 
     flow: Flow

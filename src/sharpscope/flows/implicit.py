@@ -10,7 +10,7 @@ from ..autodiff import third_order
 from ..errors import FlowStuck, InvalidValue
 from ..linalg import complementarity
 from ..linalg.eigenbasis import Basis, eigenbasis
-from .central import Flow, Local, Motion, column
+from .central import Flow, LocalModel, Motion, column
 from .path import Point, Row, next_reach, prediction_error, row_of
 
 
@@ -84,7 +84,9 @@ def _not_stiff(reach: float, basis: Basis) -> float:
     return 1 / basis.rest
 
 
-def _exponential_step(local: Local, basis: Basis, shift: float, dt: float, corrections: int) -> tuple[Tensor, Motion]:
+def _exponential_step(
+    local: LocalModel, basis: Basis, shift: float, dt: float, corrections: int
+) -> tuple[Tensor, Motion]:
     """Take a step of length dt in the local quadratic model [N26]; return the weights it leads to, and its motion."""
     flow, w = local.flow, local.w0
     rule, values, root = flow.rule, basis.values + shift, column(local.inverse.sqrt())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..linalg.eigenpairs import Memory
 from ..optimizers.base import State
-from .central import Flow, Local, Motion
+from .central import Flow, LocalModel, Motion
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Trajectory:
         return self.columns[name]
 
 
-def prediction_error(local: Local, predicted: Tensor | None) -> float:
+def prediction_error(local: LocalModel, predicted: Tensor | None) -> float:
     """Error of the largest predicted curvatures at a new local model, relative to the bound."""
     here = local.curvatures.diagonal()
     if predicted is None or not len(here) or not len(predicted):
@@ -69,7 +69,9 @@ def next_reach(reach: float, error: float, rtol: float, longest: float) -> float
     return min(longest, reach * min(2.0, max(0.25, factor)))
 
 
-def row_of(point: Point, local: Local, motion: Motion, *, length: float, loss: float, error: float, cost: float) -> Row:
+def row_of(
+    point: Point, local: LocalModel, motion: Motion, *, length: float, loss: float, error: float, cost: float
+) -> Row:
     """Row of a step of that length from a point, with the loss averaged over it and the cost at its end."""
     variances = motion.variances
     return {

@@ -128,6 +128,8 @@ def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, s
         means[n / parts] = total
     bias = _bias(*means.values())
     rounding = _rounding(whole, a, w, v, value, seed)
+    sample = math.hypot(standard_error, bias)
+    advice = _advice(value, solver, sample, rounding, examples=n, rtol=rtol, dtype=w.dtype)
     return ErrorBudget(
         sharpness=value,
         solver=solver,
@@ -137,7 +139,7 @@ def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, s
         examples=n,
         groups=k,
         means=means,
-        advice=_advice(value, solver, math.hypot(standard_error, bias), rounding, n, rtol, w.dtype),
+        advice=advice,
         note=note,
         num_matvecs=spent + 2,
     )
@@ -200,12 +202,12 @@ def _dealt(batches: list[Any], parts: int) -> list[list[Any]]:
 
 
 def _advice(
-    value: float, solver: float, sample: float, rounding: float, n: int, rtol: float, dtype: torch.dtype
+    value: float, solver: float, sample: float, rounding: float, *, examples: int, rtol: float, dtype: torch.dtype
 ) -> str:
     worst = max(solver, sample, rounding)
     size = f"{worst / abs(value):.1%}" if value else f"{worst:.2g}"
     if worst == sample:
-        return f"The sample is the largest error ({size}): four times the {n} examples about halve it."
+        return f"The sample is the largest error ({size}): four times the {examples} examples about halve it."
     if worst == solver:
         return f"The solver is the largest error ({size}): lower rtol from {rtol:g} to {rtol / 10:g}."
     if dtype != torch.float64:

@@ -13,11 +13,6 @@ def loss(at: Objective | Iterate) -> float:
     return Iterate.of(at).expansion.value.item()
 
 
-def gradient_norm(at: Objective | Iterate) -> float:
-    """Norm of the gradient, ``‖∇L(w)‖``."""
-    return Iterate.of(at).expansion.grad.norm().item()
-
-
 def radius(at: Objective | Iterate) -> float:
     """Norm of the jointly scale-invariant weights, ``‖w‖``."""
     return Iterate.of(at).invariant.norm().item()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import InvalidType
-from .base import Stability, State, UpdateRule, demand, described, heavy_ball
+from .base import Stability, State, UpdateRule, demand, described
 
 
 class PerWeight(UpdateRule):
@@ -79,7 +79,7 @@ class RMSprop(PerWeight):
     @property
     def bound(self) -> float:
         """Largest stable eigenvalue, ``2 (1 + mom)/(1 - mom)``."""
-        return heavy_ball(self.momentum)
+        return _heavy_ball(self.momentum)
 
     @property
     def coupled_decay(self) -> float:
@@ -152,7 +152,7 @@ class Adam(PerWeight):
     @property
     def bound(self) -> float:
         """Largest stable eigenvalue, ``(2 - il)(1 + β1)/(1 - β1)``."""
-        return heavy_ball(self.beta1, self.decoupled_decay)
+        return _heavy_ball(self.beta1, self.decoupled_decay)
 
     @property
     def coupled_decay(self) -> float:
@@ -209,6 +209,14 @@ class Adam(PerWeight):
 def _check(learning_rate: float, eps: float, weight_decay: float) -> None:
     demand(0 < learning_rate < math.inf, f"the learning rate is {learning_rate}; it must be positive")
     demand(eps >= 0 and weight_decay >= 0, f"eps is {eps} and weight decay {weight_decay}; neither is negative")
+
+
+def _heavy_ball(momentum: float, decoupled_decay: float = 0.0) -> float:
+    """Largest stable eigenvalue of P^-1/2 ∇²F P^-1/2 under momentum, ``(2 - il)(1 + mom)/(1 - mom)``.
+
+    There -1 is an eigenvalue of the map ``b' = mom·b + (1 - mom) λw,  w' = (1 - il) w - b'``: iterates change sign.
+    """
+    return (2 - decoupled_decay) * (1 + momentum) / (1 - momentum)
 
 
 def _with_gradient(v: Tensor) -> Tensor:

@@ -144,14 +144,6 @@ def described(optimizer: Optimizer, *refused: str) -> Mapping[str, Any]:
     return groups[0]
 
 
-def heavy_ball(momentum: float, decoupled_decay: float = 0.0) -> float:
-    """Largest stable eigenvalue of P^-1/2 ∇²F P^-1/2 under momentum, ``(2 - il)(1 + mom)/(1 - mom)``.
-
-    There -1 is an eigenvalue of the map ``b' = mom·b + (1 - mom) λw,  w' = (1 - il) w - b'``: iterates change sign.
-    """
-    return (2 - decoupled_decay) * (1 + momentum) / (1 - momentum)
-
-
 def demand(ok: bool, sentence: str) -> None:
     if not ok:
         raise InvalidValue(sentence)

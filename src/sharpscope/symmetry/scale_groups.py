@@ -115,7 +115,9 @@ def find_groups(f: Objective, w: Tensor | None = None, *, candidates: Candidates
     tested = tensors(f) if candidates is None else candidates(f)
     defects = {name: euler_cosine(here, i) for name, i in (tested | search.groups).items() if name not in search.null}
     joint_defect = euler_cosine(here, joint) if joint.numel() else 1.0
-    return ScaleGroups(search.groups, defects, search.null, joint, joint_defect, pairs, search.count)
+    return ScaleGroups(
+        search.groups, defects, search.null, joint, joint_defect, pairs=pairs, num_gradients=search.count
+    )
 
 
 def _take_related(f: Objective, search: "_Search") -> dict[str, float]:
