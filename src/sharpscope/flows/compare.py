@@ -145,8 +145,10 @@ class _Run(NamedTuple):
 
 def _run(f: Objective, rule: UpdateRule, w: Tensor, state: State, measured: Sequence[int]) -> _Run:
     """Run the optimizer from w over measured[-1] + 2 steps; time zero is one step after w."""
-    averaged, losses, variances, first = [], [], [], state
-    before, now = w, w
+    averaged: list[Tensor] = []
+    losses: list[float] = []
+    variances: list[float] = []
+    before, now, first = w, w, state
     for t in range(-1, measured[-1] + 1):
         value, g = f.value_and_grad(now)
         losses.append(value.item())

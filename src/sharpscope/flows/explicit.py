@@ -28,7 +28,9 @@ class multirate:
         length, dt = min(reach, stop - point.t), 1 / max(flow.rule.bound, local.largest)
         n = max(1, math.ceil(length / dt - 1e-9))
         dt = length / n
-        w, averages, loss, X = point.w, point.averages, 0.0, None
+        w, averages = point.w, point.averages
+        loss = 0.0
+        X = None
         for _ in range(n):
             motion = local.motion(w, averages, dt, X)
             X = motion.covariance

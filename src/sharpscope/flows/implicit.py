@@ -88,8 +88,9 @@ def _exponential_step(
     local: LocalModel, basis: Basis, shift: float, dt: float, corrections: int
 ) -> tuple[Tensor, Motion]:
     """Take a step of length dt in the local quadratic model [N26]; return the weights it leads to, and its motion."""
-    flow, w = local.flow, local.w0
-    rule, values, root = flow.rule, basis.values + shift, column(local.inverse.sqrt())
+    flow, rule, w = local.flow, local.flow.rule, local.w0
+    values = basis.values + shift
+    root = column(local.inverse.sqrt())
     slow = _relaxed(torch.tensor(dt * shift).to(w))
 
     def spread(x: Tensor) -> Tensor:
@@ -100,7 +101,8 @@ def _exponential_step(
 
     value, g = flow.objective.value_and_grad(w)
     force = g + rule.coupled_decay * w + rule.decoupled_decay * w / local.inverse
-    C, G, X = local.curvatures, local.curvature_gradients, local.curvatures
+    C, G = local.curvatures, local.curvature_gradients
+    X = C
     if len(C):
         A, images = G @ spread(force[:, None])[:, 0], spread(G.T).T
         gap = rule.bound * torch.eye(len(C)).to(C) - C

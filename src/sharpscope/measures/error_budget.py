@@ -106,7 +106,8 @@ def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, s
     whole = f.on(batches)
     a = hessian(whole, w)
     top = lanczos(a, min(2, a.size), rtol=rtol, seed=seed)
-    value, v, residual = top.values[0].item(), top.vectors[:, 0], top.residuals[0].item()
+    value, residual = top.values[0].item(), top.residuals[0].item()
+    v = top.vectors[:, 0]
     gap = value - (top.values[1] + top.residuals[1]).item() if a.size > 1 else math.inf
     solver = min(residual, residual**2 / gap if gap > 0 else residual, max(top.upper - value, 0.0))
 

@@ -1,6 +1,6 @@
 """Candidates for invariance: tensors, rows, columns, modules and parts of them, as indices into the flat weights.
 
-What belongs to a group already is no candidate any more: `left` ``(P,)`` says of every weight whether it still is one.
+Weights that belong to a group already are no candidates any more: `left` ``(P,)`` masks those that still are.
 
 P parameters.
 """

@@ -176,14 +176,16 @@ class _Search:
         with the same Euler product (layers that act as one) are rescaled in turns: together they fall twice as fast.
         At the end ``c ∇_g`` must be the same as before; a set in which it is not is halved.
         """
-        tested, turn, last = dict(candidates), 0, 0
+        tested = dict(candidates)
+        turn, last = 0, 0
         while tested and turn <= last:
             turns = self._turns(tested)
             scale, c = self._factors({name: i for name, i in tested.items() if turns[name] == turn})
             after = self._sample(scale * before.w)
             slow = self._slow({name: tested[name] for name in c}, c, before, after)
             if slow:
-                tested, turn, last = {n: i for n, i in tested.items() if n not in slow}, 0, 0
+                tested = {n: i for n, i in tested.items() if n not in slow}
+                turn, last = 0, 0
             elif _gradients_agree(tested, scale, before, after):
                 turn, last = turn + 1, max(turns.values())
             else:
