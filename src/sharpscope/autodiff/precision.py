@@ -17,10 +17,10 @@ from .objective import Objective
 
 
 def in_double(f: Objective) -> Objective:
-    """The same function in double precision, on copies of the model and of a loss that is a module.
+    """Copy an objective to double precision, with copies of its model and of a loss that is a module.
 
     Batches are converted as they are read, so that the data are in memory once; integers stay integers.  The data keep
-    their seed and products are formed as those of `f`, which itself is left as it is.  A model that casts to single
+    their seed, and products are formed by the same method; `f` itself is left as it is.  A model that casts to single
     precision inside still does.
 
     Raises:
