@@ -88,7 +88,7 @@ def test_predictions_write_known_columns(tmp_path: Path) -> None:
     assert_known(compare(f, GD(0.1, 1e-3), f.weights(), 6, points=3).history.columns, "distance", "variance", "modes")
     log = RunLog(tmp_path, "a forecast")
     run_forecast(log, lambda fraction: None, "a", Forecast(Variant("regression", "BN", "squares", 0.5, 1e-3), 20, 6, 3))
-    assert_known((name for row in log.rows for name in row), "line", "test_loss", "spherical_sharpness")
+    assert_known((name for row in log.rows for name in row), "spherical_threshold", "test_loss", "spherical_sharpness")
 
 
 def test_a_series_of_checkpoints_writes_known_columns(tmp_path: Path) -> None:

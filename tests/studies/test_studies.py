@@ -220,7 +220,15 @@ def test_every_loss_trains(tmp_path: Path) -> None:
         run_variant(log, lambda fraction: None, Variant(net, "LN", loss, 0.1, 1e-3, steps=3, train=64))
         assert not log.note
         last = log.rows[-1]
-        assert {"tau", "loss", "eta_lambda", "threshold", "test_loss", "test_accuracy", "train_accuracy"} <= last.keys()
+        assert {
+            "tau",
+            "loss",
+            "eta_lambda",
+            "spherical_threshold",
+            "test_loss",
+            "test_accuracy",
+            "train_accuracy",
+        } <= last.keys()
         assert all(np.isfinite(v) for v in last.values() if isinstance(v, float))
 
 

@@ -139,8 +139,10 @@ def test_rows_are_measured_at_midpoints(tmp_path: Path) -> None:
             assert row["eta_lambda"] == pytest.approx(measures.eta_lambda(it), rel=1e-3)
             assert row["sharpness"] * row["radius"] ** 2 == pytest.approx(row["spherical_sharpness"], rel=1e-12)
             assert row["spherical_sharpness"] >= row["spherical_sharpness2"]
-            assert row["eta_lambda"] * row["threshold"] == pytest.approx(2 * row["spherical_sharpness"], rel=1e-12)
-            assert row["residual"] <= PLAN.rtol
+            assert row["eta_lambda"] * row["spherical_threshold"] == pytest.approx(
+                2 * row["spherical_sharpness"], rel=1e-12
+            )
+            assert row["relative_residual"] <= PLAN.rtol
             radii = [v for name, v in row.items() if name.startswith("radius/")]
             assert len(radii) == 2
             assert sum(r**2 for r in radii) == pytest.approx(row["radius"] ** 2, rel=1e-12)

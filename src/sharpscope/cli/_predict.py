@@ -10,6 +10,7 @@ from typing import Any
 from ..autodiff.objective import Objective
 from ..errors import NotConverged, NotFinite, Unusable
 from ..flows.compare import Prediction, compare
+from ..measures.columns import label_of
 from ..optimizers.gd import GD
 from ..records.checkpoints import load_task, load_weights
 from ..records.history import History
@@ -21,14 +22,14 @@ from ..studies._framework.study import find
 from ..studies._shared.forecast import RUNS, Forecast, run_forecast
 from ..studies._shared.networks import Variant
 
-COLUMNS = (
-    ("sharpness", "Sharpness", "λ1 of ∇²L"),
-    ("loss", "Training loss, averaged over the oscillation", "loss"),
-    ("radius", "Norm of the weights", "‖w‖"),
-    ("error", "Distance from the optimizer", "distance / distance moved"),
-    ("variance", "Size of the oscillation", "mean squared distance from the average"),
-    ("test_loss", "Test loss", "loss"),
-)
+TITLES = {
+    "sharpness": "Sharpness",
+    "loss": "Training loss, averaged over the oscillation",
+    "radius": "Norm of the weights",
+    "error": "Distance from the optimizer",
+    "variance": "Size of the oscillation",
+    "test_loss": "Test loss",
+}
 
 CHARTS = tuple(
     Chart(
@@ -37,9 +38,9 @@ CHARTS = tuple(
         x="step",
         y=y,
         runs=RUNS[1:] if y == "error" else RUNS,
-        y_label=label,
+        y_label=label_of(y),
     )
-    for y, title, label in COLUMNS
+    for y, title in TITLES.items()
 )
 
 

@@ -35,10 +35,12 @@ COLUMNS = (
     Column("applied_gradient", "norm of the gradient", "Norm of the gradient that the optimizer applied."),
     Column("sharpness", "λ1 of the Hessian", "Largest eigenvalue of the Hessian of the loss."),
     Column("sharpness{}", "λ{} of the Hessian", "Further eigenvalue of the Hessian, by its number from the top."),
-    Column("residual", "residual", "Residual of the top eigenpair; in studies relative to its eigenvalue."),
+    Column("residual", "residual", "Residual of the top eigenpair."),
+    Column("relative_residual", "residual / λ1", "Residual of the top eigenpair over its eigenvalue."),
     Column("spherical_sharpness", "λ1 at unit norm", "Sharpness in the scale-invariant weights, at unit norm."),
     Column("spherical_sharpness{}", "λ{} at unit norm", "Further eigenvalue at unit norm, by its number from the top."),
-    Column("threshold", "threshold", "Sharpness, in studies spherical sharpness, at which the rule becomes unstable."),
+    Column("threshold", "threshold", "Sharpness at which the rule becomes unstable."),
+    Column("spherical_threshold", "threshold at unit norm", "Spherical sharpness at the edge, at the present norm."),
     Column("stability_ratio", "sharpness / threshold", "Sharpness over its threshold: 1 at the edge of stability."),
     Column("eta_lambda", "η̃ λ1", "Effective learning rate times spherical sharpness: 2 at gradient descent's edge."),
     Column("radius", "‖w‖", "Norm of the scale-invariant weights; in studies and predictions of all weights."),
@@ -64,7 +66,6 @@ COLUMNS = (
     Column("variance", "size of the oscillation", "Mean squared distance of the iterates from their average."),
     Column("modes", "modes", "Number of eigenvectors that a flow keeps at the edge of stability or near it."),
     Column("gradients", "gradients", "Gradients that following a flow has cost so far."),
-    Column("line", "edge of stability", "Spherical sharpness at the edge of stability, at the present norm."),
 )
 
 _BY_NAME = {column.name: column for column in COLUMNS}

@@ -56,7 +56,7 @@ def run_forecast(log: RunLog, progress: Progress, name: str, forecast: Forecast)
 
     def evaluate(w: Tensor) -> Mapping[str, float]:
         rate = effective_learning_rate(variant.learning_rate, variant.weight_decay, w.norm().item())
-        return {**problem.columns_at(w), "line": rule.edge / rate}
+        return {**problem.columns_at(w), "spherical_threshold": rule.edge / rate}
 
     try:
         p = compare(

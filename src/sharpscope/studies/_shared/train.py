@@ -191,11 +191,11 @@ def _curvature(it: Iterate, rule: UpdateRule) -> dict[str, float]:
     if it.scale_groups.joint.numel():
         row["spherical_sharpness"] = measures.spherical_sharpness(it)
         row["eta_lambda"] = measures.eta_lambda(it)
-        row["threshold"] = rule.edge / measures.effective_learning_rate(it)
+        row["spherical_threshold"] = rule.edge / measures.effective_learning_rate(it)
         row |= {f"spherical_sharpness{i}": v for i, v in enumerate(it.spherical_top.values[1:].tolist(), start=2)}
     else:
         row["eta_lambda"] = measures.stability_ratio(it) * rule.edge
-    row["residual"] = (pairs.residuals[0] / pairs.values[0].abs()).item()
+    row["relative_residual"] = (pairs.residuals[0] / pairs.values[0].abs()).item()
     return row
 
 

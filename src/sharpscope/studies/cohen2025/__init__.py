@@ -55,6 +55,7 @@ class Config:
         demand_positive(self)
 
 
+OLD_COLUMNS = {"line": "spherical_threshold"}
 OLD_FIELDS = {"dear": "expensive"}
 QUICK = Config(steps=400, points=20, rates=(1e-3, 1e-4, 1e-5), expensive=False)
 MLP = Variant("mlp", "BN", "half squares", learning_rate=0.2, weight_decay=5e-4)

@@ -18,6 +18,12 @@ PAPER = (
     " (NeurIPS 2022, arXiv 2206.07085)"
 )
 PARTS = (sphere, regression, completion, network, digits)
+OLD_COLUMNS = {
+    "threshold": "spherical_threshold",
+    "line": "spherical_threshold",
+    "residual": "relative_residual",
+}
+
 CLAIMS = tuple(claim for part in PARTS for claim in part.CLAIMS)
 CHARTS = tuple(chart for part in PARTS for chart in part.CHARTS)
 

@@ -168,7 +168,7 @@ CHARTS = under(
             y="spherical_sharpness",
             runs=digits("BN", "BN, no decay"),
             log="y",
-            beside=(("threshold", "2/η̃"),),
+            beside=(("spherical_threshold", "2/η̃"),),
             caption="Spherical sharpness beside 2/η̃, at which it is at the edge. Weight decay lowers 2/η̃, and λ1"
             " follows.",
         ),
