@@ -23,7 +23,7 @@ RIGHT = 1e-3
 
 @dataclass
 class Row:
-    """A contender with its settings, and its readings: one per seed (cold) or per step (tracked)."""
+    """A contender with its settings, and its measurements: one per seed (cold) or per step (tracked)."""
 
     name: str
     kind: str  # "ours", "package" (a peer), or "by hand"
@@ -41,7 +41,7 @@ class Row:
     failure: str = ""
 
     def fresh(self, **changes: Any) -> "Row":
-        """The same contender without readings."""
+        """The same contender without measurements."""
         same = {"settings": self.settings, "twin": self.twin, "tuned": self.tuned, "every": self.every} | changes
         return Row(self.name, self.kind, self.make, **same)
 

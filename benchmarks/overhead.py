@@ -3,7 +3,7 @@
     python -m benchmarks.overhead        # or make overhead: six minutes, writes benchmarks/OVERHEAD.md
 
 The overhead is measured from outside, by the clock around `step`, and by what the monitor says of itself.  The truth is
-a solve to 1e-8 in double precision at the weights of every reading, on the monitor's probe set.
+a solve to 1e-8 in double precision at the weights of every measurement, on the monitor's probe set.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def main() -> None:
         f"{datetime.date.today()}, {os.cpu_count()} cores, one thread, Python {platform.python_version()}; {versions}."
         f" {args.steps} steps with 128 examples each: short runs of small networks are the hard case for a budget.",
         "",
-        "| run | ms a step | budget | overhead | by its own account | readings | examples | within 2 % | worst error |",
+        "| run | ms a step | budget | overhead | by its own account | measurements | examples | within 2 % | worst error |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines))

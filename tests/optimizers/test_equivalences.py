@@ -130,7 +130,7 @@ def test_every_exact_member_is_some_weight_decay(norm: str, loss: str) -> None:
 
 @every_net
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_claim_14_rescaled_runs_are_rescaled(norm: str, loss: str, momentum: float) -> None:
+def test_rescaled_runs_are_rescaled(norm: str, loss: str, momentum: float) -> None:
     f, w, lr = problem(norm, loss)
     rule = GD(lr, 0.01 / lr, momentum)
     path = follow(f, rule, w, 10)

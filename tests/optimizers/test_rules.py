@@ -307,7 +307,7 @@ def test_spherical_rmsprop_keeps_unit_norm_and_does_not_see_the_scale() -> None:
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("C", [0.5, 2.0, 8.0])
-def test_claim_22_both_orders_take_the_steps_that_have_the_speed_of_the_flow(C: float, first: bool) -> None:
+def test_both_orders_take_the_steps_that_have_the_speed_of_the_flow(C: float, first: bool) -> None:
     """The toy's own scalar RMSprop, whose speed is tested against ``C K/(4C + 2K²)``, in plain floats."""
     toy, eta = toys.Toy(2.0, 0.3, 0.2, 1.0, 2.0), 0.02
     run = toys.scalar_rmsprop(toys.Toy(*(torch.tensor([c]).numpy() for c in (2.0, 0.3, 0.2, 1.0, 2.0))), 1.0, eta,
@@ -326,7 +326,7 @@ def test_claim_22_both_orders_take_the_steps_that_have_the_speed_of_the_flow(C: 
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("C", [0.5, 2.0])
-def test_claim_23_scalar_rmsprop_follows_the_flow_on_a_loss_that_sees_the_scale(C: float, first: bool) -> None:
+def test_scalar_rmsprop_follows_the_flow_on_a_loss_that_sees_the_scale(C: float, first: bool) -> None:
     """``L = e^{2 sin x}(s²/2 + .7 s³/3)``, s = z - ½ sin x: along s = 0 it moves by -η² C G/(4C + 2K²) a step."""
     eta = 0.03
     steps = round(4 / eta**2)
