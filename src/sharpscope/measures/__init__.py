@@ -3,16 +3,25 @@
 from .columns import label_of
 from .error_budget import ErrorBudget, error_budget
 from .iterate import Iterate, midpoint
-from .measures import product_sphere_sharpness, sharpness, spherical_sharpness, top_eigenpairs
+from .measures import (
+    eta_lambda,
+    product_sphere_sharpness,
+    sharpness,
+    spherical_sharpness,
+    stability_ratio,
+    top_eigenpairs,
+)
 
 __all__ = [
     "ErrorBudget",
     "Iterate",
     "error_budget",
+    "eta_lambda",
     "label_of",
     "midpoint",
     "product_sphere_sharpness",
     "sharpness",
     "spherical_sharpness",
+    "stability_ratio",
     "top_eigenpairs",
 ]
