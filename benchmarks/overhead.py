@@ -133,7 +133,7 @@ def main() -> None:
         f"{datetime.date.today()}, {os.cpu_count()} cores, one thread, Python {platform.python_version()}; {versions}."
         f" {args.steps} steps with 128 examples each: short runs of small networks are the hard case for a budget.",
         "",
-        "| run | ms a step | budget | overhead | by its own account | measurements | examples | within 2 % | worst error |",
+        "| run | ms a step | budget | overhead | by its own account | measured | examples | within 2 % | worst error |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines))

@@ -13,7 +13,7 @@ from pages import HOSTILE, verdict
 from sharpscope.report.html import write_page
 from sharpscope.studies._framework import study as study_module
 from sharpscope.studies._framework.claims import WIDER
-from sharpscope.studies._framework.pages import Row, overview, seeds_page
+from sharpscope.studies._framework.pages import StudyRow, overview, seeds_page
 from sharpscope.studies._framework.seeds import repeated_claims
 
 __test__ = CHROMIUM is not None
@@ -27,16 +27,16 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
     tab.close()
 
 
-def rows(name: str) -> list[Row]:
+def rows(name: str) -> list[StudyRow]:
     verdicts = [
         verdict(name, part=name, note=name, criterion=name),
         verdict("it fails", passed=False, observed=(2.05, 2.2701)),
         verdict(name, passed=False, kind=WIDER, deciding=False),
         verdict("the control behaves", kind="negative control"),
     ]
-    good = Row("one", name, name, "one/report.html", verdicts, [], {name: name}, 75.0, 10, name, True)
-    broken = Row("two", name, "", "", [], [name], {}, 0.0, 0, "", True)
-    return [good, broken, Row("three", name, name, "", [], [], {}, 0.0, 0, "", False)]
+    good = StudyRow("one", name, name, "one/report.html", verdicts, [], {name: name}, 75.0, 10, name, True)
+    broken = StudyRow("two", name, "", "", [], [name], {}, 0.0, 0, "", True)
+    return [good, broken, StudyRow("three", name, name, "", [], [], {}, 0.0, 0, "", False)]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

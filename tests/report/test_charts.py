@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 from sharpscope.errors import InvalidValue
-from sharpscope.report.charts import Chart, Columns, Point, SphereChart, missing, thin, thin_path, traces, viewpoint
+from sharpscope.report.charts import (
+    Chart,
+    Columns,
+    Coordinates,
+    SphereChart,
+    missing,
+    thin,
+    thin_path,
+    traces,
+    viewpoint,
+)
 from sharpscope.report.figures import figure, save_figures
 
 LOSS = Chart("loss", "Loss", x="step", y="loss", runs=("a", "b"))
@@ -49,7 +59,7 @@ def test_a_logarithmic_axis_counts_what_it_cannot_show() -> None:
 
 @pytest.mark.parametrize("log_x", [False, True])
 def test_thinning_keeps_ends_and_bursts(log_x: bool) -> None:
-    points: list[Point] = [(float(i + 1), math.sin(i / 900)) for i in range(50_000)]
+    points: list[Coordinates] = [(float(i + 1), math.sin(i / 900)) for i in range(50_000)]
     points[31_234], points[7] = (31_235.0, 99.0), (8.0, -99.0)
     kept = thin(points, log_x)
     assert len(kept) <= 2000
@@ -58,13 +68,13 @@ def test_thinning_keeps_ends_and_bursts(log_x: bool) -> None:
 
 
 def test_thinning_leaves_short_and_degenerate_lines_alone() -> None:
-    short: list[Point] = [(float(i), 0.0) for i in range(2000)]
+    short: list[Coordinates] = [(float(i), 0.0) for i in range(2000)]
     assert thin(short) is short
     assert set(thin([(1.0, float(i)) for i in range(5000)])) == {(1.0, 0.0), (1.0, 4999.0)}
 
 
 def test_a_thinned_path_keeps_its_period_of_two() -> None:
-    points: list[Point] = [(float(i), (-1.0) ** i) for i in range(30_000)]
+    points: list[Coordinates] = [(float(i), (-1.0) ** i) for i in range(30_000)]
     kept = thin_path(points)
     assert len(kept) == 2000
     assert kept[0] == points[0] and kept[-1] == points[-1]

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import InvalidType, InvalidValue
 
 Columns = Mapping[str, Sequence[Any]]
-Point = tuple[float, ...]
+Coordinates = tuple[float, ...]
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")  # Okabe & Ito, without yellow
 PATH_COLORS = ("#0072b2", "#1d2126", "#009e73", "#cc79a7")  # on the sphere, clear of RAMP
 RAMP = ("#f3cf86", "#e08a2e", "#7a2a05")  # low to high
@@ -86,7 +86,7 @@ class Trace:
     """The points of one run that a chart shows, in drawing order, and how many there are beside them."""
 
     run: str
-    points: list[Point]
+    points: list[Coordinates]
     total: int  # points before thinning
     hidden: int = 0  # finite points that a logarithmic axis has no place for
 
@@ -133,7 +133,7 @@ def sphere_traces(chart: SphereChart, columns: Columns) -> list[Trace]:
     return [Trace(run, thin_path(points), len(points)) for run, points in (*curve.items(), *paths.items())]
 
 
-def thin(points: list[Point], log_x: bool = False) -> list[Point]:
+def thin(points: list[Coordinates], log_x: bool = False) -> list[Coordinates]:
     """Keep at most `MAX_POINTS` of a line: the lowest and highest of every stretch of the axis, so that bursts stay."""
     if len(points) <= MAX_POINTS:
         return points
@@ -151,7 +151,7 @@ def thin(points: list[Point], log_x: bool = False) -> list[Point]:
     return [points[i] for i in sorted({0, len(points) - 1, *low.values(), *high.values()})]
 
 
-def thin_path(points: list[Point]) -> list[Point]:
+def thin_path(points: list[Coordinates]) -> list[Coordinates]:
     """Keep at most `MAX_POINTS` of a path in space, in neighbouring pairs: one in n would hide a period of two."""
     if len(points) <= MAX_POINTS:
         return points
@@ -160,9 +160,9 @@ def thin_path(points: list[Point]) -> list[Point]:
     return [points[i] for start in starts for i in (start, start + 1)]
 
 
-def _points(columns: Columns, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, list[Point]]:
+def _points(columns: Columns, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, list[Coordinates]]:
     """For each run, the values of its wanted columns, in those rows in which all are finite numbers."""
-    result: dict[str, list[Point]] = {run: [] for run in wanted}
+    result: dict[str, list[Coordinates]] = {run: [] for run in wanted}
     known = {run: [columns[name] for name in names] for run, names in wanted.items() if set(names) <= columns.keys()}
     for row, run in enumerate(columns.get("run", ())):
         if run in known:

@@ -15,7 +15,7 @@ from typing import Any
 from ...errors import Unusable
 from ...report.html import write_page
 from .claims import Verdict
-from .pages import Row, overview, seeds_page
+from .pages import StudyRow, overview, seeds_page
 from .pool import KILLED, Failed, failed, work_off
 from .run import ERROR, SEEDS, Run, explained, run_in, stopped, unfinished, write_json
 from .seeds import Repeated, repeated_claims
@@ -263,13 +263,13 @@ def _page_over(entries: Sequence[Entry], out: Path) -> Iterator[Callable[[], Non
         write()
 
 
-def _row(e: Entry, out: Path) -> Row:
+def _row(e: Entry, out: Path) -> StudyRow:
     try:
         study = find(e.study)
         title, paper = headings(study)[0], study.PAPER
     except Exception:  # it is among the failures
         title, paper = e.study, ""
-    return Row(
+    return StudyRow(
         name=e.study,
         title=title,
         paper=paper,

@@ -165,10 +165,10 @@ def wider_claim(sentence: str, test: Tested, **more: Any) -> Claim:
     return Claim(sentence, test.observe, test.criterion, WIDER, **more)
 
 
-Item = TypeVar("Item", bound="Claim | Chart | SphereChart")
+Presented = TypeVar("Presented", bound="Claim | Chart | SphereChart")
 
 
-def under(part: str, *items: Item) -> tuple[Item, ...]:
+def under(part: str, *items: Presented) -> tuple[Presented, ...]:
     """Claims or charts with `part` as the heading under which a report shows them."""
     return tuple(replace(item, part=part) for item in items)
 

@@ -15,7 +15,7 @@ UNSUPPORTED = "Not supported here"
 
 
 @dataclass(frozen=True)
-class Row:
+class StudyRow:
     """A study in the overview."""
 
     name: str
@@ -41,7 +41,7 @@ class Row:
         return [v for v in self.verdicts if v.kind == WIDER and not v.passed]
 
 
-def overview(rows: Sequence[Row]) -> str:
+def overview(rows: Sequence[StudyRow]) -> str:
     """A table with a row for each study, below it what failed and, folded, every claim."""
     verdicts = [v for row in rows for v in row.verdicts]
     missing = [row for row in rows if row.failures]
@@ -70,14 +70,14 @@ def overview(rows: Sequence[Row]) -> str:
     return chapters_page("Studies side by side", _count(rows), lead, [("Studies", box + table)])
 
 
-def _count(rows: Sequence[Row]) -> str:
+def _count(rows: Sequence[StudyRow]) -> str:
     total = sum(row.seconds for row in rows)
     seeds = max((row.seeds for row in rows), default=0)
     parts = [f"{len(rows)} {'studies' if len(rows) > 1 else 'study'}", f"under {seeds} seeds" if seeds else ""]
     return " ".join(filter(None, parts)) + f", {duration(total)} of processor time"
 
 
-def _study(row: Row) -> str:
+def _study(row: StudyRow) -> str:
     deciding = [v for v in row.verdicts if v.deciding]
     claims = [v for v in deciding if v.kind != CONTROL]
     controls = [v for v in deciding if v.kind == CONTROL]
@@ -107,7 +107,7 @@ def _study(row: Row) -> str:
     return f'<tbody data-state="{bad}"><tr id="study-{escape(row.name)}">{first}</tr>{below}</tbody>'
 
 
-def _anchor(row: Row, v: Verdict) -> str:
+def _anchor(row: StudyRow, v: Verdict) -> str:
     return f"{row.name}-{list(row.verdicts).index(v) + 1}"
 
 

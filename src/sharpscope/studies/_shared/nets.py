@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, unfold
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-
 
 class BatchNorm(nn.Module):
     """Normalize each channel over the batch; in eval mode by the statistics of the last batch in training mode."""
@@ -167,7 +165,7 @@ class Tokens(nn.Module):
         return self.norm(self.embed(x.squeeze(1))) + self.code
 
 
-class Pool(nn.Module):
+class MeanOverTokens(nn.Module):
     """The mean over all tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,7 +198,7 @@ def digits_transformer(norm: str, seed: int) -> nn.Module:
     """The 8 rows of an image as tokens of width 24, two blocks with two heads, the mean, 24→10, layer normalization."""
     g = torch.Generator().manual_seed(seed)
     blocks = [Block(24, 2, g) for _ in range(2)]
-    return nn.Sequential(Tokens(8, 8, 24, g), *blocks, Pool(), Weights((10, 24), g), TokenNorm())
+    return nn.Sequential(Tokens(8, 8, 24, g), *blocks, MeanOverTokens(), Weights((10, 24), g), TokenNorm())
 
 
 def plain_mlp(norm: str, seed: int) -> nn.Module:

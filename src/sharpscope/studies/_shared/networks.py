@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from ...autodiff.objective import Loss
 from ...optimizers.base import UpdateRule
 from ...optimizers.gd import GD
 from ...optimizers.scalar import SphericalRMSprop
@@ -14,7 +15,7 @@ from . import data as bundled
 from . import nets
 from .train import LearningProblem, TrainingPlan, judge, train
 
-LOSSES: dict[str, nets.Loss] = {
+LOSSES: dict[str, Loss] = {
     "squares": nets.squares,
     "half squares": nets.half_squares,
     "soft labels": partial(nets.soft_cross_entropy, logit=3.0, smoothing=0.1),

@@ -24,7 +24,7 @@ Array = NDArray[Any]
 Real = Any  # a float or an array of floats: the equations below are the same for both
 Particle = tuple[float, ...]  # the coordinates of one replica
 ProcessState = dict[str, Array]
-Columns = dict[str, Array]
+ToyColumns = dict[str, Array]
 ARRAYS = SimpleNamespace(sqrt=np.sqrt, exp=np.exp, atan2=np.arctan2)
 NAMED = {"A1": (2, 0, 0, 0, 0), "A2": (6, 0, 0, 0, 0), "A3": (0, 2, 0.3, 1, 2), "A4": (0, 0.3, 0.3, 2, 6)}
 
@@ -223,8 +223,8 @@ class ToyProcess:
             ends.append(particle)
         return {"particle": np.array(ends), "step": np.asarray(state["step"] + steps)}
 
-    def measure(self, state: ProcessState) -> Columns:
-        """Columns of length B: φ and λ1 of the projection n on Γ, and the height over it, ``h = (θ - n)ᵀ v1``."""
+    def measure(self, state: ProcessState) -> ToyColumns:
+        """ToyColumns of length B: φ and λ1 of the projection n on Γ, and the height over it, ``h = (θ - n)ᵀ v1``."""
         w = state["particle"][:, :3]
         theta, phi = unit(w), project(self.toy, w)
         sharpness = top_eigenvalue(self.toy, phi)
@@ -258,7 +258,7 @@ def scalar_rmsprop(toy: Toy, phi: Real, eta: float, C: Array, update_first: Arra
     return ToyProcess(toy, np.column_stack([theta, v]), rules, lambda p: eta / np.sqrt(p[:, 3]), eta**2 / 2)
 
 
-def columns_at(process: Any, steps: Iterable[int]) -> Columns:
+def columns_at(process: Any, steps: Iterable[int]) -> ToyColumns:
     """The columns that a `Process` measures at those steps, (T, B)."""
     state, rows = process.start(), []
     for step in steps:
@@ -298,7 +298,7 @@ def entry_time(tau: Array, edge: Array) -> float:
     return float(np.interp(math.log(2), np.log(edge[i - 1 : i + 1]), tau[i - 1 : i + 1]))
 
 
-def portrait(il: float = 1e-3, end: float = 2.3) -> dict[str, Columns]:
+def portrait(il: float = 1e-3, end: float = 2.3) -> dict[str, ToyColumns]:
     """Toy A3 on the sphere: ``minimizers`` (Γ), ``gd`` from below the edge and through its entry, ``flow`` from there.
 
     GD is shown at every step while it is off Γ, so that the oscillation is seen, and at every 15th otherwise.

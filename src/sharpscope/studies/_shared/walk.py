@@ -7,7 +7,7 @@ import torch
 
 from ...records.run_log import RunLog
 from .._framework.study import Progress
-from .toys import Columns, ProcessState
+from .toys import ProcessState, ToyColumns
 
 
 class Process(Protocol):
@@ -15,7 +15,7 @@ class Process(Protocol):
 
     def start(self) -> ProcessState: ...
     def advance(self, state: ProcessState, steps: int) -> ProcessState: ...
-    def measure(self, state: ProcessState) -> Columns: ...
+    def measure(self, state: ProcessState) -> ToyColumns: ...
 
 
 def walk(log: RunLog, progress: Progress, process: Process, names: Sequence[str], steps: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .._shared.toys import Array, Columns, ProcessState, Real, rmsprop_rate, unit
+from .._shared.toys import Array, ProcessState, Real, ToyColumns, rmsprop_rate, unit
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ class RegressionDescent:
             w = (1 - self.il) * w - self.lr * self.gradient(self.problem, w)
         return {"w": w, "step": np.asarray(state["step"] + steps)}
 
-    def measure(self, state: ProcessState) -> Columns:
-        """Columns of length B: sharpness and cosine at the midpoint of two iterates, ``loss`` as their mean."""
+    def measure(self, state: ProcessState) -> ToyColumns:
+        """ToyColumns of length B: sharpness and cosine at the midpoint of two iterates, ``loss`` as their mean."""
         p, w, after = self.problem, state["w"], self.advance(state, 1)["w"]
         middle = (w + after) / 2
         sharpness = spherical_sharpness(p, middle)

@@ -11,7 +11,7 @@ from ...report.charts import Chart
 from .._framework.claims import comparison, control, identity, labelled, scaling, under
 from .._framework.observe import Quantity, measured, run
 from .._framework.study import Job, Progress
-from .._shared.toys import Columns, ProcessState, measurement_steps, unit
+from .._shared.toys import ProcessState, ToyColumns, measurement_steps, unit
 from .._shared.walk import walk
 from . import linear_regression as reg
 from .config import LR_CLOSED, Config
@@ -50,7 +50,7 @@ def _angle(log: RunLog, progress: Progress, il: float, seed: int) -> None:
 class _Pair(reg.RegressionDescent):
     """Descent from two starts, which also measures how far they agree, and the flattest minimum."""
 
-    def measure(self, state: ProcessState) -> Columns:
+    def measure(self, state: ProcessState) -> ToyColumns:
         columns = super().measure(state)
         middle = unit((state["w"] + self.advance(state, 1)["w"]) / 2)
         flattest = np.full(len(middle), self.problem.flattest)
