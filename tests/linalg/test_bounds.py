@@ -1,6 +1,7 @@
-"""The bound from above: that it covers, that it is close, and what is concluded from it."""
+"""The bound from above holds and is close, and the answers drawn from it are right."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,16 +85,17 @@ def test_three_answers(dtype: torch.dtype) -> None:
 
 
 def test_without_a_bound_nothing_is_below() -> None:
-    assert compare_to_threshold(1.0, 1.0, math.inf, 5.0, 0.999, 7).answer == "undecided"
-    assert compare_to_threshold(1.0, 1.0, math.inf, 0.5, 0.999, 7).answer == "above"
+    seen: dict[str, Any] = {"lower": 1.0, "value": 1.0, "upper": math.inf, "confidence": 0.999, "num_matvecs": 7}
+    assert compare_to_threshold(5.0, **seen).answer == "undecided"
+    assert compare_to_threshold(0.5, **seen).answer == "above"
 
 
 def test_the_guessed_price_of_a_decision() -> None:
     """Spending what is asked for decides, and a fourth of it does not, within a factor that a guess may have."""
     _, a = symmetric(torch.linspace(0, 1, 1000, dtype=DTYPE))
     first = lanczos(a, rtol=0.1)
-    asked = first.against(1.004)
-    assert asked.answer == "undecided"
+    open_question = first.against(1.004)
+    assert open_question.answer == "undecided"
     decided = lanczos(a, rtol=0.1, gap=0.003)
     assert decided.against(1.004).answer == "below"
-    assert decided.num_matvecs / 4 < first.num_matvecs + asked.more_matvecs < 4 * decided.num_matvecs
+    assert decided.num_matvecs / 4 < first.num_matvecs + open_question.more_matvecs < 4 * decided.num_matvecs

@@ -137,7 +137,7 @@ def test_a_width_below_the_resolution_is_not_believed() -> None:
     assert ((fine.density_band[1] - fine.density_band[0]) > fine.density).all()
 
 
-def test_the_density_integrates_to_one_and_the_share_is_monotone() -> None:
+def test_the_density_integrates_to_one_and_the_fraction_is_monotone() -> None:
     found = density(operator(network_like()))
     assert torch.trapezoid(found.density, found.points).item() == pytest.approx(1, abs=3e-3)  # 3 σ beyond each end
     for side in (found.cumulative, *found.cumulative_band):
@@ -229,7 +229,7 @@ def test_the_lower_end() -> None:
     assert image.norm(dim=0).tolist() == pytest.approx(found.residuals.tolist(), rel=1e-3, abs=1e-10)
 
 
-def test_blocks_and_shares_by_slices_and_by_groups() -> None:
+def test_blocks_and_fractions_by_slices_and_by_groups() -> None:
     f = problems.objective("LayerNorm", "cross-entropy")
     a = hessian(f)
     dense, top = a.dense(), lanczos(a, rtol=1e-8)
@@ -249,7 +249,7 @@ def test_blocks_and_shares_by_slices_and_by_groups() -> None:
 
 
 @pytest.mark.parametrize("v", [torch.zeros(4), torch.full((4,), math.nan), torch.ones(4, 2)])
-def test_shares_of_what_is_no_direction(v: Tensor) -> None:
+def test_fractions_of_what_is_no_direction(v: Tensor) -> None:
     with pytest.raises(ValueError, match="one finite vector"):
         group_fractions(v, {"all": slice(4)})
 

@@ -1,4 +1,4 @@
-"""Tracking operators that move: slowly, back and forth, and so that their eigenvalues cross."""
+"""Warm starts on operators that move: slowly, back and forth, and so that their eigenvalues cross."""
 
 import gc
 import itertools
@@ -146,7 +146,7 @@ def test_a_solve_from_a_random_start_now_and_then() -> None:
     assert bounded == [t % 5 == 0 for t in range(13)]
 
 
-def test_a_memory_that_foretells_badly_is_not_relied_on() -> None:
+def test_a_memory_that_predicts_badly_is_not_relied_on() -> None:
     found = warm_started(symmetric(crossing(0))[1])
     for seed in range(1, 6):  # operators that have nothing to do with each other
         found = warm_started(symmetric(crossing(0), seed)[1], found, seed=seed)

@@ -1,4 +1,4 @@
-"""How far a largest eigenvalue may lie above a computed one, and what that says about a threshold.
+"""Upper bounds on the largest eigenvalue from a random start, and comparison with a threshold.
 
 A Ritz value never exceeds the largest eigenvalue λ1 and its residual only says that *some* eigenvalue is near.  What
 bounds λ1 from above is that the start was random.  Let V be the orthonormal basis of a Krylov space of G, a block of b
@@ -29,17 +29,17 @@ GRID = np.logspace(-10, 6, 320)
 
 @dataclass
 class RandomStart:
-    """G in terms of the basis, kept through restarts, for which its coefficients become functions of λ."""
+    """The random start G in terms of the basis; restarts make its coefficients functions of λ."""
 
     coefficients: Matrix  # (c, b): G = V[:, :c] coefficients before the first restart
     restarts: list[tuple[Matrix, Matrix, Matrix, int]] = field(default_factory=list)
 
     def restart(self, ritz: Matrix, s: Matrix, coupling: Matrix, keep: int) -> None:
-        """The basis becomes the first `keep` Ritz vectors and the remainder Q; ``coupling`` = C S, (b, m)."""
+        """Replace the basis by its first `keep` Ritz vectors and the remainder Q; ``coupling`` is C S, (b, m)."""
         self.restarts.append((ritz, s, coupling, keep))
 
     def at(self, shift: Matrix, columns: int) -> Matrix:
-        """``a(λ)`` ``(N, columns, b)`` for the N values of λ."""
+        """Return the coefficients a(λ) of G, ``(N, columns, b)`` for N values of λ."""
         a = np.broadcast_to(self.coefficients, (len(shift), *self.coefficients.shape))
         for ritz, s, coupling, keep in self.restarts:
             turned = s[: a.shape[1]].T @ a
@@ -48,7 +48,10 @@ class RandomStart:
         return np.pad(a, ((0, 0), (0, columns - a.shape[1]), (0, 0)))
 
     def upper(self, ritz: Matrix, s: Matrix, coupling: Matrix, p: float, scale: float) -> float:
-        """λ1 lies below this but for probability `p` [N21]; `ritz` ``(m,)`` descending, ``coupling`` = C S."""
+        """Return a number that λ1 exceeds with probability `p` at most [N21].
+
+        `ritz` ``(m,)`` is descending, `s` holds the vectors of T and ``coupling`` is C S.
+        """
         if scale == 0:
             return 0.0
         shift = ritz[0] + scale * GRID
@@ -56,25 +59,28 @@ class RandomStart:
         a = s.T @ self.at(shift, len(s))
         k = coupling * inverse[:, None, :]  # (N, b', m)
         if len(coupling) == 1 and a.shape[2] == 1:
-            seen = np.abs(k @ a)[:, 0, 0] / np.sqrt(1 + np.square(k[:, 0]).sum(1))
+            size = np.abs(k @ a)[:, 0, 0] / np.sqrt(1 + np.square(k[:, 0]).sum(1))
         else:
             weights, turn = np.linalg.eigh(np.eye(len(coupling)) + k @ np.swapaxes(k, 1, 2))
             inward = np.swapaxes(turn, 1, 2) @ (k @ a) / np.sqrt(np.maximum(weights, 1))[..., None]
-            seen = np.linalg.norm(inward, 2, axis=(1, 2))
-        possible = np.flatnonzero(seen >= least_norm(a.shape[2], p))
+            size = np.linalg.norm(inward, 2, axis=(1, 2))
+        possible = np.flatnonzero(size >= least_norm(a.shape[2], p))
         if len(possible) == 0:
             return float(shift[0])
         return float(shift[possible[-1] + 1]) if possible[-1] + 1 < len(shift) else math.inf
 
 
 def least_norm(b: int, p: float) -> float:
-    """δ with ``P(χ_b < δ) ≤ p``, from ``P(χ_b < δ) ≤ δ^b 2^(1 - b/2) / (b Γ(b/2))``."""
+    """Return a norm that b standard normal numbers fall below with probability p at most.
+
+    The δ of ``δ^b 2^(1 - b/2) / (b Γ(b/2)) = p``, whose left side is at least ``P(χ_b < δ)``.
+    """
     return math.exp((math.log(p * b) + math.lgamma(b / 2) + (b / 2 - 1) * math.log(2)) / b)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Whether a largest eigenvalue is above a threshold.
+    """The answer to whether a largest eigenvalue is above a threshold.
 
     `answer` is "above" (proved, up to rounding), "below" (with probability `confidence`) or "undecided"; then
     `more_matvecs` products are a rough guess of what it would take to decide.
@@ -88,18 +94,21 @@ class Comparison:
     more_matvecs: int = 0
 
     def __str__(self) -> str:
-        seen = f"{self.lower:.6g} ≤ λ1" + (f" ≤ {self.upper:.6g}" if math.isfinite(self.upper) else "")
+        bounds = f"{self.lower:.6g} ≤ λ1" + (f" ≤ {self.upper:.6g}" if math.isfinite(self.upper) else "")
         if self.answer == "above":
-            return f"above {self.threshold:.6g}: {seen} (proved, up to rounding)"
+            return f"above {self.threshold:.6g}: {bounds} (proved, up to rounding)"
         if self.answer == "below":
-            return f"below {self.threshold:.6g}: {seen} (with probability {self.confidence:.1%})"
-        return f"undecided at {self.threshold:.6g}: {seen}; some {self.more_matvecs} more products may decide"
+            return f"below {self.threshold:.6g}: {bounds} (with probability {self.confidence:.1%})"
+        return f"undecided at {self.threshold:.6g}: {bounds}; some {self.more_matvecs} more products may decide"
 
 
 def compare_to_threshold(
-    lower: float, value: float, upper: float, threshold: float, confidence: float, num_matvecs: int
+    threshold: float, *, lower: float, value: float, upper: float, confidence: float, num_matvecs: int
 ) -> Comparison:
-    """The three answers; the guess uses that the distance that Lanczos leaves open falls as one over products²."""
+    """Compare λ1, known to lie between two bounds, with a threshold.
+
+    The guess of further products uses that the distance that Lanczos leaves open falls as one over products².
+    """
     if threshold < lower:
         return Comparison("above", threshold, lower, upper, confidence)
     if threshold > upper:

@@ -39,13 +39,13 @@ class Solution:
     iterations: int
 
 
-def solve(C: Tensor, B: Tensor, start: Tensor | None = None, *, rtol: float = 1e-8, most: int = 100) -> Solution:
-    """X ⪰ 0 with ``C + B X ⪰ 0`` and ``⟨X, C + B X⟩ = 0``, for C (k, k) and B (k, k, k, k) [N23].
+def solve(C: Tensor, B: Tensor, start: Tensor | None = None, *, rtol: float = 1e-8, max_steps: int = 100) -> Solution:
+    """Find X ⪰ 0 with ``C + B X ⪰ 0`` and ``⟨X, C + B X⟩ = 0``, for C (k, k) and B (k, k, k, k) [N23].
 
     Args:
         start: the solution of a problem nearby, from which two or three plain Newton steps on XS + SX = 0 may suffice.
         rtol: largest residual that is returned.
-        most: interior-point steps.
+        max_steps: of the interior-point method.
 
     Raises:
         ValueError: C or B has a wrong shape, is not finite or not symmetric, or B is indefinite.
@@ -67,16 +67,16 @@ def solve(C: Tensor, B: Tensor, start: Tensor | None = None, *, rtol: float = 1e
             f"B has the eigenvalue {spectrum[0].item():.2g} beside {spectrum[-1].item():.2g}; it must be ⪰ 0"
         )
     if spectrum[-1] <= 0:
-        raise _hopeless(c)
+        raise _unsolvable(c)
     scale = spectrum[-1].item() / size  # X in units of 1/scale, S and C in units of size
     b, c = (b + b.T) / (2 * spectrum[-1]), c / size
     tried = None if start is None else _newton(c, b, frame, start.double() * scale, rtol)
-    x, iterations = tried or _interior(c, b, frame, most)
+    x, iterations = tried or _interior(c, b, frame, max_steps)
     s = c + _mat(b @ _vec(x, frame), frame)
     residual = _residual(x, s)
     if not residual <= rtol:
         raise (
-            _hopeless(c * size)
+            _unsolvable(c * size)
             if x.norm() > 1e6
             else Unsolvable(
                 f"the complementarity residual is {residual:.2g} after {iterations} steps; it should be {rtol:.2g}"
@@ -85,15 +85,17 @@ def solve(C: Tensor, B: Tensor, start: Tensor | None = None, *, rtol: float = 1e
     return Solution((x / scale).to(kind), (s * size).to(kind), residual, iterations)
 
 
-def _interior(c: Tensor, b: Tensor, frame: Tensor, most: int) -> tuple[Tensor, int]:
-    """The best X of up to `most` steps from X = S = I, and their number; b and c have norm one."""
+def _interior(c: Tensor, b: Tensor, frame: Tensor, max_steps: int) -> tuple[Tensor, int]:
+    """Take interior-point steps from X = S = I; return the best X and their number.  b and c have norm one."""
     k = len(c)
-    x, s, best, found, step = torch.eye(k).to(c), torch.eye(k).to(c), math.inf, torch.eye(k).to(c), 0
+    x = s = found = torch.eye(k).to(c)
+    best = math.inf
+    step = 0
 
     def slack(x: Tensor) -> Tensor:
         return c + _mat(b @ _vec(x, frame), frame)
 
-    while step < most:
+    while step < max_steps:
         step += 1
         try:
             low = torch.linalg.cholesky(x)
@@ -129,16 +131,17 @@ def _interior(c: Tensor, b: Tensor, frame: Tensor, most: int) -> tuple[Tensor, i
 
 
 def _newton(c: Tensor, b: Tensor, frame: Tensor, x: Tensor, rtol: float) -> tuple[Tensor, int] | None:
-    """Newton steps on ``X S + S X = 0`` from x, if they arrive at a solution at once."""
+    """Take Newton steps on ``X S + S X = 0`` from x; None unless they arrive at a solution at once."""
     eye = torch.eye(len(c)).to(c)
 
-    def beside(m: Tensor) -> Tensor:
-        """``Y -> M Y + Y M`` on the coordinates of Y."""
+    def anticommutator(m: Tensor) -> Tensor:
+        """Return the map ``Y -> M Y + Y M`` on the coordinates of Y."""
         return frame @ (torch.kron(m, eye) + torch.kron(eye, m)) @ frame.T
 
     for step in range(1, 6):
         s = c + _mat(b @ _vec(x, frame), frame)
-        jacobian, wrong = beside(s) + beside(x) @ b, x @ s + s @ x
+        jacobian = anticommutator(s) + anticommutator(x) @ b
+        wrong = x @ s + s @ x
         dx, info = torch.linalg.solve_ex(jacobian, -_vec(wrong, frame))
         if info:
             return None
@@ -152,7 +155,7 @@ def _newton(c: Tensor, b: Tensor, frame: Tensor, x: Tensor, rtol: float) -> tupl
 
 
 def _longest(x: Tensor, dx: Tensor) -> float:
-    """The largest a with ``x + a dx ⪰ 0``, infinite where there is no end; 0 where x is not positive to rounding."""
+    """Return the largest a with ``x + a dx ⪰ 0``, infinite where there is no end; 0 where x is not positive."""
     low, info = torch.linalg.cholesky_ex(x)
     if info:
         return 0.0
@@ -169,7 +172,7 @@ def _residual(x: Tensor, s: Tensor) -> float:
 
 @cache
 def _frame(k: int) -> Tensor:
-    """Orthonormal basis of symmetric matrices as rows (n, k²)."""
+    """Return an orthonormal basis of symmetric matrices as rows (n, k²)."""
     i, j = torch.triu_indices(k, k)
     out = torch.zeros(len(i), k, k, dtype=torch.float64)
     n = torch.arange(len(i))
@@ -186,7 +189,7 @@ def _mat(v: Tensor, frame: Tensor) -> Tensor:
     return (v @ frame).view(k, k)
 
 
-def _hopeless(c: Tensor) -> Unsolvable:
+def _unsolvable(c: Tensor) -> Unsolvable:
     return Unsolvable(
         f"nothing holds the curvature back: B X vanishes along some X on which C is negative (its least eigenvalue is"
         f" {torch.linalg.eigvalsh(c)[0].item():.2g}), so that there is no solution"

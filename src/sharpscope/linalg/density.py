@@ -7,7 +7,7 @@ its weights are known by m nodes θ_j with weights τ_j, exactly for polynomials
         2 (mean f² - (mean f)²) / (n (P + 2))
     quadrature: Σ_{j<k} τ_j ≤ weight below θ_k ≤ weight up to θ_k ≤ Σ_{j≤k} τ_j  (Chebyshev, Markov, Stieltjes)
 
-The first is turned into an interval by solving it for the mean.  For a share, f is 0 or 1 and nothing else is needed
+The first is turned into an interval by solving it for the mean.  For a fraction, f is 0 or 1 and nothing else is needed
 (Wilson's interval).  For a density two things more: where few eigenvalues count the mean of f is skewed, like a gamma
 variable of the same mean and variance; and the ratio ``mean f² / mean f`` in that variance is seen by the same probes,
 low where the mean is.  So the ratio is taken at its upper 98.75 %, and so are the gamma quantiles: together 95 %.
@@ -34,10 +34,10 @@ BOTH = NormalDist().inv_cdf(1 - 0.05 / 4)
 
 @dataclass(frozen=True)
 class Density:
-    """Spectral density at `points`, and the share of eigenvalues up to them, each with a 95 % band at every point.
+    """Spectral density at `points`, and the fraction of eigenvalues up to them, each with a 95 % band at every point.
 
     ``density`` is broadened, ``1/P Σ_i N(t; λ_i, width²)``, and its band covers the broadened truth.  ``cumulative``
-    is the share of eigenvalues ``λ_i ≤ t`` with no broadening, and so is what its band covers (points closer to an
+    is the fraction of eigenvalues ``λ_i ≤ t`` with no broadening, and so is what its band covers (points closer to an
     eigenvalue than rounding count on either side).  Bands hold the spread over probes and the error of the
     quadrature.  On the spectra of the tests they hold at least 96 times in 100 at every point; misses at nearby points
     come together.
@@ -68,7 +68,9 @@ def density(
     points: Tensor | None = None,
     seed: int = 0,
 ) -> Density:
-    """``1/P Σ_i N(t; λ_i, width²)`` and ``#{λ_i ≤ t}/P`` with bands [N18] (Ubaru, Chen & Saad, 2017).
+    """Estimate the density of eigenvalues and the fraction below each point, with bands [N18].
+
+    ``1/P Σ_i N(t; λ_i, width²)`` and ``#{λ_i ≤ t}/P`` (Ubaru, Chen & Saad, 2017).
 
     Args:
         steps: m, products with each probe, all kept in memory.
@@ -110,7 +112,7 @@ def density(
 
 
 def _rules(a: SymmetricOperator, v: Tensor, steps: int) -> list[_Rule]:
-    """Lanczos from each column of `v` ``(P, b)`` side by side, orthogonalized twice against all that came before.
+    """Run Lanczos from each column of `v` ``(P, b)`` side by side, orthogonalized twice against all before.
 
     Where a Krylov space ends, its next vector is set to zero: the nodes that follow are zeros of no weight.
     """
@@ -144,7 +146,7 @@ def _rules(a: SymmetricOperator, v: Tensor, steps: int) -> list[_Rule]:
 
 
 def _mean(rules: list[_Rule], t: Tensor, sigma: float, power: int) -> Tensor:
-    """``Σ_j τ_j N(t; θ_j, σ²)^power``, averaged over the probes."""
+    """Average ``Σ_j τ_j N(t; θ_j, σ²)^power`` over the probes."""
     return torch.stack([_normal(t[:, None] - r.nodes, sigma) ** power @ r.weights for r in rules]).mean(dim=0)
 
 
@@ -153,10 +155,10 @@ def _normal(x: Tensor, sigma: float) -> Tensor:
 
 
 def _tail(t: Tensor, sigma: float, interval: tuple[float, float], degree: int) -> Tensor:
-    """``2 Σ_{j ≥ degree} |c_j|`` of the Chebyshev series of ``x -> N(t; x, σ²)`` on the interval [N19].
+    """Bound the error of the quadrature: ``2 Σ_{j ≥ degree} |c_j|`` of a Chebyshev series [N19].
 
-    No measure of unit weight on it integrates that function otherwise than the quadrature by more than this, nor by
-    more than the height of the function.
+    The series is that of ``x -> N(t; x, σ²)`` on the interval.  No measure of unit weight on it integrates that
+    function otherwise than the quadrature by more than this, nor by more than the height of the function.
     """
     centre, half = (interval[0] + interval[1]) / 2, max((interval[1] - interval[0]) / 2, 1e-300)
     n = min(max(4 * degree, int(24 * half / sigma)), 4096)
@@ -168,7 +170,7 @@ def _tail(t: Tensor, sigma: float, interval: tuple[float, float], degree: int) -
 
 
 def _bracket(rule: _Rule, t: Tensor, slack: float) -> Band:
-    """Bounds of a probe's weight up to t: what lies left of the node before it, and of the node after it."""
+    """Bound a probe's weight up to t: by what lies left of the node before it, and of the node after it."""
     total = torch.cat([rule.weights.new_zeros(1), rule.weights.cumsum(0)])
     step = 0 if rule.exact else 1
     before = torch.searchsorted(rule.nodes, t - slack, right=True)
@@ -177,7 +179,10 @@ def _bracket(rule: _Rule, t: Tensor, slack: float) -> Band:
 
 
 def _wilson(x: Tensor, n: int) -> Band:
-    """The shares p with ``(x - p)² ≤ z² 2 (p - p²)/n``: 95 % around the observed share x, with n for n (P + 2)."""
+    """Return the 95 % interval around an observed fraction x, with n for n (P + 2).
+
+    The fractions p with ``(x - p)² ≤ z² 2 (p - p²)/n``.
+    """
     kappa = 2 * NormalDist().inv_cdf(0.975) ** 2 / n
     middle = 2 * x + kappa
     root = (middle.square() - 4 * (1 + kappa) * x.square()).clamp(min=0).sqrt()
@@ -185,9 +190,9 @@ def _wilson(x: Tensor, n: int) -> Band:
 
 
 def _ratio(means: Tensor, highest: Tensor, n: int) -> Tensor:
-    """``E f² / E f`` from the means of f, f², f³ and f⁴, at the upper end of its 97.5 % interval; at most max f.
+    """Bound ``E f² / E f`` from the means of f, f², f³ and f⁴, at the upper end of its 97.5 % interval.
 
-    To first order the relative variance of the ratio is ``2/n E (f²/E f² - f/E f)²``.
+    It is at most max f.  To first order the relative variance of the ratio is ``2/n E (f²/E f² - f/E f)²``.
     """
     f1, f2, f3, f4 = means
     spread = (2 / n * (f4 / f2.square() - 2 * f3 / (f1 * f2) + f2 / f1.square()).clamp(min=0)).sqrt()
@@ -196,7 +201,9 @@ def _ratio(means: Tensor, highest: Tensor, n: int) -> Tensor:
 
 
 def _gamma(x: Tensor, ratio: Tensor, n: int, side: int) -> Tensor:
-    """The mean p of which the observed x is the quantile, for x a gamma variable of variance ``2 (ratio p - p²)/n``.
+    """Find the mean p of which the observed x is the quantile.
+
+    x is taken for a gamma variable of variance ``2 (ratio p - p²)/n``.
 
     Quantiles by Wilson and Hilferty; `side` is 1 for the lower end of the interval of p and -1 for the upper one.
     """

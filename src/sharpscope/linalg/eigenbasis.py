@@ -20,15 +20,15 @@ class Basis:
 
     values: Tensor  # (m,)
     vectors: Tensor  # (P, m)
-    rest: float  # what is left of the operator, as the Krylov space last saw it
+    rest: float  # what is left of the operator, by the last step of the Krylov space
     num_matvecs: int
 
 
-def eigenbasis(a: SymmetricOperator, floor: float, most: int, seed: int = 0) -> Basis:
-    """All eigenpairs of `a` that matter: from the matrix if it is small, else from one Krylov space.
+def eigenbasis(a: SymmetricOperator, floor: float, max_dimensions: int, seed: int = 0) -> Basis:
+    """Find all eigenpairs of `a` that matter: from the matrix if it is small, else from one Krylov space.
 
-    The space, kept orthogonal to rounding, grows until what is left of the operator is below `floor` or it has `most`
-    dimensions.  Its Ritz pairs are not all eigenpairs; as a whole they stand for the operator on the space.
+    The space, kept orthogonal to rounding, grows until what is left of the operator is below `floor` or it has
+    `max_dimensions`.  Its Ritz pairs are not all eigenpairs; as a whole they stand for the operator on the space.
     """
     if a.size <= DENSE:
         m = a.dense()
@@ -36,19 +36,22 @@ def eigenbasis(a: SymmetricOperator, floor: float, most: int, seed: int = 0) -> 
         return Basis(values.flip(0), vectors.flip(1), 0.0, a.size)
     generator = torch.Generator().manual_seed(seed)
     start = a @ torch.randn(a.size, generator=generator, dtype=torch.float64).to(a.like)
-    basis = a.like.new_empty(most, a.size)
+    basis = a.like.new_empty(max_dimensions, a.size)
     basis[0] = start / start.norm()
-    diagonal, beside, n = [], [], 0
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    n = 0
     while True:
         z = a @ basis[n]
         diagonal.append((z @ basis[n]).item())
         for _ in range(2):
             z = z - basis[: n + 1].T @ (basis[: n + 1] @ z)
-        rest, n = z.norm().item(), n + 1
-        if rest <= floor or n == most:
+        rest = z.norm().item()
+        n += 1
+        if rest <= floor or n == max_dimensions:
             break
-        beside.append(rest)
+        off_diagonal.append(rest)
         basis[n] = z / rest
-    off = torch.diag(torch.tensor(beside, dtype=torch.float64), 1)
+    off = torch.diag(torch.tensor(off_diagonal, dtype=torch.float64), 1)
     values, rotation = torch.linalg.eigh(torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + off + off.T)
     return Basis(values.flip(0).to(basis), (basis[:n].T @ rotation.to(basis)).flip(1), rest, n + 1)

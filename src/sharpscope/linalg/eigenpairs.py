@@ -1,4 +1,4 @@
-"""Eigenpairs with their residuals and bounds, and what a warm start remembers of them."""
+"""Eigenpairs with their residuals and bounds, and the memory from which a warm start goes on."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ POOL = 5
 
 @dataclass(frozen=True)
 class Pool:
-    """What is known of an operator: approximate eigenvectors, best first, and a Krylov space that is being built.
+    """Approximate eigenvectors of an operator, best first, and a Krylov space in which others are searched for.
 
     An image is a product with the operator as it was some calls ago, or a combination of such.
     """
@@ -28,15 +28,15 @@ class Pool:
     images: Tensor = field(repr=False)  # (P, m)
     values: Tensor  # (m,)
     ages: Tensor  # (m,): calls since the images were taken
-    rates: Tensor  # (m,): rise of a value in one call, when last seen
-    scout: Tensor = field(repr=False)  # (P, 0 to 2), orthonormal: x, and the direction in which it moved
-    scout_images: Tensor = field(repr=False)
-    products: int = 0  # in the scout's space
-    searches: int = 0  # one where it is the scout's turn
+    rates: Tensor  # (m,): rise of a value in one call, when last measured
+    search_vectors: Tensor = field(repr=False)  # (P, 0 to 2), orthonormal: x, and the direction in which it moved
+    search_images: Tensor = field(repr=False)
+    search_products: int = 0  # in the space that is searched
+    search_turn: int = 0  # one where the next product is the search's
 
     @classmethod
     def of(cls, vectors: Tensor, images: Tensor, values: Tensor) -> "Pool":
-        """Of images taken in this call, with no scout yet."""
+        """Make a pool of images taken in this call, with no search yet."""
         zeros = torch.zeros_like(values)
         vectors, images = vectors.contiguous(), images.contiguous()  # as from a checkpoint: layouts round differently
         return cls(vectors, images, values, zeros, zeros, vectors[:, :0], vectors[:, :0])
@@ -44,39 +44,39 @@ class Pool:
 
 @dataclass(frozen=True)
 class Memory:
-    """What `track` carries from call to call."""
+    """The state that `warm_started` carries from call to call."""
 
     last: Pool  # after the last call
     before: Pool  # after the one before
-    lag: int = 0  # 1 or 2: which of them foretold the last answer better; 0 at first
-    doubt: float = 0.0  # grows from call to call; at one it is time for a solve from a random start
+    lag: int = 0  # 1 or 2: which of them predicted the last answer better; 0 at first
+    unverified: float = 0.0  # grows from call to call; at one it is time for a solve from a random start
     k: int = 1  # pairs found
-    drift: float = 0.0  # ‖(A_t - A_{t-1}) v‖ for the remembered vectors, as seen lately
+    drift: float = 0.0  # ‖(A_t - A_{t-1}) v‖ for the remembered vectors, as measured lately
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
+        """Return everything as tensors by name, for a checkpoint."""
         pools = {"last": self.last, "before": self.before}
         parts = {f"{name} {part}": torch.as_tensor(t) for name, pool in pools.items() for part, t in vars(pool).items()}
-        counts = torch.tensor([self.lag, self.doubt, self.k, self.drift], dtype=torch.float64)
+        counts = torch.tensor([self.lag, self.unverified, self.k, self.drift], dtype=torch.float64)
         return {**parts, "counts": counts}
 
     def to(self, like: Tensor) -> "Memory":
-        """With its vectors on the device of `like`; what is counted stays on the processor."""
+        """Move the vectors to the device of `like`; what is counted stays on the processor."""
         parts = self.tensors()
-        wide = {name for name in parts if name.endswith(("vectors", "images", "scout"))}
+        wide = {name for name in parts if name.endswith(("vectors", "images"))}
         return Memory.of({name: t.to(like.device) if name in wide else t for name, t in parts.items()})
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Memory":
-        """From a checkpoint; copied, since products round by the alignment of what a file was mapped to."""
+        """Read what `tensors` wrote; copied, since products round by the alignment of what a file was mapped to."""
 
         def pool(name: str) -> Pool:
             parts: dict[str, Any] = {part.name: tensors[f"{name} {part.name}"].clone() for part in fields(Pool)}
             counts: dict[str, Any] = {part: int(t) for part, t in parts.items() if t.dim() == 0}
             return Pool(**parts | counts)
 
-        lag, doubt, k, drift = tensors["counts"].tolist()
-        return cls(pool("last"), pool("before"), int(lag), doubt, int(k), drift)
+        lag, unverified, k, drift = tensors["counts"].tolist()
+        return cls(pool("last"), pool("before"), int(lag), unverified, int(k), drift)
 
 
 @dataclass(frozen=True)
@@ -108,17 +108,22 @@ class Eigenpairs:
 
     @property
     def lower(self) -> Tensor:
-        """``(k,)``: the i-th largest eigenvalue is at least this (Courant-Fischer), up to the rounding `floor`."""
+        """Lower bounds ``(k,)``: the i-th largest eigenvalue is at least the i-th (Courant-Fischer)."""
         return self.values - self.floor
 
     def against(self, threshold: float) -> Comparison:
-        """Is the largest eigenvalue above `threshold`: proved, improbable, or undecided and at what price."""
+        """Tell whether λ1 is above `threshold`: proved, improbable, or undecided and at what price."""
         return compare_to_threshold(
-            self.lower[0].item(), self.values[0].item(), self.upper, threshold, self.confidence, self.num_matvecs
+            threshold,
+            lower=self.lower[0].item(),
+            value=self.values[0].item(),
+            upper=self.upper,
+            confidence=self.confidence,
+            num_matvecs=self.num_matvecs,
         )
 
     def scaled(self, c: float) -> "Eigenpairs":
-        """Those of ``c A``, c > 0."""
+        """Return the eigenpairs of ``c A``, c > 0."""
         return replace(
             self, values=c * self.values, residuals=c * self.residuals, upper=c * self.upper, floor=c * self.floor
         )

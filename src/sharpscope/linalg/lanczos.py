@@ -14,7 +14,7 @@ P parameters, k wanted pairs, m columns in the basis.
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def lanczos(
     basis: int = 96,
     seed: int = 0,
 ) -> Eigenpairs:
-    """The k algebraically largest eigenpairs of `a` by block Lanczos with thick restarts [N4].
+    """Find the k algebraically largest eigenpairs of `a` by block Lanczos with thick restarts [N4].
 
     Args:
         rtol: bound on every residual, relative to the largest eigenvalue in magnitude.  An isolated eigenvalue is
@@ -50,113 +50,166 @@ def lanczos(
         NotFinite: a ValueError, for an operator whose products are not finite.
         ValueError: k outside 1..P.
     """
-    return _block_lanczos(a, k, 0, rtol, gap, max_matvecs, basis, seed)[0]
+    budget = max(400, 40 * k) if max_matvecs is None else max_matvecs
+    return _block_lanczos(a, k, 0, rtol=rtol, gap=gap, budget=budget, basis=basis, seed=seed)[0]
 
 
 def both_ends(
     a: SymmetricOperator, k: int = 1, low: int = 1, *, rtol: float = 1e-4, seed: int = 0
 ) -> tuple[Eigenpairs, Tensor]:
-    """Both ends of the spectrum from one run: the k largest eigenpairs, and the `low` smallest eigenvalues ascending.
+    """Find the k largest eigenpairs and the `low` smallest eigenvalues, ascending, in one run.
 
     The residuals of both meet `rtol`; arguments and errors otherwise as in `lanczos`.
     """
-    return _block_lanczos(a, k, low, rtol, math.inf, None, 96, seed)
+    budget = max(400, 40 * (k + low))
+    return _block_lanczos(a, k, low, rtol=rtol, gap=math.inf, budget=budget, basis=96, seed=seed)
 
 
 def _block_lanczos(
-    a: SymmetricOperator,
-    k: int,
-    low: int,
-    rtol: float,
-    gap: float,
-    max_matvecs: int | None,
-    basis: int,
-    seed: int,
+    a: SymmetricOperator, k: int, low: int, *, rtol: float, gap: float, budget: int, basis: int, seed: int
 ) -> tuple[Eigenpairs, Tensor]:
-    size = a.size
-    if not 1 <= k <= size:
-        raise InvalidValue(f"k={k} eigenpairs asked of an operator of size {size}; k lies between 1 and {size}")
-    if not 0 <= low <= size:
-        raise InvalidValue(f"{low} smallest eigenvalues asked of an operator of size {size}")
-    budget = max(400, 40 * (k + low)) if max_matvecs is None else max_matvecs
-    block, random = _start_block(a.like, k, seed)
-    basis = min(size, max(basis, 3 * block.shape[1] + k + low))
-    v = a.like.new_empty((basis + block.shape[1], size))  # rows are basis vectors
-    t = torch.zeros((len(v), len(v)), dtype=torch.float64)
-    v[: block.shape[1]] = block.T
-    old, new, used = 0, block.shape[1], 0  # rows [0, old) were multiplied, rows [old, new) are the current block
-    eps = torch.finfo(v.dtype).eps
-    lost, noise = 0.0, 0.0  # ‖·‖² of the remainders left out so far; largest asymmetry seen
+    if not 1 <= k <= a.size:
+        raise InvalidValue(f"k={k} eigenpairs asked of an operator of size {a.size}; k lies between 1 and {a.size}")
+    if not 0 <= low <= a.size:
+        raise InvalidValue(f"{low} smallest eigenvalues asked of an operator of size {a.size}")
+    space = _Krylov(a, k, columns=max(basis, 4 * k + low), seed=seed)
     while True:
-        image = (a @ v[old:new].T).T
-        used += new - old
+        space.multiply()
+        ritz = space.ritz()
+        m = len(ritz.values)
+        bound = max(rtol, 8 * space.eps * m**0.5) * ritz.scale
+        met = bool((ritz.residuals[:k] <= bound).all() and (ritz.residuals[m - low :] <= bound).all())
+        complete = len(ritz.rows) == 0
+        upper = space.upper(ritz) if met or complete else math.inf
+        if complete or (met and upper - ritz.values[0].item() <= max(gap * ritz.scale, 2 * ritz.floor)):
+            return space.eigenpairs(ritz, k, upper), ritz.values[m - low :].flip(0).to(a.like)
+        if space.products + len(ritz.rows) > budget:
+            reached = f"top-{k} residuals {ritz.residuals[:k].tolist()} exceed rtol={rtol:g} times {ritz.scale:.4g}"
+            if met:
+                reached = (
+                    f"λ1 = {ritz.values[0]:.6g} may be {upper:.6g}, which exceeds gap={gap:g} times {ritz.scale:.4g},"
+                )
+            cure = "gap" if met else "rtol"
+            raise NotConverged(f"{reached} after {space.products} products; raise max_matvecs or {cure}")
+        space.extend(ritz, k, low)
+
+
+class _Ritz(NamedTuple):
+    """The eigenpairs ``(θ, V s)`` of T, largest first, and the next block of the basis."""
+
+    values: Tensor  # θ (m,)
+    s: Tensor  # (m, m)
+    rows: Tensor  # (b', P), orthonormal
+    coefficients: Tensor  # of the remainder in these rows
+    coupling: Tensor  # C S (b, m): the part of A V s along the next block
+    residuals: Tensor  # (m,)
+    scale: float  # the largest magnitude of a Ritz value
+    floor: float  # rounding of the products
+
+
+class _Krylov:
+    """A Krylov space from a random block of k columns: rows of a basis V, and ``T = V A Vᵀ`` on those multiplied."""
+
+    def __init__(self, a: SymmetricOperator, k: int, *, columns: int, seed: int) -> None:
+        self.a = a
+        self.columns = min(a.size, columns)  # most rows of the basis, beside a block that has just been found
+        block, self.start = _start_block(a.like, k, seed)
+        self.v = a.like.new_empty((self.columns + k, a.size))
+        self.v[:k] = block.T
+        self.t = torch.zeros((len(self.v), len(self.v)), dtype=torch.float64)
+        self.eps = torch.finfo(self.v.dtype).eps
+        self.old, self.new = 0, k  # rows [0, old) were multiplied, rows [old, new) are the current block
+        self.remainder = self.v[:k]  # the part of the last block's image outside the basis
+        self.products = 0
+        self.left_out = 0.0  # squared norms of the parts of remainders that were dropped as rounding
+        self.asymmetry = 0.0  # largest difference of VᵀAV from its transpose
+
+    def multiply(self) -> None:
+        """Multiply the current block, and split the image into its part in the space and the remainder."""
+        old, new = self.old, self.new
+        image = (self.a @ self.v[old:new].T).T
+        self.products += new - old
         if not bool(image.isfinite().all()):
             raise NotFinite("a product with the operator is not finite: its curvature is not defined at these weights")
-        foreseen = t[:old, old:new].clone()
-        remainder = _project_out(v[:new], image, t, old, new)
-        noise = max(noise, (t[:old, old:new] - foreseen).norm().item())
-        ritz, s = torch.linalg.eigh(t[:new, :new])
-        ritz, s = ritz.flip(0), s.flip(1)
-        scale = ritz.abs().max().item()
-        rows, coefficients, left_out = _orthonormal_rows(remainder, v[:new], 32 * eps * scale)
-        coupling = coefficients @ s[old:new]
-        residuals = (coupling.square().sum(dim=0) + lost).sqrt()
-        lost += left_out
-        bound = max(rtol, 8 * eps * new**0.5) * scale
-        floor = max(noise + lost**0.5, 16 * eps * scale)
-        done = bool((residuals[:k] <= bound).all() and (residuals[new - low :] <= bound).all())
-        upper = math.inf
-        if done or len(rows) == 0:
-            p = 1 - CONFIDENCE
-            upper = random.upper(ritz.numpy(), s.numpy(), coupling.numpy(), p, scale) + floor
-        if len(rows) == 0 or (done and upper - ritz[0].item() <= max(gap * scale, 2 * floor)):
-            m = min(k + POOL, new)
-            vectors = (s[:, :m].T.to(v) @ v[:new]).T
-            images = ritz[:m].to(v) * vectors + rows.T @ coupling[: len(rows), :m].to(v)
-            pool, none = Pool.of(vectors, images, ritz[:m]), Pool.of(vectors[:, :0], vectors[:, :0], ritz[:0])
-            top = Eigenpairs(
-                ritz[:k].to(v),
-                vectors[:, :k],
-                residuals[:k].to(v),
-                used,
-                upper,
-                floor,
-                used * a.cost,
-                Memory(pool, none, k=k),
-            )
-            return top, ritz[new - low :].flip(0).to(v)
-        if used + len(rows) > budget:
-            reached = f"top-{k} residuals {residuals[:k].tolist()} exceed rtol={rtol:g} times {scale:.4g}"
-            if done:
-                reached = f"λ1 = {ritz[0]:.6g} may be {upper:.6g}, which exceeds gap={gap:g} times {scale:.4g},"
-            raise NotConverged(f"{reached} after {used} products; raise max_matvecs or {'gap' if done else 'rtol'}")
-        old, new = new, new + len(rows)
-        if new > basis:
-            keep = min(old - 1, max(k + low + 2, basis // 2), basis - len(rows))
-            order = torch.cat(
-                [torch.arange(keep - low), torch.arange(old - low, old), torch.arange(keep - low, old - low)]
-            )
-            ritz, s, coupling = ritz[order], s[:, order], coupling[:, order]
-            random.restart(ritz.numpy(), s.numpy(), coupling[: len(rows)].numpy(), keep)
-            v[:keep] = s[:, :keep].T.to(v) @ v[:old]
-            t.zero_()
-            t[:keep, :keep] = torch.diag(ritz[:keep])
-            t[:keep, keep : keep + len(rows)] = coupling[: len(rows), :keep].T
-            old, new = keep, keep + len(rows)
+        expected = self.t[:old, old:new].clone()
+        self.remainder = _project_out(self.v[:new], image, self.t, old, new)
+        self.asymmetry = max(self.asymmetry, (self.t[:old, old:new] - expected).norm().item())
+
+    def ritz(self) -> _Ritz:
+        """Diagonalize T; residuals follow from the remainder of the current block."""
+        values, s = torch.linalg.eigh(self.t[: self.new, : self.new])
+        values, s = values.flip(0), s.flip(1)
+        scale = values.abs().max().item()
+        rows, coefficients, left_out = _orthonormal_rows(self.remainder, self.v[: self.new], 32 * self.eps * scale)
+        coupling = coefficients @ s[self.old : self.new]
+        residuals = (coupling.square().sum(dim=0) + self.left_out).sqrt()
+        self.left_out += left_out
+        floor = max(self.asymmetry + self.left_out**0.5, 16 * self.eps * scale)
+        return _Ritz(values, s, rows, coefficients, coupling, residuals, scale, floor)
+
+    def upper(self, ritz: _Ritz) -> float:
+        """Bound λ1 from above with probability `CONFIDENCE`, by the randomness of the start."""
+        values, s, coupling = ritz.values.numpy(), ritz.s.numpy(), ritz.coupling.numpy()
+        return self.start.upper(values, s, coupling, 1 - CONFIDENCE, ritz.scale) + ritz.floor
+
+    def extend(self, ritz: _Ritz, k: int, low: int) -> None:
+        """Take the next block into the basis, after a restart where there is no room for it."""
+        size = len(ritz.rows)
+        if self.new + size > self.columns:
+            self.restart(ritz, k, low)
         else:
-            t[old - coefficients.shape[1] : old, old:new] = coefficients[: len(rows)].T
-        v[old:new] = rows
+            block = slice(self.new - len(ritz.coefficients), self.new)
+            self.t[block, self.new : self.new + size] = ritz.coefficients[:size].T
+            self.old = self.new
+        self.new = self.old + size
+        self.v[self.old : self.new] = ritz.rows
+
+    def restart(self, ritz: _Ritz, k: int, low: int) -> None:
+        """Keep only the best Ritz vectors of either end; the next block couples to all of them."""
+        m, size = len(ritz.values), len(ritz.rows)
+        keep = min(m - 1, max(k + low + 2, self.columns // 2), self.columns - size)
+        top = torch.arange(keep - low)
+        order = torch.cat([top, torch.arange(m - low, m), torch.arange(keep - low, m - low)])
+        values, s, coupling = ritz.values[order], ritz.s[:, order], ritz.coupling[:size, order]
+        self.start.restart(values.numpy(), s.numpy(), coupling.numpy(), keep)
+        self.v[:keep] = s[:, :keep].T.to(self.v) @ self.v[:m]
+        self.t.zero_()
+        self.t[:keep, :keep] = torch.diag(values[:keep])
+        self.t[:keep, keep : keep + size] = coupling[:, :keep].T
+        self.old = keep
+
+    def eigenpairs(self, ritz: _Ritz, k: int, upper: float) -> Eigenpairs:
+        """Form the vectors of the first k Ritz pairs, and those that a warm start remembers beyond them."""
+        m = min(k + POOL, len(ritz.values))
+        values = ritz.values[:m]
+        vectors = (ritz.s[:, :m].T.to(self.v) @ self.v[: self.new]).T
+        outside = ritz.rows.T @ ritz.coupling[: len(ritz.rows), :m].to(self.v)
+        pool = Pool.of(vectors, values.to(self.v) * vectors + outside, values)
+        nothing = Pool.of(vectors[:, :0], vectors[:, :0], values[:0])
+        return Eigenpairs(
+            values[:k].to(self.v),
+            vectors[:, :k],
+            ritz.residuals[:k].to(self.v),
+            self.products,
+            upper=upper,
+            floor=ritz.floor,
+            num_gradients=self.products * self.a.cost,
+            memory=Memory(pool, nothing, k=k),
+        )
 
 
 def _start_block(like: Tensor, k: int, seed: int) -> tuple[Tensor, RandomStart]:
-    """Orthonormal columns ``(P, k)`` spanning Gaussian ones, and those in terms of them."""
+    """Draw orthonormal columns ``(P, k)`` that span Gaussian ones, and express these in them."""
     generator = torch.Generator().manual_seed(seed)
     q, r = torch.linalg.qr(torch.randn((like.numel(), k), generator=generator, dtype=torch.float64).to(like))
     return q, RandomStart(r.double().cpu().numpy())
 
 
 def _project_out(v: Tensor, image: Tensor, t: Tensor, old: int, new: int) -> Tensor:
-    """Remove the span of the basis rows from `image` (twice, for orthogonality to rounding); record T's new columns."""
+    """Remove the span of the basis from `image`, and write the new columns of T.
+
+    Done twice, for orthogonality to rounding.
+    """
     h = v @ image.T
     rest = image - h.T @ v
     again = v @ rest.T
@@ -169,9 +222,9 @@ def _project_out(v: Tensor, image: Tensor, t: Tensor, old: int, new: int) -> Ten
 
 
 def _orthonormal_rows(rest: Tensor, v: Tensor, small: float) -> tuple[Tensor, Tensor, float]:
-    """Rows spanning `rest` but for directions of norm up to `small`, coefficients, and what was left out.
+    """Find rows that span `rest` but for directions of norm up to `small`, with the coefficients of `rest` in them.
 
-    The coefficients ``C (b, b)`` give ``‖C s‖ = ‖restᵀ s‖``; what was left out is the sum of its squared norms.
+    The coefficients ``C (b, b)`` give ``‖C s‖ = ‖restᵀ s‖``; the last number is the squared norm of what was left out.
     """
     if len(rest) == 1:
         size = rest.norm().item()
@@ -192,7 +245,7 @@ def _orthonormal_rows(rest: Tensor, v: Tensor, small: float) -> tuple[Tensor, Te
 
 
 def smallest_eigenpairs(a: SymmetricOperator, k: int = 1, **options: Any) -> Eigenpairs:
-    """The k algebraically smallest eigenpairs, smallest first: `lanczos` on ``-A``, its options and errors [N4].
+    """Find the k algebraically smallest eigenpairs, smallest first: `lanczos` on ``-A``, its options and errors [N4].
 
     Bounds and memory, which are those of ``-A``, are left out; `both_ends` finds values at both ends in one run.
     """
@@ -203,7 +256,7 @@ def smallest_eigenpairs(a: SymmetricOperator, k: int = 1, **options: Any) -> Eig
 def block_eigenpairs(
     a: SymmetricOperator, slices: Mapping[str, slice | Tensor], k: int = 1, **options: Any
 ) -> dict[str, Eigenpairs]:
-    """The k largest eigenpairs (all of a smaller block) of every diagonal block ``A_gg`` by name, with `lanczos`.
+    """Find the k largest eigenpairs (all of a smaller block) of every diagonal block ``A_gg``, by name, with `lanczos`.
 
     No block's largest eigenvalue exceeds that of A (Cauchy's interlacing).  `slices` are those of an `Objective`, or
     index tensors as in ``ScaleGroups.groups``.
@@ -218,7 +271,7 @@ def block_eigenpairs(
 
 
 def group_fractions(v: Tensor, slices: Mapping[str, slice | Tensor]) -> dict[str, float]:
-    """``‖v_g‖²/‖v‖²`` of each group of entries of `v` ``(P,)``; they sum to 1, "elsewhere" for what is in none.
+    """Return the fraction ``‖v_g‖²/‖v‖²`` of each group of entries of `v` ``(P,)``, and "elsewhere" for those in none.
 
     >>> group_fractions(torch.tensor([3.0, 0.0, 4.0]), {"weight": slice(2), "bias": slice(2, 3)})
     {'weight': 0.36, 'bias': 0.64}

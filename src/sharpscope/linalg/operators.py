@@ -22,7 +22,7 @@ Linear = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SymmetricOperator:
-    """A symmetric ``A`` as ``v -> A v``.
+    """A symmetric linear operator, given by its product with a vector, ``v -> A v``.
 
     Args:
         matvec: product with one vector ``(P,)``.
@@ -38,11 +38,11 @@ class SymmetricOperator:
 
     @property
     def size(self) -> int:
-        """P, the number of rows."""
+        """The number of rows, P."""
         return self.like.numel()
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        """``A v`` for a vector ``(P,)``, ``A V`` for columns ``(P, k)``."""
+        """Multiply a vector ``(P,)`` or columns ``(P, k)``."""
         if v.shape[:1] != (self.size,) or v.dim() > 2:
             raise InvalidValue(f"an operator of size {self.size} cannot act on a tensor of shape {tuple(v.shape)}")
         if v.dim() == 1:
@@ -52,7 +52,10 @@ class SymmetricOperator:
         return torch.stack([self.matvec(column) for column in v.T], dim=1)
 
     def sandwiched(self, like: Tensor, before: Linear, after: Linear) -> "SymmetricOperator":
-        """``after ∘ A ∘ before``, where both maps take vectors ``(n,)`` and columns ``(n, k)`` alike."""
+        """Compose the operator with a linear map on either side, ``after ∘ A ∘ before``.
+
+        Both maps take vectors ``(n,)`` and columns ``(n, k)`` alike.
+        """
         matmat = self.matmat
         return SymmetricOperator(
             lambda v: after(self.matvec(before(v))),
@@ -62,7 +65,7 @@ class SymmetricOperator:
         )
 
     def to_scipy(self) -> Any:
-        """As a ``scipy.sparse.linalg.LinearOperator``, which takes and returns NumPy arrays."""
+        """Return a ``scipy.sparse.linalg.LinearOperator``, which takes and returns NumPy arrays."""
         try:
             from scipy.sparse.linalg import LinearOperator
         except ImportError as missing:
@@ -80,12 +83,12 @@ class SymmetricOperator:
         return LinearOperator(shape, matvec=vector, rmatvec=vector, matmat=product, rmatmat=product, dtype=dtype)
 
     def dense(self) -> Tensor:
-        """The matrix ``(P, P)``: for tests and small problems."""
+        """Return the matrix ``(P, P)``, for tests and small problems."""
         return self @ torch.eye(self.size, dtype=self.like.dtype, device=self.like.device)
 
 
 def preconditioned(a: SymmetricOperator, p: Tensor) -> SymmetricOperator:
-    """``P^-1/2 A P^-1/2`` with ``P = diag(p)``, p positive ``(P,)``."""
+    """Measure an operator in a diagonal metric: ``P^-1/2 A P^-1/2`` with ``P = diag(p)``, p positive ``(P,)``."""
     if p.shape != a.like.shape or not bool((p > 0).all()):
         raise InvalidValue(
             f"a preconditioner for size {a.size} has {a.size} positive entries; got {int((p > 0).sum())} among"
@@ -100,7 +103,7 @@ def preconditioned(a: SymmetricOperator, p: Tensor) -> SymmetricOperator:
 
 
 def restricted(a: SymmetricOperator, indices: Tensor) -> SymmetricOperator:
-    """The block of `A` on the coordinates `indices` ``(n,)``: an operator of size n."""
+    """Restrict an operator to the coordinates `indices` ``(n,)``: one of its diagonal blocks."""
     indices = indices.to(a.like.device)
 
     def padded(v: Tensor) -> Tensor:
@@ -110,17 +113,20 @@ def restricted(a: SymmetricOperator, indices: Tensor) -> SymmetricOperator:
 
 
 def projected(a: SymmetricOperator, project: Callable[[Tensor], Tensor]) -> SymmetricOperator:
-    """``Π A Π`` for an orthogonal projection Π given as a function; directions it removes get eigenvalue zero."""
+    """Project an operator onto a subspace, ``Π A Π``; directions that are removed get eigenvalue zero.
+
+    Π is an orthogonal projection, given as a function.
+    """
     return SymmetricOperator(lambda v: project(a.matvec(project(v))), a.like, cost=a.cost)
 
 
 def scaled(a: SymmetricOperator, c: float) -> SymmetricOperator:
-    """``c A``."""
+    """Multiply an operator by a number."""
     return a.sandwiched(a.like, lambda v: c * v, lambda v: v)
 
 
 def shifted(a: SymmetricOperator, c: float | Tensor) -> SymmetricOperator:
-    """``A + c I`` for a number, ``A + diag(c)`` for ``(P,)``."""
+    """Add ``c I`` for a number c, or ``diag(c)`` for c of shape ``(P,)``."""
     if not isinstance(c, Tensor):
         if c == 0:
             return a

@@ -1,4 +1,4 @@
-"""Trace and diagonal of a symmetric operator, each with an error bar that it earns; its lower end, its blocks.
+"""Trace and diagonal of a symmetric operator, each with an error bar from the spread of its samples.
 
 Trace and diagonal share one estimator.  A sketch ``Q = orth(A Ω)`` takes the outliers out exactly, and independent
 random signs v measure what is left:
@@ -9,7 +9,7 @@ Given Q the samples are independent, so their spread is an honest standard error
 in turn (XTrace) are up to twice as exact at equal cost, but their samples depend on each other: on decaying spectra
 they report an error a quarter too small.
 
-P parameters, k wanted pairs.
+P parameters.
 """
 
 import math
@@ -23,8 +23,14 @@ from torch import Tensor
 from ..errors import InvalidValue, NotConverged, NotFinite
 from .operators import SymmetricOperator
 
-SKETCH, WIDEST, PILOT, COLUMNS = 16, 64, 16, 8
-"""Columns of the first and of the widest sketch; probes before a spread is believed; columns multiplied at once."""
+SKETCH, WIDEST = 16, 64
+"""Numbers of columns of the first sketch and of the widest one."""
+
+PILOT = 16
+"""Number of probes before their spread is relied on."""
+
+COLUMNS = 8
+"""Number of columns that are multiplied at once."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,10 @@ class Estimate:
 def trace(
     a: SymmetricOperator, *, rtol: float = 0.02, atol: float = 0.0, max_matvecs: int = 1000, seed: int = 0
 ) -> Estimate:
-    """``tr A`` to a standard error of ``max(rtol |tr A|, atol)`` [N16] (Meyer, Musco, Musco & Woodruff, 2021).
+    """Estimate the trace to a standard error of ``max(rtol |tr A|, atol)`` [N16].
 
-    Where P products are cheaper than the samples that are still needed, the trace is taken exactly.
+    After Meyer, Musco, Musco & Woodruff (2021).  Where P products are cheaper than the samples that are still needed,
+    the trace is taken exactly.
 
     Raises:
         NotConverged: with the value and the error reached; a trace near zero needs `atol`.
@@ -70,7 +77,9 @@ def trace(
 def diagonal(
     a: SymmetricOperator, *, rtol: float = 0.1, atol: float = 0.0, max_matvecs: int = 1000, seed: int = 0
 ) -> Estimate:
-    """``diag A`` until ``‖standard errors‖ ≤ max(rtol ‖diag A‖, atol)`` [N17] (Bekas, Kokiopoulou & Saad, 2007).
+    """Estimate the diagonal until ``‖standard errors‖ ≤ max(rtol ‖diag A‖, atol)`` [N17].
+
+    After Bekas, Kokiopoulou & Saad (2007).
 
     Raises:
         NotConverged: with the norms of the diagonal and of the errors reached.
@@ -82,7 +91,7 @@ def diagonal(
 def _mean(
     a: SymmetricOperator, reduce: Callable[[Tensor], Tensor], rtol: float, atol: float, budget: int, seed: int
 ) -> Estimate:
-    """The mean of ``reduce(v ∘ A v)`` over signs v; `reduce` is linear and takes columns."""
+    """Estimate the mean of ``reduce(v ∘ A v)`` over signs v; `reduce` is linear and takes columns."""
     if min(rtol, atol) < 0 or max(rtol, atol) == 0:
         raise InvalidValue(f"rtol={rtol:g} and atol={atol:g} leave no error to stop at; make one of them positive")
     if budget < min(2 * SKETCH + PILOT, a.size):
@@ -127,7 +136,9 @@ class _Moments:
     """Mean and standard error of independent columns, kept as running sums."""
 
     def __init__(self, zero: Tensor) -> None:
-        self.count, self.mean, self._squares = 0, zero, zero
+        self.count = 0
+        self.mean = zero
+        self._squares = zero
 
     def add(self, x: Tensor) -> None:
         count = self.count + x.shape[1]
@@ -143,7 +154,7 @@ class _Moments:
 
 
 def _samples(a: SymmetricOperator, q: Tensor, z: Tensor, n: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """``v ∘ Π A Π v`` ``(P, ≤ COLUMNS)`` for n columns v of signs, with ``z = A q``."""
+    """Draw n samples ``v ∘ Π A Π v`` as columns ``(P, ≤ COLUMNS)``, v random signs and ``z = A q``."""
     for done in range(0, n, COLUMNS):
         bits = torch.randint(2, (a.size, min(COLUMNS, n - done)), generator=generator)
         v = (2 * bits - 1).to(a.like)
@@ -162,7 +173,7 @@ def _exact(a: SymmetricOperator, reduce: Callable[[Tensor], Tensor], used: int) 
 
 
 def multiply(a: SymmetricOperator, v: Tensor) -> Tensor:
-    """``A V``, or NotFinite."""
+    """Multiply, and raise NotFinite where the product is not finite."""
     image = a @ v
     if not bool(image.isfinite().all()):
         raise NotFinite("a product with the operator is not finite: its spectrum is not defined at these weights")
@@ -170,7 +181,10 @@ def multiply(a: SymmetricOperator, v: Tensor) -> Tensor:
 
 
 def student(dof: int) -> float:
-    """The t that Student's ``|T|`` exceeds in 5 % of cases: Fisher's series, to 1 % from 3 degrees of freedom on."""
+    """Return the t that Student's ``|T|`` exceeds in 5 % of cases.
+
+    Fisher's series, right to 1 % from 3 degrees of freedom on.
+    """
     z, n = NormalDist().inv_cdf(0.975), dof
     return (
         z
