@@ -6,7 +6,7 @@ chunks of uneven size, so that weighting by examples matters.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from sharpscope import Objective
+from sharpscope.autodiff.expansion import Expansion
 from sharpscope.linalg import SymmetricOperator
 from sharpscope.studies._shared import nets
 
@@ -251,6 +252,21 @@ def batches(norm: str = "none", loss: str = "MSE", sizes: Sequence[int] = CHUNKS
 
 def objective(norm: str = "none", loss: str = "MSE", **options: Any) -> Objective:
     return Objective(model(norm), LOSSES[loss].loss, batches(norm, loss), **options)
+
+
+def observed(f: Objective, note: Callable[[], None]) -> Objective:
+    """The same objective, which calls `note` before every product with the Hessian."""
+
+    def expand(objective: Objective, w: Tensor) -> Expansion:
+        at = f.expand(objective, w)
+
+        def hvp(v: Tensor) -> Tensor:
+            note()
+            return at.hvp(v)
+
+        return replace(at, hvp=hvp)
+
+    return f.using(expand)
 
 
 def reference(norm: str, loss: str = "MSE") -> Callable[[Tensor], Tensor]:

@@ -33,9 +33,9 @@ def network_like(n: int, generator: torch.Generator) -> Tensor:
 def test_least_norm_is_a_quantile_from_below(b: int) -> None:
     norms = np.linalg.norm(np.random.default_rng(0).standard_normal((200_000, b)), axis=1)
     for p in (0.05, 0.01):
-        share = (norms < least_norm(b, p)).mean()
-        assert share <= p + 4 * math.sqrt(p / len(norms))  # four standard errors
-        assert share >= 0.6 * p  # and it is not wasteful
+        fraction = (norms < least_norm(b, p)).mean()
+        assert fraction <= p + 4 * math.sqrt(p / len(norms))  # four standard errors
+        assert fraction >= 0.6 * p  # and it is not wasteful
 
 
 def test_upper_covers_a_thousand_matrices() -> None:
@@ -91,7 +91,7 @@ def test_without_a_bound_nothing_is_below() -> None:
 
 
 def test_the_guessed_price_of_a_decision() -> None:
-    """Spending what is asked for decides, and a fourth of it does not, within a factor that a guess may have."""
+    """Spending the guessed products decides, and a fourth of them does not, within a factor that a guess may have."""
     _, a = symmetric(torch.linspace(0, 1, 1000, dtype=DTYPE))
     first = lanczos(a, rtol=0.1)
     open_question = first.against(1.004)

@@ -188,11 +188,11 @@ def test_both_ends_from_one_run(name: str) -> None:
     scale = SPECTRA[name].abs().max().item()
     assert top.values.tolist() == pytest.approx(true.flip(0)[:2].tolist(), abs=1e-8 * scale)
     assert bottom.tolist() == pytest.approx(true[:3].tolist(), abs=1e-8 * scale)
-    apart = (
+    two_runs = (
         lanczos(a, 2, rtol=1e-8, max_matvecs=2000).num_matvecs
         + lanczos(SymmetricOperator(lambda v: -(matrix @ v), a.like), 3, rtol=1e-8, max_matvecs=2000).num_matvecs
     )
-    assert top.num_matvecs < apart
+    assert top.num_matvecs < two_runs
 
 
 def test_an_operator_that_does_not_know_its_cost() -> None:

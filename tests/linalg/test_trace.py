@@ -83,11 +83,11 @@ def test_the_interval_of_the_trace_holds_it(name: str, rtol: float) -> None:
 def test_the_intervals_of_the_diagonal_hold_its_entries(name: str) -> None:
     matrix = MATRICES[name]()
     found = [diagonal(operator(matrix), rtol=0.3, seed=seed) for seed in SEEDS]
-    held = torch.stack([covered(matrix.diagonal(), e.interval) for e in found]).double().mean()
-    assert held >= ENOUGH / 100
+    fraction = torch.stack([covered(matrix.diagonal(), e.interval) for e in found]).double().mean()
+    assert fraction >= ENOUGH / 100
     assert all(e.standard_error.norm() <= 0.3 * e.value.norm() for e in found)
     error = max((e.value - matrix.diagonal()).norm().item() for e in found)
-    assert error <= 0.6 * matrix.diagonal().norm()  # twice the error that was asked for, at the worst of 100 seeds
+    assert error <= 0.6 * matrix.diagonal().norm()  # twice the error that rtol allows, at the worst of 100 seeds
 
 
 def places(values: Tensor) -> Tensor:
@@ -108,12 +108,12 @@ def test_the_bands_of_the_density_hold_it(name: str, steps: int) -> None:
     matrix = MATRICES[name]()
     values = torch.linalg.eigvalsh(matrix)
     points = places(values)
-    share = (values <= points[:, None]).double().mean(dim=1)
+    fraction = (values <= points[:, None]).double().mean(dim=1)
     smooth, sharp = [], []
     for seed in SEEDS:
         found = density(operator(matrix), steps=steps, probes=3, points=points, seed=seed)
         smooth.append(covered(broadened(values, points, found.width), found.density_band))
-        sharp.append(covered(share, found.cumulative_band))
+        sharp.append(covered(fraction, found.cumulative_band))
     for kind in (smooth, sharp):
         assert torch.stack(kind).double().sum(dim=0).min() >= ENOUGH  # at every point
 

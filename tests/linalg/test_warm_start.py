@@ -14,7 +14,7 @@ from torch import Tensor
 from sharpscope import Objective, hessian
 from sharpscope.errors import NotFinite
 from sharpscope.linalg import Eigenpairs, SymmetricOperator, lanczos
-from sharpscope.linalg.eigenpairs import Memory, Pool
+from sharpscope.linalg.memory import Memory, Pool
 from sharpscope.linalg.warm_start import warm_started
 from sharpscope.studies._shared import nets
 from sharpscope.studies._shared.data import digits

@@ -31,15 +31,16 @@ def objective(variant: Variant) -> Objective:
 def test_a_recorded_gradient_is_the_same_to_the_last_bit(variant: Variant) -> None:
     f = objective(variant)
     g = recorded(f, 10_000)
-    assert isinstance(g, Recorded)
-    x, y = g.first[1:]
+    assert isinstance(g.gradient, Recorded)
+    x, y = g.gradient.x, g.gradient.y
     w, rule = f.weights(), GD(variant.learning_rate, variant.weight_decay)
     for step in range(12):
         pair = [(x, y)] if step % 2 else [(x[step : step + 15], y[step : step + 15])]
         (loss, slope), (value, again) = (h.on(pair).value_and_grad(w) for h in (f, g))
         assert torch.equal(loss, value) and torch.equal(slope, again)
         w, _ = rule.step(w, slope, {})
-    assert len(g.programs) == 2 and all(program is not None for program in g.programs.values())
+    programs = g.gradient.programs
+    assert len(programs) == 2 and all(program is not None for program in programs.values())
 
 
 def test_another_mode_runs_no_program() -> None:
@@ -73,12 +74,13 @@ class Fickle(nn.Module):
 def test_what_gives_other_bits_is_not_used() -> None:
     f = Objective(Fickle(), nn.functional.mse_loss, [(torch.ones(4, 3), torch.zeros(4, 3))])
     g = recorded(f, 10_000)
-    assert isinstance(g, Recorded)
+    assert isinstance(g.gradient, Recorded)
     g.grad(f.weights())
-    assert list(g.programs.values()) == [None]
+    assert list(g.gradient.programs.values()) == [None]
     assert recorded(f, 10) is f  # too few to be worth it
     loader: Any = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(4, 3), torch.zeros(4, 3)))
-    assert recorded(f.on(loader), 10_000).data is loader and not isinstance(recorded(f.on(loader), 10_000), Recorded)
+    other = recorded(f.on(loader), 10_000)
+    assert other.data is loader and not isinstance(other.gradient, Recorded)
 
 
 def test_a_recorded_run_writes_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ GradientFunction = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 class BatchedRuns:
-    """``L_r(w_r)`` for R runs, from a function of all rows `losses` ``(R, P) -> (R,)`` [N32].
+    """The losses ``L_r(w_r)`` of R runs, from a function `losses` of all rows, ``(R, P) -> (R,)`` [N32].
 
     >>> bowls = BatchedRuns(lambda W: 0.5 * (torch.tensor([1.0, 4.0]) * W.square().sum(1)))
     >>> bowls.grad(torch.ones(2, 3)).tolist()
@@ -42,7 +42,7 @@ class BatchedRuns:
 
     @classmethod
     def of(cls, f: Objective) -> "BatchedRuns":
-        """The model, loss and data of an objective at R weights at once; normalization keeps R sets of statistics.
+        """Evaluate an objective at R weights at once; normalization keeps R sets of statistics.
 
         A module that draws random numbers is refused by torch: runs would share them or not, and neither is meant.
         """
@@ -53,7 +53,8 @@ class BatchedRuns:
             fresh = {name: b.expand(len(W), *b.shape).clone() for name, b in zip(buffers, kept, strict=True)}
 
             def one(w: Tensor, own: dict[str, Tensor]) -> Tensor:
-                parts = [(b.examples, f._chunk({**f.unflatten(w), **own}, b).loss) for b in f._batches(w.device)]
+                params = {**f.unflatten(w), **own}
+                parts = [(batch.examples, f.loss_on(batch, params)) for batch in f.batches(w.device)]
                 count = sum(n for n, _ in parts)
                 return torch.stack([n / count * loss for n, loss in parts]).sum()
 
@@ -63,12 +64,12 @@ class BatchedRuns:
 
     @differentiating()
     def value(self, W: Tensor) -> Tensor:
-        """``L_r(w_r)`` ``(R,)``."""
+        """Evaluate the losses ``(R,)``."""
         with smooth(), torch.no_grad():
             return self.losses(W, *self.constants)
 
     def value_and_grad(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        """``L_r(w_r)`` ``(R,)`` and ``∇L_r(w_r)`` ``(R, P)`` in one pass."""
+        """Evaluate the losses ``(R,)`` and their gradients ``(R, P)`` in one pass."""
         return self._value_and_grad(W, *self.constants)
 
     @differentiating()
@@ -80,15 +81,15 @@ class BatchedRuns:
         return losses.detach(), g
 
     def grad(self, W: Tensor) -> Tensor:
-        """``∇L_r(w_r)`` ``(R, P)``."""
+        """Evaluate the gradients ``∇L_r(w_r)`` ``(R, P)``."""
         return self.value_and_grad(W)[1]
 
     def slope(self, W: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
-        """The same at every step: full-batch descent."""
+        """Return losses and gradients, the same at every step: full-batch descent."""
         return self.value_and_grad(W)
 
     def recorded(self, W: Tensor) -> GradientFunction:
-        """`slope` as a fixed program for weights of this shape: nothing but the arithmetic is left of a step.
+        """Record `slope` as a fixed program for weights of this shape: nothing but the arithmetic is left of a step.
 
         On small problems it is several times faster.  Whatever else the losses read, data above all, is fixed with it.
 
@@ -106,12 +107,12 @@ class BatchedRuns:
 
     @differentiating()
     def hvp(self, W: Tensor, V: Tensor) -> Tensor:
-        """``∇²L_r(w_r) v_r`` ``(R, P)``."""
+        """Multiply by the Hessian of each run, ``∇²L_r(w_r) v_r`` ``(R, P)``."""
         return self.products(W)(V)
 
     @differentiating()
     def products(self, W: Tensor) -> Callable[[Tensor], Tensor]:
-        """The map ``V -> ∇²L_r(w_r) v_r`` on a graph that is kept, for more than one product at a point."""
+        """Return the map ``V -> ∇²L_r(w_r) v_r`` on a graph that is kept, for more than one product at a point."""
         W = W.detach().requires_grad_()
         with smooth():
             total = self.losses(W, *self.constants).sum()
@@ -124,12 +125,12 @@ class BatchedRuns:
         return product
 
     def operator(self, w: Tensor) -> SymmetricOperator:
-        """The Hessian of one run at w ``(P,)``, for the solvers of eigenvalues."""
+        """Return the Hessian of one run at w ``(P,)``, for the solvers of eigenvalues."""
         product = self.products(w[None])
         return SymmetricOperator(lambda v: product(v[None])[0], w)
 
     def hessian(self, W: Tensor) -> Tensor:
-        """``∇²L_r(w_r)`` ``(R, P, P)``, dense: column by column for all runs at once."""
+        """Return dense Hessians ``(R, P, P)``, column by column for all runs at once."""
         product = self.products(W)
         units = torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
         return torch.stack([product(unit.expand_as(W)) for unit in units], dim=2)
@@ -154,7 +155,7 @@ class BatchedRuns:
 
 @differentiating()
 def jacobian(outputs: Rows, X: Tensor) -> Tensor:
-    """``∂ outputs_r / ∂ x_r`` ``(R, n, P)`` of a function of each row, ``(R, P)`` to ``(R, n)``: n backward passes.
+    """Return Jacobians ``∂ outputs_r / ∂ x_r`` ``(R, n, P)`` of a function of each row, by n backward passes.
 
     >>> jacobian(lambda X: X.cumsum(1)[:, 1:], torch.zeros(1, 3)).tolist()
     [[[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]]
@@ -162,13 +163,16 @@ def jacobian(outputs: Rows, X: Tensor) -> Tensor:
     X = X.detach().requires_grad_()
     with smooth():
         out = outputs(X)
-    ways = [
+    rows = [
         torch.autograd.grad(column.sum(), X, retain_graph=True, materialize_grads=True)[0] for column in out.unbind(1)
     ]
-    return torch.stack(ways, dim=1)
+    return torch.stack(rows, dim=1)
 
 
 def gram(outputs: Rows, W: Tensor, scale: Tensor | None = None) -> Tensor:
-    """``Σ_p s_p ∂_p f_i ∂_p f_j`` ``(R, n, n)``: the neural tangent kernel, with rates s ``(P,)`` [N33]."""
+    """Return neural tangent kernels ``(R, n, n)``, with learning rates s ``(P,)`` [N33].
+
+    ``Σ_p s_p ∂_p f_i ∂_p f_j``.
+    """
     J = jacobian(outputs, W)
     return (J if scale is None else J * scale) @ J.mT

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from ..linalg.operators import SymmetricOperator
-from .objective import Expansion, Objective
+from .expansion import Expansion
+from .objective import Objective
 
 
 def _expand(f: Objective | Expansion, w: Tensor | None) -> Expansion:
@@ -13,12 +14,15 @@ def _expand(f: Objective | Expansion, w: Tensor | None) -> Expansion:
 
 
 def hessian(f: Objective | Expansion, w: Tensor | None = None) -> SymmetricOperator:
-    """``∇²L(w)`` [N2]; `w` defaults to the model's weights, and all products share one expansion."""
+    """Return the Hessian ``∇²L(w)`` as an operator [N2]; `w` defaults to the model's weights.
+
+    All products share one expansion.
+    """
     at = _expand(f, w)
     return SymmetricOperator(at.hvp, at.grad, at.columns if at.together else None, at.cost)
 
 
 def gauss_newton(f: Objective | Expansion, w: Tensor | None = None) -> SymmetricOperator:
-    """``Jᵀ ∇²ℓ J``, the part of the Hessian that is positive semidefinite for convex losses [N3]."""
+    """Return the Gauss-Newton matrix ``Jᵀ ∇²ℓ J``, positive semidefinite for convex losses [N3]."""
     at = _expand(f, w)
     return SymmetricOperator(at.gauss_newton, at.grad)

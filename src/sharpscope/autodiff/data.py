@@ -15,7 +15,7 @@ from ..errors import InvalidValue
 
 
 class Batch(NamedTuple):
-    """What the model is called with, what the loss gets beside the output, and the number of examples."""
+    """The arguments of a model, the target of the loss, and the number of examples."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 
 
 def read(data: Iterable[Any], seed: int | None, device: torch.device) -> Iterator[Batch]:
-    """One pass over `data` on `device`, all that draws being seeded by `seed` (None: as it stands)."""
+    """Read `data` once onto `device`; all that draws is seeded by `seed` (None: left as it is)."""
     batch = None
     with _own_randomness(data, seed):
         for batch in data:
@@ -40,7 +40,7 @@ def read(data: Iterable[Any], seed: int | None, device: torch.device) -> Iterato
 
 
 def head(data: Iterable[Any], n: int) -> list[Any]:
-    """The first n examples of `data`, in its batches, read under a fixed seed; the last batch is cut."""
+    """Return the first n examples of `data`, in its batches, read under a fixed seed; the last batch is cut."""
     taken: list[Any] = []
     with _own_randomness(data, None if isinstance(data, list | tuple) else 0):
         for batch in data:
@@ -53,13 +53,13 @@ def head(data: Iterable[Any], n: int) -> list[Any]:
 
 
 def examples(batch: Any) -> int:
-    """How many there are in a batch."""
+    """Count the examples of a batch."""
     args, kwargs, target = _split(batch)
     return _count(target, (args, kwargs))
 
 
 def _cut(tree: Any, count: int, n: int) -> Any:
-    """The first n of `count` examples in every tensor that holds one per example."""
+    """Cut every tensor that holds one row per example, of `count` ones, to its first n."""
     return map_tensors(tree, lambda t: t[:n] if t.dim() > 0 and t.shape[0] == count else t)
 
 
@@ -78,7 +78,7 @@ def check_data(data: Iterable[Any]) -> None:
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists, mappings and dataclasses."""
+    """Find the tensors in nested tuples, lists, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -108,7 +108,7 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """A batch as positional arguments, keyword arguments and target."""
+    """Split a batch into positional arguments, keyword arguments and target."""
     if isinstance(batch, Mapping):
         return (), dict(batch), batch
     if not isinstance(batch, list | tuple) or len(batch) != 2:
@@ -122,7 +122,7 @@ def _split(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
 
 
 def _count(*trees: Any) -> int:
-    """Number of examples: the first dimension of the first tensor that has one."""
+    """Count examples: the first dimension of the first tensor that has one."""
     return next((t.shape[0] for t in tensors(trees) if t.dim() > 0), 1)
 
 
@@ -159,7 +159,7 @@ def _own_randomness(data: Iterable[Any], seed: int | None) -> Iterator[None]:
 
 
 def _generators(data: Iterable[Any]) -> list[torch.Generator]:
-    """What a loader and its sampler draw from instead of the global generator."""
+    """Find the generators that a loader and its sampler draw from instead of the global one."""
     if not isinstance(data, DataLoader):
         return []
     owners = (data, data.sampler, getattr(data.batch_sampler, "sampler", None))

@@ -1,14 +1,14 @@
-"""Ways to form products with the Hessian; each takes an objective and a point to an `Expansion`.
+"""Backends for products with the Hessian beside kept graphs: functions of an objective and a point to an `Expansion`.
 
     f.using(linearized())      # a copy of f whose products run a traced program
 
-`Expansion` itself (reverse over reverse on kept graphs) is the default, `tune` measures which one a case is best
-served by.  Costs are in gradients, by counting operations.
+`kept`, the default, is in `expansion`; `tune` measures which backend suits a case best.  Costs are in gradients, by
+counting operations.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,90 +19,91 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..errors import CannotTrace
 from . import tracing
 from .data import Batch
-from .objective import Expand, Expansion, Objective
+from .expansion import Expansion, Graphs, kept, on_graphs
+from .objective import Expand, Objective
 from .second_order import differentiating
 from .tracing import Program
 
 
-def kept(f: Objective, w: Tensor) -> Expansion:
-    """Reverse over reverse on graphs kept within the memory budget: 2 gradients."""
-    return Expansion(f, w)
-
-
 def rebuilt(f: Objective, w: Tensor) -> Expansion:
-    """Reverse over reverse on a graph built anew for every product: 3 gradients, one batch in memory."""
-    return Expansion(f, w, memory_budget=0)
+    """Multiply on a graph built anew for every product: 3 gradients, one batch in memory."""
+    return on_graphs(f, w, memory_budget=0)
 
 
 def batched(f: Objective, w: Tensor) -> Expansion:
-    """Kept graphs, with columns in one pass over all of them."""
-    at = Expansion(f, w)
-    at.together = True
-    return at
+    """Multiply on kept graphs, columns in one pass over all of them."""
+    return replace(kept(f, w), together=True)
 
 
-class forward_over_reverse(Expansion):
-    """``d/dt ∇L(w + t v)`` in forward mode: 3 gradients, one batch in memory, no graph kept."""
-
-    cost = 3.0
-
-    def __init__(self, f: Objective, w: Tensor) -> None:
-        Expansion.__init__(self, f, w, memory_budget=0)
-        self.cost = 3.0
+def forward_over_reverse(f: Objective, w: Tensor) -> Expansion:
+    """Multiply in forward mode, ``d/dt ∇L(w + t v)``: 3 gradients, one batch in memory, no graph kept."""
+    at = rebuilt(f, w)
+    leaf = w.detach().requires_grad_()
 
     @differentiating()
-    def hvp(self, v: Tensor) -> Tensor:
-        """``∇²L(w) v`` for `v` ``(P,)``."""
-        self.f._require_second()
-        total, buffers = torch.zeros_like(v), {name: b.detach() for name, b in self.f.model.named_buffers()}
-        for batch in self.f._batches(v.device):
+    def hvp(v: Tensor) -> Tensor:
+        f.require_second_derivative()
+        total = torch.zeros_like(v)
+        buffers = {name: b.detach() for name, b in f.model.named_buffers()}
+        for batch in f.batches(v.device):
             with forward_ad.dual_level():
-                w = forward_ad.make_dual(self.w, v)
+                w = forward_ad.make_dual(leaf, v)
                 own = {name: b.clone() for name, b in buffers.items()}
-                loss = self.f._chunk({**self.f.unflatten(w), **own}, batch).loss
+                loss = f.loss_on(batch, {**f.unflatten(w), **own})
                 (g,) = torch.autograd.grad(loss, w, create_graph=True)
                 bent = forward_ad.unpack_dual(g).tangent
                 buffers = {name: forward_ad.unpack_dual(b).primal.detach() for name, b in own.items()}
             if bent is not None:
-                total = total + batch.examples / self.count * bent.detach()
+                total = total + batch.examples / at.examples * bent.detach()
         return total
 
+    return replace(at, hvp=hvp, cost=3.0, columns=None)
 
-class differences(Expansion):
-    """Central differences of gradients, extrapolated: for what can be differentiated only once.  4 gradients.
+
+def differences(f: Objective, w: Tensor) -> Expansion:
+    """Multiply by differences of gradients, for what can be differentiated only once: 4 gradients."""
+    product = CentralDifferences(f, w)
+    return replace(rebuilt(f, w), hvp=lambda v: product(v)[0], cost=4.0, columns=None)
+
+
+@differentiating()
+def on_batch(f: Objective, batch: Batch, w: Tensor, buffers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Evaluate loss and gradient of one batch with these buffers, and read nothing else: for programs."""
+    w = w.detach().requires_grad_()
+    own = {name: b.clone() for name, b in buffers.items()}
+    loss = f.loss_on(batch, {**f.unflatten(w), **own})
+    (g,) = torch.autograd.grad(loss, w)
+    return loss.detach(), g
+
+
+class CentralDifferences:
+    """Products with the Hessian by central differences of gradients, extrapolated, each with its relative error bar.
 
     ``D(h) = (∇L(w + h v) - ∇L(w - h v)) / 2h`` at two steps gives ``(4 D(h/2) - D(h)) / 3`` with an error of order
-    h⁴ [N13].  The step is chosen at the first product of a point, from a ladder scaled to ‖w‖/‖v‖ and the precision, as
-    the one with the least error estimate.
+    h⁴ [N13].  The step is chosen at the first product, from a ladder scaled to ‖w‖/‖v‖ and the precision, as the one
+    with the least error estimate.
     """
 
-    cost = 4.0
-
     def __init__(self, f: Objective, w: Tensor) -> None:
-        Expansion.__init__(self, f, w, memory_budget=0)
-        self.cost = 4.0
-        self.error = 0.0
-        self._reach: float | None = None
+        self.f = f
+        self.w = w.detach()
+        self._step: float | None = None  # its length
 
-    def hvp(self, v: Tensor) -> Tensor:
-        """``∇²L(w) v`` for `v` ``(P,)``; `error` is its relative error bar."""
+    def __call__(self, v: Tensor) -> tuple[Tensor, float]:
+        """Multiply by the Hessian; return the error bar beside the product."""
         size = v.norm().item()
         if size == 0:
-            return torch.zeros_like(v)
-        if self._reach is None:
-            eps = torch.finfo(v.dtype).eps
-            start = eps**0.2 * max(self.w.norm().item(), 1e-3)
-            tried = [(self._extrapolated(v, start / 4**i / size)[1], start / 4**i) for i in range(6)]
-            self._reach = min(tried)[1]
-        out, bar = self._extrapolated(v, self._reach / size)
-        self.error = bar / max(out.norm().item(), torch.finfo(v.dtype).tiny)
-        return out
+            return torch.zeros_like(v), 0.0
+        if self._step is None:
+            start = torch.finfo(v.dtype).eps ** 0.2 * max(self.w.norm().item(), 1e-3)
+            steps = [start / 4**i for i in range(6)]
+            self._step = min((self._extrapolated(v, step / size)[1], step) for step in steps)[1]
+        out, bar = self._extrapolated(v, self._step / size)
+        return out, bar / max(out.norm().item(), torch.finfo(v.dtype).tiny)
 
     def _extrapolated(self, v: Tensor, h: float) -> tuple[Tensor, float]:
-        w = self.w.detach()
-
         def central(h: float) -> Tensor:
-            return (self.f.grad(w + h * v) - self.f.grad(w - h * v)) / (2 * h)
+            return (self.f.grad(self.w + h * v) - self.f.grad(self.w - h * v)) / (2 * h)
 
         wide, near = central(h), central(h / 2)
         bar = (near - wide).norm().item() / 3
@@ -111,34 +112,34 @@ class differences(Expansion):
 
 @dataclass
 class linearized:
-    """Products by a program that is traced once per shape of the batches, cut at its dependence on the direction.
+    """Multiply by a program that is traced once per shape of the batches, cut at its dependence on the direction.
 
     What does not depend on the direction runs once per point and stays in memory within the objective's budget
     (beyond it, it runs again at every product).  A new program is traced for other shapes, modes of the modules or
-    frozen parameters, and is believed only after its products agree with reverse over reverse at two points; whatever
+    frozen parameters, and is used only after its products agree with reverse over reverse at two points; whatever
     else the model reads in Python is fixed then.  With `machine_code` products are compiled (see `compiled`).
     """
 
     machine_code: bool = False
-    _programs: dict[Any, "_Traced"] = field(default_factory=dict, repr=False)
+    programs: dict[Any, "_Traced"] = field(default_factory=dict, repr=False)
 
     @property
     def seconds(self) -> float:
-        """Spent so far on tracing, verifying and compiling."""
-        return sum(program.seconds for program in self._programs.values())
+        """Seconds spent so far on tracing, verifying and compiling."""
+        return sum(program.seconds for program in self.programs.values())
 
-    def __call__(self, f: Objective, w: Tensor) -> "Linearization":
-        return Linearization(f, w, self)
+    def __call__(self, f: Objective, w: Tensor) -> Expansion:
+        return _Linearization(f, w, self).expansion()
 
     def program(self, f: Objective, w: Tensor, batch: Batch, buffers: Sequence[Tensor]) -> "_Traced":
         key = _key(f, w, batch)
-        if key not in self._programs:
-            self._programs[key] = _Traced(f, w, batch, buffers, self.machine_code)
-        return self._programs[key]
+        if key not in self.programs:
+            self.programs[key] = _Traced(f, w, batch, buffers, self.machine_code)
+        return self.programs[key]
 
 
 def compiled() -> linearized:
-    """`linearized` through torch's compiler: seconds to a minute for every new shape, then the fastest products.
+    """Compile the traced program: seconds to a minute for every new shape, then the fastest products.
 
     Raises:
         CannotTrace: (at the first point) there is no C++ compiler.
@@ -150,9 +151,10 @@ class _Traced:
     """The program of one shape of batches, for one vector and, by number, for columns."""
 
     def __init__(self, f: Objective, w: Tensor, batch: Batch, buffers: Sequence[Tensor], machine_code: bool) -> None:
-        f._require_second()
+        f.require_second_derivative()
         began = time.perf_counter()
-        self.f, self.machine_code = f.on([]), machine_code
+        self.f = f.on([])
+        self.machine_code = machine_code
         self.names = [name for name, _ in f.model.named_buffers()]
         self.frozen = [name for name, p in f.model.named_parameters() if name not in f.slices]
         w = w.detach()
@@ -170,7 +172,7 @@ class _Traced:
         return [w, *(params[name].detach() for name in self.frozen), *buffers, *tensors]
 
     def each(self, residuals: Sequence[Tensor], v: Tensor) -> Tensor:
-        """Of one vector ``(P,)``, or of rows ``(k, P)``."""
+        """Multiply one vector ``(P,)``, or rows ``(k, P)``."""
         with torch.no_grad():
             if v.dim() == 2:
                 return self._rows(residuals, v)(*residuals, v)
@@ -207,7 +209,7 @@ class _Traced:
             with torch.enable_grad():
                 w = w.detach().requires_grad_()
                 tensors = {**f.unflatten(w), **fixed, **own}
-                loss = f._chunk(tensors, Batch(args, kwargs, target, n)).loss
+                loss = f.loss_on(Batch(args, kwargs, target, n), tensors)
                 (g,) = torch.autograd.grad(loss, w, create_graph=True)
                 product = torch.zeros_like(v)
                 if g.requires_grad:
@@ -217,7 +219,7 @@ class _Traced:
         return function
 
     def _verify(self, points: Sequence[Tensor], v: Tensor, buffers: Sequence[Tensor], batch: Batch) -> None:
-        """The program against reverse over reverse, both on this batch, relative to the larger of the points."""
+        """Compare the program with reverse over reverse on this batch, relative to the larger of the points."""
         found, expected = [], []
         for w in points:
             values, residuals = self.parts.start(self.inputs(w, buffers, batch))
@@ -230,81 +232,84 @@ class _Traced:
                 raise CannotTrace(f"no fixed program: its {name} is off by {off:.2g} of {size:.2g} at other weights")
 
 
-class Linearization(Expansion):
-    """`Expansion` whose products run traced programs."""
+class _Linearization:
+    """One point of an objective whose products run traced programs."""
 
     @differentiating()
     def __init__(self, f: Objective, w: Tensor, tracer: linearized) -> None:
-        self.f, self.w = f, w.detach().requires_grad_()
-        self.value, self.count, self.chunks = w.new_zeros(()), 0, 0
-        self._kept, self._slopes = [], []
-        self._tracer = tracer
-        self._held: list[tuple[_Traced, list[Tensor], int]] = []
-        slope, used, w = torch.zeros_like(w), 0, w.detach()
-        for program, inputs, examples in self._runs():
-            values, residuals = program.parts.start(inputs)
-            self._buffers = values[2:]
-            self.chunks += 1
-            self.count += examples
-            self.value = self.value + examples * values[0]
+        self.f = f
+        self.w = w.detach()
+        self.tracer = tracer
+        self.batches = self.examples = 0
+        self.kept: list[tuple[_Traced, list[Tensor], int]] = []
+        self.batched = True  # until a program for columns is found not to exist
+        total, slope, used = w.new_zeros(()), torch.zeros_like(w), 0
+        for program, values, residuals, examples in self._started():
+            self.batches += 1
+            self.examples += examples
+            total = total + examples * values[0]
             slope.add_(values[1], alpha=examples)
             used += _bytes(residuals)
-            if used <= f.memory_budget and len(self._held) == self.chunks - 1:
-                self._held.append((program, residuals, examples))
-        self.value, self.grad = self.value / self.count, slope / self.count
-        self.cost = 2.0 + 1.0 - len(self._held) / self.chunks
+            if used <= f.memory_budget and len(self.kept) == self.batches - 1:
+                self.kept.append((program, residuals, examples))
+        self.value, self.grad = total / self.examples, slope / self.examples
 
-    def hvp(self, v: Tensor) -> Tensor:
-        """``∇²L(w) v`` for `v` ``(P,)``."""
-        return self._product(v.contiguous())
+    def expansion(self) -> Expansion:
+        graphs = Graphs(self.f, self.w.detach().requires_grad_(), self.batches, self.examples)
+        return Expansion(
+            self.value,
+            self.grad,
+            lambda v: self._product(v.contiguous()),
+            graphs.third,
+            graphs.gauss_newton,
+            self.examples,
+            cost=3.0 - len(self.kept) / self.batches,
+            columns=self.columns,
+        )
 
     def columns(self, V: Tensor) -> Tensor:
-        """``∇²L(w) V`` for columns ``(P, k)``."""
-        if not self.together or V.shape[1] < 2:
-            return torch.stack([self.hvp(v) for v in V.T], dim=1)
-        try:
-            return self._product(V.T.contiguous()).T
-        except CannotTrace:
-            self.together = False
-            return self.columns(V)
+        """Multiply columns ``(P, k)``: by a program for rows, or one by one where there is none."""
+        if self.batched:
+            try:
+                return self._product(V.T.contiguous()).T
+            except CannotTrace:
+                self.batched = False
+        return torch.stack([self._product(v.contiguous()) for v in V.T], dim=1)
 
     @differentiating()
     def _product(self, v: Tensor) -> Tensor:
-        if self.chunks == 1 and self._held:
-            program, residuals, _ = self._held[0]
+        if self.batches == 1 and self.kept:
+            program, residuals, _ = self.kept[0]
             return program.each(residuals, v)
         total = torch.zeros_like(v)
-        for program, residuals, examples in self._held:
-            total.add_(program.each(residuals, v), alpha=examples / self.count)
-        if len(self._held) < self.chunks:
-            for i, (program, inputs, examples) in enumerate(self._runs()):
-                values, residuals = program.parts.start(inputs)
-                self._buffers = values[2:]
-                if i >= len(self._held):
-                    total.add_(program.each(residuals, v), alpha=examples / self.count)
+        for program, residuals, examples in self.kept:
+            total.add_(program.each(residuals, v), alpha=examples / self.examples)
+        if len(self.kept) < self.batches:
+            for i, (program, _, residuals, examples) in enumerate(self._started()):
+                if i >= len(self.kept):
+                    total.add_(program.each(residuals, v), alpha=examples / self.examples)
         return total
 
-    def _runs(self) -> Any:
-        """Program and inputs of each batch; the buffers that a batch leaves are read from `_buffers`."""
-        f, w = self.f, self.w.detach()
-        self._buffers = [b.detach() for b in f.model.buffers()]
-        for batch in f._batches(w.device):
-            program = self._tracer.program(f, w, batch, self._buffers)
-            yield program, program.inputs(w, self._buffers, batch), batch.examples
+    def _started(self) -> Iterator[tuple[_Traced, list[Tensor], list[Tensor], int]]:
+        """Run the first part of each batch's program: its values, its residuals, and the number of examples."""
+        buffers = [b.detach() for b in self.f.model.buffers()]
+        for batch in self.f.batches(self.w.device):
+            program = self.tracer.program(self.f, self.w, batch, buffers)
+            values, residuals = program.parts.start(program.inputs(self.w, buffers, batch))
+            buffers = values[2:]
+            yield program, values, residuals, batch.examples
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A way of forming products with the cost that was measured, and whether columns are faster together."""
+    """A backend with the cost of its products that was measured, and whether columns are faster together."""
 
     expand: Expand
     cost: float
     together: bool
 
     def __call__(self, f: Objective, w: Tensor) -> Expansion:
-        at = self.expand(f, w)
-        at.cost, at.together = self.cost, self.together
-        return at
+        return replace(self.expand(f, w), cost=self.cost, together=self.together)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -313,12 +318,12 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def _key(f: Objective, w: Tensor, batch: Batch) -> Any:
-    """All that a program is traced for."""
+    """Name all that a program is traced for."""
     leaves, spec = tree_flatten(batch[:3])
     for leaf in leaves:
         if not isinstance(leaf, Tensor | int | float | str | bool | None):
             raise CannotTrace(f"no fixed program: a batch holds a {type(leaf).__name__}")
-    tensors = [t for t in (w, *f.model.buffers(), *f.model.parameters())]
+    tensors = [w, *f.model.buffers(), *f.model.parameters()]
     return (
         id(f.model),  # the program itself keeps model and loss alive
         id(f.loss),

@@ -30,7 +30,7 @@ def in_double(f: Objective) -> Objective:
     double.model = copy.deepcopy(f.model).double()
     double.loss = copy.deepcopy(f.loss).double() if isinstance(f.loss, nn.Module) else f.loss
     double.data = _DoubledData(f)
-    double._graph_bytes_per_example = 2 * f._graph_bytes_per_example
+    double.graph_bytes_per_example = 2 * f.graph_bytes_per_example
     return double
 
 
@@ -41,7 +41,7 @@ class _DoubledData:
     f: Objective
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self.f._batches(next(self.f.model.parameters()).device):
+        for batch in self.f.batches():
             yield map_tensors(batch.raw, _doubled)
 
 

@@ -1,4 +1,4 @@
-"""What in a model cannot be differentiated twice, or is differentiated wrongly: asked of its modules one by one."""
+"""Checks which modules of a model have no second derivative, or a wrong one."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +15,7 @@ from .smooth import smooth
 
 @contextmanager
 def differentiating() -> Iterator[None]:
-    """Gradients on and autocast off, whatever the caller's context: second derivatives run in it as well."""
+    """Turn gradients on and autocast off, whatever the caller's context: second derivatives run in it as well."""
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
@@ -25,10 +25,10 @@ def differentiating() -> Iterator[None]:
 
 
 def holds_delayed_error(grads: Iterable[Tensor | None]) -> bool:
-    """Is a function marked ``once_differentiable`` behind these gradients?
+    """Tell whether a function marked ``once_differentiable`` is behind these gradients.
 
-    Torch hangs an error on its gradient that is raised only where a graph is run to all its leaves; asked for the
-    derivative in certain inputs, it leaves out the term without a word.
+    Torch puts an error on its gradient that is raised only where a graph is run to all its leaves; a derivative in
+    certain inputs leaves out the term without a warning.
     """
     stack = [g.grad_fn for g in grads if g is not None and g.grad_fn is not None]
     seen = set(stack)
@@ -44,7 +44,7 @@ def holds_delayed_error(grads: Iterable[Tensor | None]) -> bool:
 
 @differentiating()
 def modules_without_second_derivative(model: nn.Module, forward: Callable[[], object]) -> list[str]:
-    """Modules, the innermost ones, whose output has no second derivative, or a wrong one, as `forward` calls them."""
+    """Name the innermost modules whose output has no second derivative, or a wrong one, as `forward` calls them."""
     seen: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]] = []
 
     def note(name: str) -> Callable[..., None]:
@@ -65,7 +65,7 @@ def modules_without_second_derivative(model: nn.Module, forward: Callable[[], ob
 
 
 def _twice_differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Does reverse over reverse of ``½ ‖output‖²`` in inputs and parameters exist, and agree with differences?"""
+    """Tell whether reverse over reverse of ``½ ‖output‖²`` in inputs and parameters agrees with differences."""
     leaves, spec = tree_flatten((args, kwargs))
     own = {name: t.detach() for name, t in (*module.named_parameters(), *module.named_buffers())}
     moving = [name for name, p in module.named_parameters() if p.is_floating_point()]

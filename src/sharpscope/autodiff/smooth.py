@@ -23,7 +23,7 @@ from ..errors import InvalidValue
 
 
 def _standardize(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
-    """``(x - mean) / √(var + eps)`` with both moments over `dims`."""
+    """Standardize over `dims`, ``(x - mean) / √(var + eps)``."""
     centred = x - x.mean(dims, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
 
@@ -58,7 +58,7 @@ def _layer_norm(
 def _update_running(
     input: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float, dims: tuple[int, ...]
 ) -> None:
-    """Running averages as the native kernels keep them: of moments over `dims` (unbiased variance), per channel."""
+    """Update running averages as the native kernels do: of moments over `dims` (unbiased variance), per channel."""
     with torch.no_grad():
         moments = ((mean, input.mean(dims, keepdim=True)), (var, input.var(dims, keepdim=True)))
         for running, now in moments:
@@ -145,7 +145,7 @@ def _torch_instance_norm(
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``g v / ‖v‖``, the norm over all dimensions but `dim` (-1: over all)."""
+    """Give v the norm g, ``g v / ‖v‖``, over all dimensions but `dim` (-1: over all)."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
@@ -166,7 +166,7 @@ def _mse_loss(
 
 
 def _with_math_attention(func: Callable[..., Any]) -> Callable[..., Any]:
-    """`func` on the one attention kernel that is made of elementary operations."""
+    """Run `func` on the one attention kernel that is made of elementary operations."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with sdpa_kernel(SDPBackend.MATH):
@@ -195,7 +195,7 @@ def _same(input: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _dropping_nothing(func: Callable[..., Any], place: int) -> Callable[..., Any]:
-    """`func` with its argument ``dropout_p``, the one at `place`, set to zero."""
+    """Run `func` with its argument ``dropout_p``, the one at `place`, set to zero."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if len(args) > place:
@@ -215,7 +215,7 @@ UNDROPPED: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 class smooth(TorchFunctionMode):
-    """Context: the operations of `ELEMENTARY` run in differentiable form; everything else is untouched.
+    """A context in which the operations of `ELEMENTARY` run in differentiable form; everything else is untouched.
 
     With ``dropout=False`` the operations of `UNDROPPED` drop nothing, whatever mode the modules are in.
     """

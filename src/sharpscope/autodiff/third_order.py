@@ -1,13 +1,13 @@
-"""How curvature along a few directions changes with the weights: the third derivatives that flows need.
+"""Third derivatives: the change of the curvature along a few directions with the weights, as flows need it.
 
     G_ij = ∇_w (u_iᵀ ∇²L(w) u_j) = ∇³L(w)[u_i, u_j],      u_i, u_j held fixed
 
-There are k (k + 1)/2 of them.  Two ways lead to them: autograd once more through the products (6 gradients each), and
+There are k (k + 1)/2 of them.  Two methods give them: autograd once more through the products (6 gradients each), and
 second differences of gradients (2 each, and no graph), which by polarization are
 
     ∇³L[u, u] = (∇L(w + h u) - 2 ∇L(w) + ∇L(w - h u))/h² + O(h²),    2 ∇³L[u, v] = ∇³L[u+v, u+v] - ∇³L[u, u] - ∇³L[v, v]
 
-Each checks the other: differences know nothing of the kernels whose double backward is wrong, autograd of no step h.
+Each checks the other: differences do not use the kernels whose double backward is wrong, autograd has no step h.
 P parameters, k directions.
 """
 
@@ -21,20 +21,20 @@ from ..errors import WrongThirdDerivative
 from .objective import Objective
 
 Slopes = Callable[[Objective, Tensor, Tensor], Tensor]
-"""``(f, w, U (P, k)) -> (k (k + 1)/2, P)``, in the order of `pairs`."""
+"""A method: ``(f, w, U (P, k)) -> (k (k + 1)/2, P)``, in the order of `pairs`."""
 
 AGREE = 1e-3
-"""Largest relative difference between the two ways."""
+"""Largest relative difference between the two methods."""
 
 
 def pairs(k: int) -> tuple[Tensor, Tensor]:
-    """The indices i ≤ j of the k (k + 1)/2 different G_ij."""
+    """Return the indices i ≤ j of the k (k + 1)/2 different G_ij."""
     i, j = torch.triu_indices(k, k)
     return i, j
 
 
 def unpacked(x: Tensor) -> Tensor:
-    """Symmetric ``(.., k, k)`` from the k (k + 1)/2 entries with i ≤ j in the last place."""
+    """Fill symmetric matrices ``(.., k, k)`` from the k (k + 1)/2 entries with i ≤ j in the last place."""
     k = (math.isqrt(8 * x.shape[-1] + 1) - 1) // 2
     i, j = pairs(k)
     out = x.new_zeros(*x.shape[:-1], k, k)
@@ -44,18 +44,18 @@ def unpacked(x: Tensor) -> Tensor:
 
 
 def combined(X: Tensor, G: Tensor) -> Tensor:
-    """``Σ_ij X_ij G_ij`` (P,), for a symmetric X ``(k, k)``."""
+    """Sum ``Σ_ij X_ij G_ij`` (P,) for a symmetric X ``(k, k)``."""
     i, j = pairs(len(X))
     return torch.where(i == j, X[i, j], 2 * X[i, j]) @ G
 
 
 def gram(G: Tensor, images: Tensor) -> Tensor:
-    """``⟨G_ij, images_lm⟩`` (k, k, k, k); the images are those of the G_ij under a symmetric map."""
+    """Return ``⟨G_ij, images_lm⟩`` (k, k, k, k), where the images are those of the G_ij under a symmetric map."""
     return unpacked(unpacked(G @ images.T).movedim(0, -1)).permute(2, 3, 0, 1)
 
 
 def by_autograd(f: Objective, w: Tensor, U: Tensor) -> Tensor:
-    """``G_ij`` by three nested derivatives."""
+    """Compute the ``G_ij`` by three nested derivatives."""
     at, (i, j) = f.at(w), pairs(U.shape[1])
     return (
         torch.stack([at.third(U[:, a], U[:, b]) for a, b in zip(i, j, strict=True)])
@@ -65,10 +65,13 @@ def by_autograd(f: Objective, w: Tensor, U: Tensor) -> Tensor:
 
 
 class by_differences:
-    """``G_ij`` by second differences of gradients with a step of length `reach` [N24]: k (k + 1) + 1 gradients."""
+    """Compute the ``G_ij`` by second differences of gradients with a `step` of this length [N24].
 
-    def __init__(self, reach: float) -> None:
-        self.reach = reach
+    It takes k (k + 1) + 1 gradients.
+    """
+
+    def __init__(self, step: float) -> None:
+        self.step = step
 
     def __call__(self, f: Objective, w: Tensor, U: Tensor) -> Tensor:
         k = U.shape[1]
@@ -77,8 +80,8 @@ class by_differences:
 
         def bent(u: Tensor) -> Tensor:
             size = u.norm()
-            step = self.reach / size * u
-            return ((f.grad(w + step) - here) + (f.grad(w - step) - here)) * (size / self.reach) ** 2
+            move = self.step / size * u
+            return ((f.grad(w + move) - here) + (f.grad(w - move) - here)) * (size / self.step) ** 2
 
         own = [bent(u) for u in U.T]
         for row, (a, b) in enumerate(zip(i.tolist(), j.tolist(), strict=True)):
@@ -92,12 +95,12 @@ class by_differences:
 
 
 def checked(f: Objective, w: Tensor, u: Tensor) -> Slopes:
-    """The cheaper way that is right here, after holding both against each other along `u` ``(P,)``.
+    """Choose the cheaper method that is right here, after comparing both along `u` ``(P,)``.
 
     Differences in double precision, with the step that agrees best; autograd in single, where they are too coarse.
 
     Raises:
-        WrongThirdDerivative: the two ways differ by more than a thousandth at every step.
+        WrongThirdDerivative: the two methods differ by more than a thousandth at every step.
         NoSecondDerivative: from the products.
     """
     u = u / u.norm()
@@ -105,10 +108,10 @@ def checked(f: Objective, w: Tensor, u: Tensor) -> Slopes:
     size, length = exact.norm().item(), max(w.norm().item(), 1e-3)
     tried = []
     for power in (0.25, 0.3, 0.35):
-        way = by_differences(eps**power * length)
-        tried.append(((way(f, w, u[:, None])[0] - exact).norm().item(), way))
-    error, way = min(tried, key=lambda pair: pair[0])
-    noise = 100 * eps * f.grad(w).norm().item() / way.reach**2
+        method = by_differences(eps**power * length)
+        tried.append(((method(f, w, u[:, None])[0] - exact).norm().item(), method))
+    error, method = min(tried, key=lambda pair: pair[0])
+    noise = 100 * eps * f.grad(w).norm().item() / method.step**2
     allowed = AGREE if eps < 1e-10 else 0.05
     if not error <= allowed * size + noise:
         raise WrongThirdDerivative(
@@ -116,4 +119,4 @@ def checked(f: Objective, w: Tensor, u: Tensor) -> Slopes:
             " this model has a wrong (or no) third derivative, so a flow would go astray; write the layer in"
             " elementary operations"
         )
-    return way if eps < 1e-10 else by_autograd
+    return method if eps < 1e-10 else by_autograd

@@ -1,4 +1,4 @@
-"""Traced programs, cut in two: what does not depend on the last argument runs once, the rest each time.
+"""Traced programs, cut in two: the part without the last argument runs once, the rest each time.
 
 A function ``(inputs, v) -> (values, product)`` is recorded as a graph of torch's elementary operations.  ``once`` takes
 the inputs to the values and to every intermediate result that the rest needs, ``each`` takes those and v to the
@@ -24,21 +24,21 @@ FACTORED = ("gelu", "tanh", "silu", "sigmoid", "threshold", "softplus", "elu", "
 
 @dataclass(frozen=True)
 class Program:
-    """``once(*inputs) -> (*values, *residuals)`` and ``each(*residuals, v) -> product``."""
+    """A program in two parts: ``once(*inputs) -> (*values, *residuals)`` and ``each(*residuals, v) -> product``."""
 
     once: fx.GraphModule
     each: fx.GraphModule
     values: int
 
     def start(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Values and residuals."""
+        """Run the first part; return values and residuals."""
         with torch.no_grad():
             results = list(self.once(*inputs))
         return results[: self.values], results[self.values :]
 
 
 def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], v: Tensor) -> Program:
-    """The program of ``function(*inputs, v) -> (*values, product)``.
+    """Trace the program of ``function(*inputs, v) -> (*values, product)``.
 
     Raises:
         CannotTrace: the function branches on values, or asks for numbers.
@@ -49,7 +49,7 @@ def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor],
 def record(
     function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], factored: Sequence[str] = FACTORED
 ) -> fx.GraphModule:
-    """``function(*inputs)`` as a fixed program for inputs of these shapes: without autograd, modes and modules.
+    """Record a function as a fixed program for inputs of these shapes: without autograd, modes and modules.
 
     With nothing `factored` it calls the same kernels as `function` and gives, as a rule, the same bits.
 
@@ -67,7 +67,7 @@ def record(
 
 
 def interpreted(program: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """The program run by torch's own interpreter: the same kernels in the same order, without Python between them.
+    """Run a program by torch's own interpreter: the same kernels in the same order, without Python between them.
 
     On small tensors this takes half the time of running it as a module.
 
@@ -86,14 +86,14 @@ def interpreted(program: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[.
 def _recorded(
     function: Callable[..., tuple[Tensor, ...]], arguments: Sequence[Tensor], factored: Sequence[str] = FACTORED
 ) -> fx.GraphModule:
-    """All operations of ``function(*arguments)``, repeated ones once, none of which writes."""
+    """Record all operations of ``function(*arguments)``, repeated ones once, none of which writes."""
     # Torch's tracer is a second of imports, which nobody should pay who does not trace.
     from torch._decomp import get_decompositions
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    apart: Any = get_decompositions([getattr(torch.ops.aten, f"{name}_backward") for name in factored])
+    table: Any = get_decompositions([getattr(torch.ops.aten, f"{name}_backward") for name in factored])
     try:
-        graph = make_fx(function, decomposition_table=apart)(*arguments)
+        graph = make_fx(function, decomposition_table=table)(*arguments)
         graph.graph.eliminate_dead_code()
         if _writes(graph.graph):
             graph = make_fx(functionalize(graph))(*arguments)
@@ -107,17 +107,17 @@ def _recorded(
 
 
 def first_line(error: Exception) -> str:
-    """The message's first line, or the name of the error."""
+    """Return the first line of an error's message, or the error's name."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 
 def _writes(graph: fx.Graph) -> list[fx.Node]:
-    """Calls that change one of their arguments."""
+    """Find the calls that change one of their arguments."""
     return [n for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable]
 
 
 def _merge_repeated(graph: fx.Graph) -> None:
-    """Common subexpressions once; the graph has no writes."""
+    """Compute common subexpressions once; the graph has no writes."""
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
@@ -132,7 +132,7 @@ def _merge_repeated(graph: fx.Graph) -> None:
 
 
 def _fold_constants(module: fx.GraphModule) -> None:
-    """What does not depend on the inputs is computed now, once."""
+    """Compute now what does not depend on the inputs."""
     known: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
@@ -181,7 +181,7 @@ def _cut(module: fx.GraphModule) -> Program:
 
 
 def batched(each: fx.GraphModule, residuals: Sequence[Tensor], rows: Tensor) -> fx.GraphModule:
-    """The program of ``each`` over rows of directions ``(k, P)``.
+    """Return the program of ``each`` over rows of directions ``(k, P)``.
 
     Raises:
         CannotTrace: an operation has no batched form.
@@ -205,7 +205,7 @@ def batched(each: fx.GraphModule, residuals: Sequence[Tensor], rows: Tensor) -> 
 
 
 def compiler() -> str | None:
-    """The C++ compiler that torch would use; None where there is none."""
+    """Name the C++ compiler that torch would use; None where there is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about its own modules
@@ -217,7 +217,7 @@ def compiler() -> str | None:
 
 
 def compiled(each: fx.GraphModule, arguments: Sequence[Tensor]) -> Callable[..., Tensor]:
-    """`each` as machine code.
+    """Compile `each` to machine code.
 
     Raises:
         CannotTrace: there is no C++ compiler.

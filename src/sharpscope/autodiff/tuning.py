@@ -1,7 +1,7 @@
-"""Which way to form Hessian products suits a case: every way is tried, verified against the others, and timed.
+"""Choice of a backend for Hessian products: every one is tried, verified against the others, and timed.
 
-Products of exact ways must agree with each other, and with central differences of the gradient, at the present weights
-and at moved ones: an operation whose second derivative is silently wrong shows in the latter.
+Products of exact backends must agree with each other, and with central differences of the gradient, at the present
+weights and at moved ones: an operation whose second derivative is silently wrong shows in the latter.
 """
 
 import dataclasses
@@ -10,28 +10,35 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from .hvp import Calibrated, compiled, differences, forward_over_reverse, kept, linearized, rebuilt
+from .expansion import kept
+from .hvp import Calibrated, CentralDifferences, compiled, differences, forward_over_reverse, linearized, rebuilt
 from .objective import Expand, Objective, without_second_derivative
 from .tracing import first_line
 
 COLUMNS = 4
-COMPILING = 10.0  # seconds: what lasts less is not worth trying a compiler for
-TRUSTED = 0.05  # largest relative error bar with which differences of gradients judge other ways
+"""Number of columns that are multiplied together."""
+
+COMPILING = 10.0
+"""Seconds of work below which a compiler is not worth trying."""
+
+TRUSTED = 0.05
+"""Largest relative error bar with which differences of gradients judge other backends."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to form products; costs are in gradients, not a number where nothing was measured."""
+    """One backend on trial; costs are in gradients, not a number where nothing was measured."""
 
     name: str
     expand: Expand
-    obstacle: str = ""  # why it is not eligible; empty where it is
+    problem: str = ""  # why it is not eligible; empty where it is
     error: float = math.nan  # largest relative deviation from the reference
     product: float = math.nan  # cost of a product
     column: float = math.nan  # cost of one of four columns together
@@ -39,48 +46,48 @@ class Trial:
     setup: float = 0.0  # seconds, once: tracing, verifying, compiling
 
     def seconds(self, gradient: float, products: int, points: int) -> float:
-        """For `products` at each of `points`, where a gradient takes `gradient` seconds."""
+        """Return the time of `products` at each of `points`, where a gradient takes `gradient` seconds."""
         return self.setup + gradient * points * (self.opening + products * self.product)
 
 
 @dataclass(frozen=True)
 class Checkup:
-    """What `tune` found: ``checkup.objective`` uses the chosen way, and knows its measured cost."""
+    """The findings of `tune`: ``checkup.objective`` uses the chosen backend, and knows its measured cost."""
 
     objective: Objective
     choice: str
     trials: tuple[Trial, ...]
     gradient: float  # seconds
     graph_bytes: float  # of all kept graphs, predicted
-    repaid: float  # products after which the choice has made up for its setup, against the best way without one
-    obstacles: tuple[str, ...]  # modules whose second derivative is missing or wrong
+    repaid: float  # products after which the choice has made up for its setup, against the best backend without one
+    without_second_derivative: tuple[str, ...]  # modules whose second derivative is missing or wrong
     sentence: str
 
     def __str__(self) -> str:
-        rows = [["way", "product", "column", "point", "setup", "error", ""]]
+        rows = [["backend", "product", "column", "point", "setup", "error", ""]]
         for t in self.trials:
             costs = (f"{x:.2f}" if x == x else "-" for x in (t.product, t.column, t.opening))
             error = f"{t.error:.0e}" if t.error == t.error else "-"
-            rows.append([t.name, *costs, f"{t.setup:.1f} s", error, t.obstacle])
+            rows.append([t.name, *costs, f"{t.setup:.1f} s", error, t.problem])
         widths = [max(len(row[i]) for row in rows) for i in range(7)]
         lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(
             f"in gradients of {1e3 * self.gradient:.3g} ms; graphs to keep: about {self.graph_bytes / 2**20:.3g} MiB,"
             f" allowed: {self.objective.memory_budget / 2**20:.3g} MiB"
         )
-        if self.obstacles:
-            lines.append(f"no right second derivative in {', '.join(self.obstacles)}")
+        if self.without_second_derivative:
+            lines.append(f"no right second derivative in {', '.join(self.without_second_derivative)}")
         return "\n".join([*lines, self.sentence])
 
 
 def tune(f: Objective, *, products: int = 20, points: int = 1000, repeats: int = 5) -> Checkup:
-    """Try, verify and time the ways to form products; choose the fastest for `products` at each of `points`.
+    """Try, verify and time all backends; choose the fastest for `products` at each of `points`.
 
     The default is monitoring: many points.  Machine code is tried only where the work lasts long enough to repay it.
     The choice is made here, once, and ``checkup.objective`` carries it; the model is left as it was.
 
     Raises:
-        ValueError: fewer than one product, point or repetition, or no way gives a product that can be believed.
+        ValueError: fewer than one product, point or repetition, or no backend gives a product that can be believed.
 
     >>> from torch import nn, ones, zeros
     >>> f = Objective(nn.Linear(2, 1), nn.functional.mse_loss, [(ones(4, 2), zeros(4, 1))])
@@ -98,33 +105,33 @@ def tune(f: Objective, *, products: int = 20, points: int = 1000, repeats: int =
         "differences": case.tried("differences", differences),
     }
     trials = case.judged(trials)
-    names = tuple(without_second_derivative(f)) if trials["kept"].obstacle else ()
-    if all(t.obstacle for t in trials.values()):
-        reasons = "; ".join(f"{t.name}: {t.obstacle}" for t in trials.values())
-        raise InvalidValue(f"no way gives a product that can be believed ({reasons}){_where(names)}")
+    names = tuple(without_second_derivative(f)) if trials["kept"].problem else ()
+    if all(t.problem for t in trials.values()):
+        reasons = "; ".join(f"{t.name}: {t.problem}" for t in trials.values())
+        raise InvalidValue(f"no backend gives a product that can be believed ({reasons}){_where(names)}")
     gradient, trials = case.timed(trials, repeats)
-    least = min(t.seconds(gradient, products, points) for t in trials.values() if not t.obstacle)
-    if trials["linearized"].obstacle:
+    least = min(t.seconds(gradient, products, points) for t in trials.values() if not t.problem)
+    if trials["linearized"].problem:
         trials["compiled"] = Trial("compiled", compiled(), "needs the linearized program")
     elif least < COMPILING:
         trials["compiled"] = Trial("compiled", compiled(), f"not tried: all products take {least:.2g} s without it")
     else:
         trials["compiled"] = case.tried("compiled", compiled())
         gradient, trials = case.timed(case.judged(trials), repeats)
-    eligible = [t for t in trials.values() if not t.obstacle]
+    eligible = [t for t in trials.values() if not t.problem]
     best = min(eligible, key=lambda t: t.seconds(gradient, products, points))
     together = best.column < 0.9 * best.product
     chosen = f.using(Calibrated(best.expand, best.product, together))
     repaid = _repaid(best, eligible, gradient, products)
     return Checkup(
-        chosen,
-        best.name,
-        tuple(trials.values()),
-        gradient,
-        f._graph_bytes_per_example * case.examples,
-        repaid,
-        names,
-        _sentence(best, eligible, gradient, products, points, repaid) + _where(names),
+        objective=chosen,
+        choice=best.name,
+        trials=tuple(trials.values()),
+        gradient=gradient,
+        graph_bytes=f.graph_bytes_per_example * case.examples,
+        repaid=repaid,
+        without_second_derivative=names,
+        sentence=_sentence(best, eligible, gradient, products, points, repaid) + _where(names),
     )
 
 
@@ -132,73 +139,72 @@ class _Case:
     """An objective at two points with a few directions, and the products found there by name."""
 
     def __init__(self, f: Objective) -> None:
-        self.f, self.w = f.using(kept), f.weights()
+        self.f = f.using(kept)
+        self.w = f.weights()
         g = torch.Generator().manual_seed(0)
         random = torch.randn((COLUMNS + 1, f.size), generator=g, dtype=torch.float64).to(self.w)
-        self.columns, self.v = random[:COLUMNS].T, random[0]
+        self.columns = random[:COLUMNS].T
+        self.v = random[0]
         self.points = (self.w, self.w + 0.1 * self.w.square().mean().sqrt() * random[COLUMNS])
         self.found: dict[str, list[Tensor]] = {}
         self.bar = math.inf
-        self.examples = sum(batch.examples for batch in f._batches(self.w.device))
+        self.examples = sum(batch.examples for batch in f.batches(self.w.device))
 
     def tried(self, name: str, expand: Expand) -> Trial:
-        """Products at both points; what fails is noted."""
-        f, bars = self.f.using(expand), []
+        """Form products at both points; a failure is noted."""
         try:
-            found = []
-            for w in self.points:
-                at = f.at(w)
-                found.append(at.hvp(self.v))
-                bars.append(at.error if isinstance(at, differences) else 0.0)
+            if expand is differences:
+                pairs = [CentralDifferences(self.f, w)(self.v) for w in self.points]
+                found = [product for product, _ in pairs]
+                self.bar = max(bar for _, bar in pairs)
+            else:
+                found = [self.f.using(expand).hvp(w, self.v) for w in self.points]
         except (RuntimeError, ValueError, NotImplementedError) as error:
             return Trial(name, expand, first_line(error))
-        if name == "differences":
-            self.bar = max(bars)
         self.found[name] = found
         return Trial(name, expand, setup=expand.seconds if isinstance(expand, linearized) else 0.0)
 
     def judged(self, trials: Mapping[str, Trial]) -> dict[str, Trial]:
-        """Those that agree with differences, as far as these go, and with the first of those that do."""
+        """Judge the trials: they have to agree with differences, as far as these go, and with the first that does."""
         eps = torch.finfo(self.w.dtype).eps
         trusted = self.bar <= TRUSTED
         exact = [name for name in self.found if name != "differences"]
         out = dict(trials)
         if trusted:
-            near = [n for n in exact if self._apart(n, "differences") <= max(20 * self.bar, eps**0.25)]
+            near = [n for n in exact if self._distance(n, "differences") <= max(20 * self.bar, eps**0.25)]
         else:
-            near = [n for n in exact if any(m != n and self._apart(n, m) <= eps**0.5 for m in _others(n, exact))]
+            near = [n for n in exact if any(m != n and self._distance(n, m) <= eps**0.5 for m in _others(n, exact))]
         reference = next(iter(near), "differences")
         for name in exact:
-            off = self._apart(name, reference)
+            off = self._distance(name, reference)
             against = "differences of gradients" if name not in near and trusted else reference
-            obstacle = "" if name in near and off <= eps**0.5 else f"wrong: differs from {against} by {off:.0e}"
-            out[name] = dataclasses.replace(out[name], error=off, obstacle=obstacle)
+            problem = "" if name in near and off <= eps**0.5 else f"wrong: differs from {against} by {off:.0e}"
+            out[name] = dataclasses.replace(out[name], error=off, problem=problem)
         if "differences" in self.found:
-            off = self._apart("differences", reference) if near else self.bar
-            obstacle = "" if trusted else f"too rough a function: error bar {self.bar:.0e}"
-            out["differences"] = dataclasses.replace(out["differences"], error=off, obstacle=obstacle)
+            off = self._distance("differences", reference) if near else self.bar
+            problem = "" if trusted else f"too rough a function: error bar {self.bar:.0e}"
+            out["differences"] = dataclasses.replace(out["differences"], error=off, problem=problem)
         return out
 
-    def _apart(self, a: str, b: str) -> float:
-        """Largest distance over the points, relative to the largest product."""
+    def _distance(self, a: str, b: str) -> float:
+        """Return the largest distance over the points, relative to the largest product."""
         pairs = list(zip(self.found[a], self.found[b], strict=True))
         size = max(y.norm().item() for _, y in pairs)
         off = max((x - y).norm().item() for x, y in pairs)
         return off / size if size > 0 else float(off > 0)
 
     def timed(self, trials: Mapping[str, Trial], repeats: int) -> tuple[float, dict[str, Trial]]:
-        """Seconds of a gradient, and the trials with their costs: medians of interleaved repetitions."""
-        tasks: dict[tuple[str, str], Callable[[], object]] = {("", ""): lambda: self.f.grad(self.w)}
+        """Time a gradient, in seconds, and the trials, in gradients: medians of interleaved repetitions."""
+        tasks: dict[tuple[str, str], Callable[[], object]] = {("", ""): partial(self.f.grad, self.w)}
         for name, trial in trials.items():
-            if trial.obstacle:
+            if trial.problem:
                 continue
             f = self.f.using(trial.expand)
             at = f.at(self.w)
-            tasks[name, "opening"] = lambda f=f: f.at(self.w)  # type: ignore[misc]
-            tasks[name, "product"] = lambda at=at: at.hvp(self.v)  # type: ignore[misc]
-            if name in ("kept", "linearized"):
-                at.together = True
-                tasks[name, "column"] = lambda at=at: at.columns(self.columns)  # type: ignore[misc]
+            tasks[name, "opening"] = partial(f.at, self.w)
+            tasks[name, "product"] = partial(at.hvp, self.v)
+            if at.columns is not None:
+                tasks[name, "column"] = partial(at.columns, self.columns)
         for key in [key for key, task in tasks.items() if not _runs(task)]:
             del tasks[key]
         seconds: dict[tuple[str, str], list[float]] = {key: [] for key in tasks}
@@ -211,20 +217,20 @@ class _Case:
         gradient = median.pop(("", ""))
         out = dict(trials)
         for (name, what), time_taken in median.items():
-            share = COLUMNS if what == "column" else 1
-            changes: dict[str, Any] = {what: time_taken / gradient / share}
+            products = COLUMNS if what == "column" else 1
+            changes: dict[str, Any] = {what: time_taken / gradient / products}
             out[name] = dataclasses.replace(out[name], **changes)
         return gradient, out
 
 
 def _others(name: str, exact: Sequence[str]) -> list[str]:
-    """Compositions that are not the same one with other bookkeeping."""
+    """Name the backends that are not the same one with other bookkeeping."""
     same = ("kept", "rebuilt")
     return [n for n in exact if n != name and not (n in same and name in same)]
 
 
 def _runs(task: Callable[[], object]) -> bool:
-    """Once, to warm up; columns may have no batched form."""
+    """Run a task once, to warm up; columns may have no batched form."""
     try:
         task()
     except RuntimeError:
@@ -252,7 +258,7 @@ def _sentence(
         second = min(rest, key=lambda t: t.seconds(gradient, products, points))
         why += f", with the next best ({second.name}) {second.seconds(gradient, products, points):.3g} s"
     else:
-        why += ", and no other way can be believed"
+        why += ", and no other backend can be believed"
     once = f"; its setup of {best.setup:.1f} s is repaid after {math.ceil(repaid)} products" if best.setup else ""
     return f"use {best.name}: {best.product:.2f} gradients per product, {why}{once}"
 

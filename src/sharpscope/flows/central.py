@@ -29,7 +29,7 @@ from ..autodiff.curvature import hessian
 from ..autodiff.objective import Objective
 from ..errors import InvalidValue
 from ..linalg import complementarity
-from ..linalg.eigenpairs import Memory
+from ..linalg.memory import Memory
 from ..linalg.operators import SymmetricOperator, preconditioned, scaled, shifted
 from ..linalg.warm_start import warm_started
 from ..optimizers.base import State, UpdateRule

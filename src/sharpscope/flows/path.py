@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..linalg.eigenpairs import Memory
+from ..linalg.memory import Memory
 from ..optimizers.base import State
 from .central import Flow, LocalModel, Motion
 

@@ -1,9 +1,10 @@
 """Linear algebra of a symmetric operator: eigenpairs, trace and density, each with its error."""
 
+from .blocks import block_eigenpairs, group_fractions
 from .bounds import Comparison
 from .density import Density, density
 from .eigenpairs import Eigenpairs
-from .lanczos import block_eigenpairs, both_ends, group_fractions, lanczos, smallest_eigenpairs
+from .lanczos import both_ends, lanczos, smallest_eigenpairs
 from .operators import SymmetricOperator, preconditioned, projected, restricted, scaled, shifted
 from .trace import Estimate, diagonal, trace
 from .warm_start import warm_started

@@ -1,4 +1,4 @@
-"""The distribution of an operator's eigenvalues by Lanczos quadrature, with bands that say what they cover.
+"""The distribution of an operator's eigenvalues by Lanczos quadrature, with bands of known coverage.
 
 A Gaussian probe of unit norm sees the eigenvalue λ_i with weight ``(u_iᵀv)²``, on average 1/P.  After m Lanczos steps
 its weights are known by m nodes θ_j with weights τ_j, exactly for polynomials of degree 2m - 1.  Two errors remain:

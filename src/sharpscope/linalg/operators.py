@@ -1,6 +1,6 @@
 """Symmetric linear operators, known by their products with vectors.
 
-An operator is composed from smaller ones, and says what it is:
+An operator is composed from smaller ones:
 
     restricted(preconditioned(hessian(f, w), p), indices)
 
@@ -28,7 +28,7 @@ class SymmetricOperator:
         matvec: product with one vector ``(P,)``.
         like: any vector of the operator's size, dtype and device.
         matmat: product with columns ``(P, k)`` at once, where that is faster than one by one.
-        cost: of one product, in gradients; not a number where nobody knows it.
+        cost: of one product, in gradients; not a number where it is unknown.
     """
 
     matvec: Linear

@@ -37,8 +37,9 @@ import torch
 from torch import Tensor
 
 from ..errors import NotFinite
-from .eigenpairs import POOL, Eigenpairs, Memory, Pool
+from .eigenpairs import Eigenpairs
 from .lanczos import lanczos
+from .memory import POOL, Memory, Pool
 from .operators import SymmetricOperator
 
 FIRST_ERROR = 1e-3

@@ -100,7 +100,7 @@ def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, s
         ValueError: fewer than four examples.
     """
     w = f.weights() if w is None else w.detach()
-    batches = [batch.raw for batch in f._batches(w.device)]
+    batches = [batch.raw for batch in f.batches(w.device)]
     pieces, note = _pieces(batches)
     n = sum(map(examples, pieces))
     whole = f.on(batches)

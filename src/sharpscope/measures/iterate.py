@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..autodiff.curvature import hessian
-from ..autodiff.objective import Expansion, Objective
+from ..autodiff.expansion import Expansion
+from ..autodiff.objective import Objective
 from ..errors import InvalidType, InvalidValue
-from ..linalg.eigenpairs import Eigenpairs, Memory
+from ..linalg.eigenpairs import Eigenpairs
+from ..linalg.memory import Memory
 from ..linalg.operators import SymmetricOperator, preconditioned, restricted, shifted
 from ..linalg.warm_start import warm_started
 from ..optimizers.base import Stability, State, UpdateRule

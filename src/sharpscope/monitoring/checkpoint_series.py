@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..autodiff.objective import Loss, Objective
 from ..errors import NoSecondDerivative, NotConverged, Unusable
-from ..linalg.eigenpairs import Memory
+from ..linalg.memory import Memory
 from ..measures import measures
 from ..measures.iterate import Iterate
 from ..optimizers.gd import GD

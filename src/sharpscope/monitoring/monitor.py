@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from ..autodiff.objective import Objective
 from ..errors import InvalidValue, NotConverged, NotFinite
-from ..linalg.eigenpairs import Memory
+from ..linalg.memory import Memory
 from ..measures import measures
 from ..measures.iterate import Iterate, midpoint
 from ..measures.row import Setting, angles, curvature

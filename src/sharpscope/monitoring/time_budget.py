@@ -18,7 +18,7 @@ A measurement that takes longer than it may is given up.
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from time import perf_counter
 
@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..autodiff.data import examples, head
-from ..autodiff.objective import Expand, Expansion, Objective
+from ..autodiff.expansion import Expansion
+from ..autodiff.objective import Expand, Objective
 from ..errors import InvalidValue, OutOfTime
 from .diagnosis import Finding
 
@@ -195,20 +196,17 @@ def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: 
 
 
 def limited(expand: Expand, deadline: float) -> Expand:
-    """Products in the way of `expand`, up to a time on the clock of `perf_counter`."""
+    """Form products with the backend `expand`, up to a time on the clock of `perf_counter`."""
 
     def limited_expand(f: Objective, w: Tensor) -> Expansion:
         at = expand(f, w)
-        product = at.hvp
 
         def hvp(v: Tensor) -> Tensor:
             if perf_counter() > deadline:
                 raise OutOfTime("a reading was given up: it took longer than the budget allows")
-            return product(v)
+            return at.hvp(v)
 
-        at.hvp = hvp  # type: ignore[method-assign]
-        at.together = False
-        return at
+        return replace(at, hvp=hvp, together=False)
 
     return limited_expand
 

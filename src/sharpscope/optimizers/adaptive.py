@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import InvalidType
-from .base import Stability, State, UpdateRule, demand, described
+from .base import Number, Stability, State, UpdateRule, demand, described
 
 
 class PerWeight(UpdateRule):
@@ -89,13 +89,18 @@ class RMSprop(PerWeight):
         return {name: torch.zeros_like(w) for name in (("v", "momentum") if self.momentum else ("v",))}
 
     def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
-        g = g + self.weight_decay * w
+        return self.step_with(w, g, state, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+
+    def step_with(
+        self, w: Tensor, g: Tensor, state: State, *, learning_rate: Number, weight_decay: Number
+    ) -> tuple[Tensor, State]:
+        g = g + weight_decay * w
         v = self.decay * state["v"] + (1 - self.decay) * g.square()
         b = g / (v.sqrt() + self.eps)
         if not self.momentum:
-            return w - self.learning_rate * b, {"v": v}
+            return w - learning_rate * b, {"v": v}
         b = self.momentum * state["momentum"] + b
-        return w - self.learning_rate * b, {"v": v, "momentum": b}
+        return w - learning_rate * b, {"v": v, "momentum": b}
 
     def preconditioner(self, state: State) -> Tensor:
         """Diagonal of the preconditioner, ``(1 - mom)(√v + eps)/lr`` (P,)."""
@@ -174,12 +179,18 @@ class Adam(PerWeight):
         return {"momentum": torch.zeros_like(w), "v": torch.zeros_like(w), "step": torch.zeros((), dtype=torch.float64)}
 
     def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
-        g = g + self.coupled_decay * w
+        return self.step_with(w, g, state, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+
+    def step_with(
+        self, w: Tensor, g: Tensor, state: State, *, learning_rate: Number, weight_decay: Number
+    ) -> tuple[Tensor, State]:
+        coupled, decoupled = (0.0, learning_rate * weight_decay) if self.decoupled else (weight_decay, 0.0)
+        g = g + coupled * w
         m = self.beta1 * state["momentum"] + (1 - self.beta1) * g
         v = self.beta2 * state["v"] + (1 - self.beta2) * g.square()
         t = state["step"] + 1
         move = m / (1 - self.beta1**t) / self._root(v, t)
-        return (1 - self.decoupled_decay) * w - self.learning_rate * move, {"momentum": m, "v": v, "step": t}
+        return (1 - decoupled) * w - learning_rate * move, {"momentum": m, "v": v, "step": t}
 
     def _root(self, v: Tensor, t: Tensor) -> Tensor:
         """Square root of the corrected average, ``√v̂ + eps``."""

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from ..errors import InvalidType, InvalidValue
 
 State = Mapping[str, Tensor]
+Number = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ class UpdateRule(ABC):
     @abstractmethod
     def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
         """Next weights and state from weights w, gradient g of the loss (without weight decay) ``(P,)`` and state."""
+
+    def step_with(
+        self, w: Tensor, g: Tensor, state: State, *, learning_rate: Number, weight_decay: Number
+    ) -> tuple[Tensor, State]:
+        """Take a `step` with another learning rate and weight decay: numbers, or columns ``(R, 1)`` for R runs."""
+        raise InvalidType(
+            f"{type(self).__name__} takes one learning rate for all runs; define step_with to let them differ"
+        )
 
     @abstractmethod
     def threshold(self, state: State) -> float:

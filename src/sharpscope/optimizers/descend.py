@@ -1,6 +1,5 @@
 """Train many independent runs as one computation."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +9,13 @@ from torch import Tensor
 from ..autodiff.batched import BatchedRuns, GradientFunction
 from ..autodiff.objective import Objective
 from ..errors import InvalidType, InvalidValue
-from .base import UpdateRule
+from .base import Number, State, UpdateRule
+
+Step = Callable[[Tensor, Tensor, State], tuple[Tensor, State]]
+"""Next weights and state of all runs from their weights ``(R, P)``, gradients and state, as `UpdateRule.step`."""
 
 MAY_DIFFER = ("learning_rate", "weight_decay")
+"""Fields in which the rules of runs side by side may differ."""
 
 
 def noisy(gradients: GradientFunction, deviation: float | Tensor, seed: int) -> GradientFunction:
@@ -77,7 +80,7 @@ def descend(
     Raises:
         TypeError, ValueError: rules of several kinds, or a rule whose step mixes runs.
     """
-    rule = rules if isinstance(rules, UpdateRule) else stacked(rules, W)
+    rule, step = (rules, rules.step) if isinstance(rules, UpdateRule) else (rules[0], stacked(rules, W))
     state = rule.init(W)
     first = W.norm(dim=1)
     max_norm = torch.where(first > 0, limit * first, torch.inf)
@@ -96,15 +99,15 @@ def descend(
         if t == steps or bool(done.all()):
             break
         if t == 0:
-            _check_rows(rule, rules, W, g)
-        new, state = rule.step(W, g, state)
+            _check_rows(step, rules, W, g)
+        new, state = step(W, g, state)
         W = torch.where(done[:, None], W, new)
         taken += ~done
     return Descent(W, losses, taken, reached, diverged)
 
 
-def stacked(rules: Sequence[UpdateRule], W: Tensor) -> UpdateRule:
-    """Merge rules into one for all runs; learning rates and weight decays that differ become columns ``(R, 1)``."""
+def stacked(rules: Sequence[UpdateRule], W: Tensor) -> Step:
+    """Step all runs at once, with learning rates and weight decays as columns ``(R, 1)`` where they differ."""
     first, *others = rules
     if len(rules) != len(W):
         raise InvalidValue(f"{len(rules)} rules for {len(W)} runs; give one rule, or one a run")
@@ -112,7 +115,7 @@ def stacked(rules: Sequence[UpdateRule], W: Tensor) -> UpdateRule:
         raise InvalidType(
             f"runs side by side need one kind of rule; got {', '.join(sorted({type(r).__name__ for r in rules}))}"
         )
-    rule = copy.copy(first)
+    columns: dict[str, Number] = {}
     for name in vars(first):
         values = [getattr(r, name) for r in rules]
         if any(v != values[0] for v in values):
@@ -120,17 +123,20 @@ def stacked(rules: Sequence[UpdateRule], W: Tensor) -> UpdateRule:
                 raise InvalidValue(
                     f"{name} is {values}; runs side by side may differ in {' and '.join(MAY_DIFFER)} only"
                 )
-            object.__setattr__(rule, name, torch.tensor(values, dtype=W.dtype, device=W.device)[:, None])
-    return rule
+            columns[name] = torch.tensor(values, dtype=W.dtype, device=W.device)[:, None]
+    if not columns:
+        return first.step
+    rates: dict[str, Number] = {name: getattr(first, name, 0.0) for name in MAY_DIFFER} | columns
+    return lambda W, g, state: first.step_with(W, g, state, **rates)
 
 
-def _check_rows(rule: UpdateRule, rules: UpdateRule | Sequence[UpdateRule], W: Tensor, g: Tensor) -> None:
+def _check_rows(step: Step, rules: UpdateRule | Sequence[UpdateRule], W: Tensor, g: Tensor) -> None:
     """Raise InvalidValue unless the first and the last run step as they would alone."""
     for r in {0, len(W) - 1}:
         own = rules if isinstance(rules, UpdateRule) else rules[r]
         error = 1e3 * torch.finfo(W.dtype).eps * W[r].abs().max().item()
         try:
-            alone, together = own.step(W[r], g[r], own.init(W[r]))[0], rule.step(W, g, rule.init(W))[0][r]
+            alone, together = own.step(W[r], g[r], own.init(W[r]))[0], step(W, g, own.init(W))[0][r]
             same = torch.allclose(alone, together, rtol=0, atol=error, equal_nan=True)
         except RuntimeError:  # of shapes that do not fit
             same = False

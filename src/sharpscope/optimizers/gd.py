@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..symmetry import sphere
-from .base import State, UpdateRule, demand, described
+from .base import Number, State, UpdateRule, demand, described
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,16 @@ class GD(UpdateRule):
         return {"momentum": torch.zeros_like(w)} if self.momentum else {}
 
     def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.step_with(w, g, state, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+
+    def step_with(
+        self, w: Tensor, g: Tensor, state: State, *, learning_rate: Number, weight_decay: Number
+    ) -> tuple[Tensor, State]:
         if not self.momentum:
-            return (1 - self.intrinsic_rate) * w - self.learning_rate * g, state
-        g, b = g + self.weight_decay * w, state["momentum"]
+            return (1 - learning_rate * weight_decay) * w - learning_rate * g, state
+        g, b = g + weight_decay * w, state["momentum"]
         b = self.momentum * b + (self._undamped if self.dampening and bool(b.any()) else 1.0) * g
-        return w - self.learning_rate * (g + self.momentum * b if self.nesterov else b), {"momentum": b}
+        return w - learning_rate * (g + self.momentum * b if self.nesterov else b), {"momentum": b}
 
     def threshold(self, state: State) -> float:
         """Largest stable eigenvalue of ``∇²L(w)``, ``edge/lr - wd``."""

@@ -348,6 +348,6 @@ def _double_if_possible(f: Objective, w: Tensor) -> Objective:
 
 
 def _first_batch(f: Objective, device: torch.device) -> object:
-    batches = f._batches(device)
+    batches = f.batches(device)
     with closing(batches):  # type: ignore[type-var]
         return next(batches).raw

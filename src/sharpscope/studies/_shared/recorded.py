@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...autodiff.data import Batch
-from ...autodiff.objective import Objective
+from ...autodiff.hvp import on_batch
+from ...autodiff.objective import Objective, by_batches
 from ...autodiff.tracing import interpreted, record
 from ...errors import CannotTrace
 
@@ -23,37 +24,62 @@ CHECKS = 20
 Program = Callable[..., tuple[Tensor, ...]]
 
 
-class Recorded(Objective):
-    """An objective whose `value_and_grad` runs a program for a batch of that shape; made by `recorded`."""
+class Recorded:
+    """A backend for gradients: a program for each number of examples, checked on the data it was recorded with."""
 
-    programs: dict[int, Program | None]
-    first: tuple[Tensor, Tensor, Tensor]  # weights, inputs and targets that programs are recorded and checked on
-    training: bool
+    def __init__(self, f: Objective, x: Tensor, y: Tensor) -> None:
+        self.weights = f.weights()
+        self.x = x
+        self.y = y
+        self.training = f.model.training
+        self.programs: dict[int, Program | None] = {}
 
-    def value_and_grad(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss ``L(w)`` and its gradient ``∇L(w)`` ``(P,)``."""
-        pair = _pair(self.data)
-        if pair is None or self.model.training != self.training:
-            return Objective.value_and_grad(self, w)
+    def __call__(self, f: Objective, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate ``L(w)`` and its gradient ``(P,)``."""
+        pair = _pair(f.data)
+        if pair is None or f.model.training != self.training:
+            return by_batches(f, w)
         x, y = pair
         if len(x) not in self.programs:
-            self.programs[len(x)] = _program(self, len(x))
+            self.programs[len(x)] = self._program(f, len(x))
         program = self.programs[len(x)]
         if program is None:
-            return Objective.value_and_grad(self, w)
+            return by_batches(f, w)
         with torch.no_grad():
-            value, g = program(w, x, y, *(b for _, b in self.model.named_buffers()))
+            value, g = program(w, x, y, *(b for _, b in f.model.named_buffers()))
         return value, g
+
+    def _program(self, f: Objective, n: int) -> Program | None:
+        """Record the program for n examples; None where it would not give the same bits."""
+        names = [name for name, _ in f.model.named_buffers()]
+        w, x, y = self.weights, self.x[:n], self.y[:n]
+        rest = (x, y, *(b for _, b in f.model.named_buffers()))
+
+        def whole(w: Tensor, x: Tensor, y: Tensor, *buffers: Tensor) -> tuple[Tensor, ...]:
+            """Do the arithmetic of `by_batches` for one batch, operation by operation."""
+            loss, g = on_batch(f, Batch((x,), {}, y, n), w, dict(zip(names, buffers, strict=True)))
+            return (w.new_zeros(()) + n * loss) / n, torch.zeros_like(w).add(g, alpha=n) / n
+
+        try:
+            program = interpreted(record(whole, (w, *rest), factored=()), (w, *rest))
+        except CannotTrace:
+            return None
+        plain = f.on([(x, y)])
+        for i in range(CHECKS):
+            at = w.roll(i)
+            with torch.no_grad():
+                pairs = zip(by_batches(plain, at), program(at, *rest), strict=True)
+            if not all(torch.equal(a, b) for a, b in pairs):
+                return None
+        return program
 
 
 def recorded(f: Objective, gradients: int) -> Objective:
-    """The objective with a recorded gradient if so many are worth it, used where it gives the same bits."""
+    """Give `f` a recorded gradient, if so many gradients are worth it and the program gives the same bits."""
     pair = _pair(f.data)
     if gradients < WORTHWHILE or pair is None:
         return f
-    other = object.__new__(Recorded)
-    other.__dict__ = {**f.__dict__, "programs": {}, "first": (f.weights(), *pair), "training": f.model.training}
-    return other
+    return f.using(gradient=Recorded(f, *pair))
 
 
 def _pair(data: object) -> tuple[Tensor, Tensor] | None:
@@ -62,28 +88,3 @@ def _pair(data: object) -> tuple[Tensor, Tensor] | None:
         return None
     x, y = data[0]
     return (x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else None
-
-
-def _program(f: Recorded, n: int) -> Program | None:
-    """The program for n examples; None where it would not give the same bits."""
-    names = [name for name, _ in f.model.named_buffers()]
-    w, x, y = f.first[0], f.first[1][:n], f.first[2][:n]
-    rest = (x, y, *(b for _, b in f.model.named_buffers()))
-
-    def whole(w: Tensor, x: Tensor, y: Tensor, *buffers: Tensor) -> tuple[Tensor, ...]:
-        """The arithmetic of `Objective.value_and_grad` for one batch, operation by operation."""
-        loss, g = f.of_batch(w, Batch((x,), {}, y, n), dict(zip(names, buffers, strict=True)))
-        return (w.new_zeros(()) + n * loss) / n, torch.zeros_like(w).add(g, alpha=n) / n
-
-    try:
-        program = interpreted(record(whole, (w, *rest), factored=()), (w, *rest))
-    except CannotTrace:
-        return None
-    plain = Objective.on(f, [(x, y)])
-    for i in range(CHECKS):
-        at = w.roll(i)
-        with torch.no_grad():
-            pairs = zip(Objective.value_and_grad(plain, at), program(at, *rest), strict=True)
-        if not all(torch.equal(a, b) for a, b in pairs):
-            return None
-    return program

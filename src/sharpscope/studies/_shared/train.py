@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...autodiff.objective import Objective
 from ...errors import NotConverged, NotFinite
-from ...linalg.eigenpairs import Memory
+from ...linalg.memory import Memory
 from ...measures import measures
 from ...measures.iterate import Iterate, midpoint
 from ...optimizers.base import State, UpdateRule

@@ -1,0 +1,232 @@
+"""A loss around one point: its value, its gradient, and products with its second and third derivatives.
+
+A *backend* is a function ``(objective, w) -> Expansion``.  The one here, `kept`, is reverse over reverse: the gradient
+of each batch is kept as a graph, and a product differentiates it once more.  Graphs that do not fit into memory are
+built anew for every product.  Others are in `hvp`.
+
+P parameters, k columns.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..errors import InvalidValue
+from ..linalg.operators import Linear
+from .data import tensors
+from .second_order import differentiating
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A loss around one point: its value, its gradient, and functions that multiply with its derivatives there."""
+
+    value: Tensor  # L(w)
+    grad: Tensor = field(repr=False)  # ∇L(w) (P,)
+    hvp: Linear  # ∇²L(w) v
+    third: Callable[[Tensor, Tensor], Tensor]  # ∇_w (uᵀ ∇²L(w) v), u and v held fixed
+    gauss_newton: Linear  # Jᵀ ∇²ℓ J v
+    examples: int  # that the loss is a mean over
+    cost: float  # of `hvp`, in gradients: by counting operations, unless `tune` measured it
+    columns: Linear | None = None  # ∇²L(w) V for V (P, k) in one pass, where the backend can do that
+    together: bool = False  # whether that is faster than column by column
+
+
+class BatchLoss(NamedTuple):
+    """The mean loss of one batch, and the output of the model that it comes from."""
+
+    examples: int
+    loss: Tensor
+    output: Any
+
+
+class MeanLoss(Protocol):
+    """A mean of losses over batches, as far as this file needs to know it; an `Objective` is one."""
+
+    memory_budget: int
+    graph_bytes_per_example: float
+
+    def unflatten(self, w: Tensor) -> Mapping[str, Tensor]: ...
+
+    def losses(self, params: Mapping[str, Tensor]) -> Iterator[BatchLoss]: ...
+
+    def require_second_derivative(self) -> None: ...
+
+    def explained(self, error: RuntimeError) -> RuntimeError: ...
+
+
+def kept(f: MeanLoss, w: Tensor) -> Expansion:
+    """Multiply by reverse over reverse, on graphs that are kept within the memory budget: 2 gradients a product."""
+    return on_graphs(f, w, f.memory_budget)
+
+
+@differentiating()
+def on_graphs(f: MeanLoss, w: Tensor, memory_budget: int) -> Expansion:
+    """Multiply by reverse over reverse, on as many kept graphs as fit into `memory_budget` bytes.
+
+    A product costs 2 gradients on a kept graph and 3 on one that is built anew.
+    """
+    w = w.detach().requires_grad_()
+    value, slope = w.new_zeros(()), torch.zeros_like(w)
+    batches = examples = 0
+    graphs: list[tuple[BatchLoss, Tensor]] = []
+    for batch in f.losses(f.unflatten(w)):
+        batches += 1
+        examples += batch.examples
+        keep = examples * f.graph_bytes_per_example <= memory_budget
+        (g,) = torch.autograd.grad(batch.loss, w, create_graph=keep)
+        value = value + batch.examples * batch.loss.detach()
+        slope.add_(g.detach(), alpha=batch.examples)
+        if keep:
+            graphs.append((batch, g))
+    products = Graphs(f, w, batches, examples, tuple(graphs))
+    return Expansion(
+        value / examples,
+        slope / examples,
+        products.hvp,
+        products.third,
+        products.gauss_newton,
+        examples,
+        cost=3 - len(graphs) / batches,
+        columns=products.columns if len(graphs) == batches else None,
+    )
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Products at w, a leaf of graphs, with the gradients of the first batches kept as functions of it."""
+
+    f: MeanLoss
+    w: Tensor
+    batches: int
+    examples: int
+    kept: tuple[tuple[BatchLoss, Tensor], ...] = ()
+
+    @cached_property
+    def slopes(self) -> list[tuple[Tensor, float]]:
+        """The kept gradients that depend on w, each with its weight in the mean."""
+        return [(g, batch.examples / self.examples) for batch, g in self.kept if g.requires_grad]
+
+    @differentiating()
+    def hvp(self, v: Tensor) -> Tensor:
+        """Multiply by the Hessian.
+
+        Raises:
+            NoSecondDerivative: names what stands in the way.
+        """
+        self.f.require_second_derivative()
+        try:
+            total = self._kept_product(v)
+            for batch, g in self._rebuilt():
+                total = total + batch.examples / self.examples * _vjp(g, self.w, v)
+        except RuntimeError as error:
+            raise self.f.explained(error) from error
+        return total
+
+    @differentiating()
+    def columns(self, V: Tensor) -> Tensor:
+        """Multiply columns ``(P, k)`` by the Hessian, in one batched pass through the kept graphs."""
+        self.f.require_second_derivative()
+        if not self.slopes:
+            return torch.zeros_like(V)
+        rows = V.T.contiguous()
+        (out,) = torch.autograd.grad(
+            [g for g, _ in self.slopes],
+            self.w,
+            [rows if weight == 1 else weight * rows for _, weight in self.slopes],
+            retain_graph=True,
+            is_grads_batched=True,
+            materialize_grads=True,
+        )
+        return out.T
+
+    @differentiating()
+    def third(self, u: Tensor, v: Tensor) -> Tensor:
+        """Differentiate the curvature ``uᵀ ∇²L(w) v`` in w, with u and v ``(P,)`` held fixed."""
+        self.f.require_second_derivative()
+        total = torch.zeros_like(v)
+        for batch, g in (*self.kept, *self._rebuilt()):
+            curve = _vjp(g, self.w, u, differentiable=True)
+            total = total + batch.examples / self.examples * _vjp(curve, self.w, v, retain=True)
+        return total
+
+    @differentiating()
+    def gauss_newton(self, v: Tensor) -> Tensor:
+        """Multiply by ``Jᵀ ∇²ℓ J``: forward products as reverse over reverse."""
+        self.f.require_second_derivative()
+        total = torch.zeros_like(v)
+        for batch, _ in self.kept:
+            total = total + batch.examples / self.examples * _gauss_newton(batch, self.w, v)
+        for batch, _ in self._rebuilt():
+            total = total + batch.examples / self.examples * _gauss_newton(batch, self.w, v)
+        return total
+
+    def _kept_product(self, v: Tensor) -> Tensor:
+        if not self.slopes:
+            return torch.zeros_like(v)
+        (out,) = torch.autograd.grad(
+            [g for g, _ in self.slopes],
+            self.w,
+            [v if weight == 1 else weight * v for _, weight in self.slopes],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return torch.zeros_like(v) if out is None else out
+
+    def _rebuilt(self) -> Iterator[tuple[BatchLoss, Tensor]]:
+        """The batches that are not kept, each with its gradient as a function of w."""
+        if len(self.kept) == self.batches:
+            return
+        for i, batch in enumerate(self.f.losses(self.f.unflatten(self.w))):
+            if i >= len(self.kept):
+                yield batch, torch.autograd.grad(batch.loss, self.w, create_graph=True)[0]
+
+
+@contextmanager
+def counting_saved_bytes(leaves: Iterable[Tensor]) -> Iterator[Callable[[], int]]:
+    """Count the bytes that graphs built inside keep alive, each storage once, `leaves` not at all."""
+    seen = {leaf.untyped_storage().data_ptr(): 0 for leaf in leaves}
+
+    def note(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        seen.setdefault(storage.data_ptr(), storage.nbytes())
+        return t
+
+    with saved_tensors_hooks(note, lambda t: t):
+        yield lambda: sum(seen.values())
+
+
+def _vjp(y: Tensor, x: Tensor, v: Tensor, *, retain: bool = False, differentiable: bool = False) -> Tensor:
+    """Multiply by a transposed Jacobian, ``(∂y/∂x)ᵀ v``; zero where y does not depend on x."""
+    if not y.requires_grad:
+        return torch.zeros_like(x)
+    (out,) = torch.autograd.grad(
+        y, x, v, retain_graph=retain or differentiable, create_graph=differentiable, materialize_grads=True
+    )
+    return out if differentiable else out.detach()
+
+
+def _gauss_newton(batch: BatchLoss, w: Tensor, v: Tensor) -> Tensor:
+    outputs = list({id(z): z for z in tensors(batch.output) if z.requires_grad}.values())
+    if not outputs:
+        raise InvalidValue(
+            f"the model's output ({type(batch.output).__name__}) holds no tensor that depends on the weights; the"
+            " Gauss-Newton product needs one, alone or in tuples, lists, dicts or dataclasses"
+        )
+    dummies = [torch.zeros_like(z, requires_grad=True) for z in outputs]
+    (pulled,) = torch.autograd.grad(outputs, w, dummies, create_graph=True)
+    pushed = torch.autograd.grad(pulled, dummies, v, materialize_grads=True)
+    slopes = torch.autograd.grad(batch.loss, outputs, create_graph=True, materialize_grads=True)
+    curved = [s for s in slopes if s.requires_grad]
+    if not curved:
+        return torch.zeros_like(v)
+    along = [p for s, p in zip(slopes, pushed, strict=True) if s.requires_grad]
+    bent = torch.autograd.grad(curved, outputs, along, retain_graph=True, materialize_grads=True)
+    (out,) = torch.autograd.grad(outputs, w, bent, retain_graph=True)
+    return out

@@ -1,0 +1,76 @@
+"""The memory of an operator from which a warm start goes on.
+
+P parameters, m remembered vectors.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POOL = 5
+"""Ritz pairs remembered beyond the wanted ones."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Approximate eigenvectors of an operator, best first, and a Krylov space in which others are searched for.
+
+    An image is a product with the operator as it was some calls ago, or a combination of such.
+    """
+
+    vectors: Tensor = field(repr=False)  # (P, m), orthonormal
+    images: Tensor = field(repr=False)  # (P, m)
+    values: Tensor  # (m,)
+    ages: Tensor  # (m,): calls since the images were taken
+    rates: Tensor  # (m,): rise of a value in one call, when last measured
+    search_vectors: Tensor = field(repr=False)  # (P, 0 to 2), orthonormal: x, and the direction in which it moved
+    search_images: Tensor = field(repr=False)
+    search_products: int = 0  # in the space that is searched
+    search_turn: int = 0  # one where the next product is the search's
+
+    @classmethod
+    def of(cls, vectors: Tensor, images: Tensor, values: Tensor) -> "Pool":
+        """Make a pool of images taken in this call, with no search yet."""
+        zeros = torch.zeros_like(values)
+        vectors, images = vectors.contiguous(), images.contiguous()  # as from a checkpoint: layouts round differently
+        return cls(vectors, images, values, zeros, zeros, vectors[:, :0], vectors[:, :0])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The state that `warm_started` carries from call to call."""
+
+    last: Pool  # after the last call
+    before: Pool  # after the one before
+    lag: int = 0  # 1 or 2: which of them predicted the last answer better; 0 at first
+    unverified: float = 0.0  # grows from call to call; at one it is time for a solve from a random start
+    k: int = 1  # pairs found
+    drift: float = 0.0  # ‖(A_t - A_{t-1}) v‖ for the remembered vectors, as measured lately
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything as tensors by name, for a checkpoint."""
+        pools = {"last": self.last, "before": self.before}
+        parts = {f"{name} {part}": torch.as_tensor(t) for name, pool in pools.items() for part, t in vars(pool).items()}
+        counts = torch.tensor([self.lag, self.unverified, self.k, self.drift], dtype=torch.float64)
+        return {**parts, "counts": counts}
+
+    def to(self, like: Tensor) -> "Memory":
+        """Move the vectors to the device of `like`; what is counted stays on the processor."""
+        parts = self.tensors()
+        wide = {name for name in parts if name.endswith(("vectors", "images"))}
+        return Memory.of({name: t.to(like.device) if name in wide else t for name, t in parts.items()})
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Memory":
+        """Read what `tensors` wrote; copied, since products round by the alignment of what a file was mapped to."""
+
+        def pool(name: str) -> Pool:
+            parts: dict[str, Any] = {part.name: tensors[f"{name} {part.name}"].clone() for part in fields(Pool)}
+            counts: dict[str, Any] = {part: int(t) for part, t in parts.items() if t.dim() == 0}
+            return Pool(**parts | counts)
+
+        lag, unverified, k, drift = tensors["counts"].tolist()
+        return cls(pool("last"), pool("before"), int(lag), unverified, int(k), drift)
