@@ -38,7 +38,8 @@ class BatchedRuns:
     """
 
     def __init__(self, losses: Callable[..., Tensor], constants: Sequence[Tensor] = ()) -> None:
-        self.losses, self.constants = losses, tuple(constants)  # losses(W, *constants)
+        self.losses = losses  # of W and the constants
+        self.constants = tuple(constants)
 
     @classmethod
     def of(cls, f: Objective) -> "BatchedRuns":
@@ -146,7 +147,8 @@ class BatchedRuns:
         if R > 1:
             other = W.clone()
             other[1:] = W[1:] + 0.01 * (1 + W[1:].abs())
-            first, again = losses[0].item(), self.value(other)[0].item()
+            first = losses[0].item()
+            again = self.value(other)[0].item()
             if not abs(first - again) <= 1e-3 * torch.finfo(W.dtype).eps ** 0.5 * max(abs(first), 1e-30):
                 raise InvalidValue(
                     f"the loss of one run went from {first:.8g} to {again:.8g} when the others were moved"

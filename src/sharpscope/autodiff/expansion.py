@@ -87,12 +87,12 @@ def on_graphs(f: MeanLoss, w: Tensor, memory_budget: int) -> Expansion:
             graphs.append((batch, g))
     products = Graphs(f, w, batches, examples, tuple(graphs))
     return Expansion(
-        value / examples,
-        slope / examples,
-        products.hvp,
-        products.third,
-        products.gauss_newton,
-        examples,
+        value=value / examples,
+        grad=slope / examples,
+        hvp=products.hvp,
+        third=products.third,
+        gauss_newton=products.gauss_newton,
+        examples=examples,
         cost=3 - len(graphs) / batches,
         columns=products.columns if len(graphs) == batches else None,
     )

@@ -183,7 +183,8 @@ class _Traced:
     def _rows(self, residuals: Sequence[Tensor], v: Tensor) -> Callable[..., Tensor]:
         if len(v) not in self._wide:
             wide = self._made(tracing.batched(self.parts.each, residuals, v), residuals, v)
-            found, expected = wide(*residuals, v)[-1], self.parts.each.forward(*residuals, v[-1])
+            found = wide(*residuals, v)[-1]
+            expected = self.parts.each.forward(*residuals, v[-1])
             if not (found - expected).norm() <= torch.finfo(v.dtype).eps ** 0.6 * expected.norm():
                 raise CannotTrace("the program for columns gave other numbers than the one for vectors")
             self._wide[len(v)] = wide
@@ -252,17 +253,18 @@ class _Linearization:
             used += _bytes(residuals)
             if used <= f.memory_budget and len(self.kept) == self.batches - 1:
                 self.kept.append((program, residuals, examples))
-        self.value, self.grad = total / self.examples, slope / self.examples
+        self.value = total / self.examples
+        self.grad = slope / self.examples
 
     def expansion(self) -> Expansion:
         graphs = Graphs(self.f, self.w.detach().requires_grad_(), self.batches, self.examples)
         return Expansion(
-            self.value,
-            self.grad,
-            lambda v: self._product(v.contiguous()),
-            graphs.third,
-            graphs.gauss_newton,
-            self.examples,
+            value=self.value,
+            grad=self.grad,
+            hvp=lambda v: self._product(v.contiguous()),
+            third=graphs.third,
+            gauss_newton=graphs.gauss_newton,
+            examples=self.examples,
             cost=3.0 - len(self.kept) / self.batches,
             columns=self.columns,
         )

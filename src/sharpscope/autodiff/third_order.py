@@ -104,8 +104,10 @@ def checked(f: Objective, w: Tensor, u: Tensor) -> Slopes:
         NoSecondDerivative: from the products.
     """
     u = u / u.norm()
-    exact, eps = f.third(w, u, u), torch.finfo(w.dtype).eps
-    size, length = exact.norm().item(), max(w.norm().item(), 1e-3)
+    exact = f.third(w, u, u)
+    eps = torch.finfo(w.dtype).eps
+    size = exact.norm().item()
+    length = max(w.norm().item(), 1e-3)
     tried = []
     for power in (0.25, 0.3, 0.35):
         method = by_differences(eps**power * length)

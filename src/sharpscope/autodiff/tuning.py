@@ -131,7 +131,7 @@ def tune(f: Objective, *, products: int = 20, points: int = 1000, repeats: int =
         graph_bytes=f.graph_bytes_per_example * case.examples,
         repaid=repaid,
         without_second_derivative=names,
-        sentence=_sentence(best, eligible, gradient, products, points, repaid) + _where(names),
+        sentence=_sentence(best, eligible, gradient, products=products, points=points, repaid=repaid) + _where(names),
     )
 
 
@@ -249,7 +249,7 @@ def _repaid(best: Trial, eligible: Sequence[Trial], gradient: float, products: i
 
 
 def _sentence(
-    best: Trial, eligible: Sequence[Trial], gradient: float, products: int, points: int, repaid: float
+    best: Trial, eligible: Sequence[Trial], gradient: float, *, products: int, points: int, repaid: float
 ) -> str:
     total = best.seconds(gradient, products, points)
     why = f"{products} products at {points} point{'s' if points > 1 else ''} take {total:.3g} s"

@@ -17,6 +17,7 @@ b random columns, m columns in the basis.
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,12 +110,13 @@ def compare_to_threshold(
 
     The guess of further products uses that the distance that Lanczos leaves open falls as one over products².
     """
+    answered = partial(Comparison, threshold=threshold, lower=lower, upper=upper, confidence=confidence)
     if threshold < lower:
-        return Comparison("above", threshold, lower, upper, confidence)
+        return answered("above")
     if threshold > upper:
-        return Comparison("below", threshold, lower, upper, confidence)
+        return answered("below")
     if not math.isfinite(upper):
-        return Comparison("undecided", threshold, lower, upper, confidence, max(20, num_matvecs))
+        return answered("undecided", more_matvecs=max(20, num_matvecs))
     distance = max(abs(threshold - value), 1e-3 * abs(value), 1e-300)
     more = max(1, math.ceil(num_matvecs * (math.sqrt(max(1.0, (upper - value) / distance)) - 1)))
-    return Comparison("undecided", threshold, lower, upper, confidence, more)
+    return answered("undecided", more_matvecs=more)

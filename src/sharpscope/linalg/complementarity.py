@@ -55,7 +55,7 @@ def solve(C: Tensor, B: Tensor, start: Tensor | None = None, *, rtol: float = 1e
     _check(C, B, k)
     if k == 0:
         return Solution(C, C, 0.0, 0)
-    kind, c = C.dtype, (C.double() + C.double().T) / 2
+    c = (C.double() + C.double().T) / 2
     size = torch.linalg.matrix_norm(c, 2).item()
     if size == 0 or torch.linalg.eigvalsh(c)[0] >= 0:
         return Solution(torch.zeros_like(C), C, 0.0, 0)
@@ -82,7 +82,7 @@ def solve(C: Tensor, B: Tensor, start: Tensor | None = None, *, rtol: float = 1e
                 f"the complementarity residual is {residual:.2g} after {iterations} steps; it should be {rtol:.2g}"
             )
         )
-    return Solution((x / scale).to(kind), (s * size).to(kind), residual, iterations)
+    return Solution((x / scale).to(C.dtype), (s * size).to(C.dtype), residual, iterations)
 
 
 def _interior(c: Tensor, b: Tensor, frame: Tensor, max_steps: int) -> tuple[Tensor, int]:
@@ -107,7 +107,8 @@ def _interior(c: Tensor, b: Tensor, frame: Tensor, max_steps: int) -> tuple[Tens
             system = torch.linalg.cholesky(b + frame @ torch.kron(w, w) @ frame.T)
         except RuntimeError:  # LinAlgError
             break  # rounding has taken over: the best so far stands
-        mu, fixed = (x * s).sum().item() / k, -slack(x)
+        mu = (x * s).sum().item() / k
+        fixed = -slack(x)
 
         def newton(right: Tensor, system: Tensor = system, x: Tensor = x, s: Tensor = s) -> tuple[Tensor, Tensor]:
             dx = _mat(torch.cholesky_solve(_vec(right, frame)[:, None], system)[:, 0], frame)
@@ -165,9 +166,10 @@ def _longest(x: Tensor, dx: Tensor) -> float:
 
 
 def _residual(x: Tensor, s: Tensor) -> float:
-    ex, es = torch.linalg.eigvalsh(x), torch.linalg.eigvalsh(s)
-    sx, ss = max(ex.abs().max().item(), 1e-300), max(es.abs().max().item(), 1.0)
-    return max(-ex[0].item() / sx, -es[0].item() / ss, abs((x * s).sum().item()) / (sx * ss))
+    of_x, of_s = torch.linalg.eigvalsh(x), torch.linalg.eigvalsh(s)
+    size_x = max(of_x.abs().max().item(), 1e-300)
+    size_s = max(of_s.abs().max().item(), 1.0)
+    return max(-of_x[0].item() / size_x, -of_s[0].item() / size_s, abs((x * s).sum().item()) / (size_x * size_s))
 
 
 @cache

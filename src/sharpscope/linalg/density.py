@@ -108,7 +108,15 @@ def density(
     sides = [_bracket(r, points, slack) for r in rules]
     under, over = (torch.stack(side).mean(dim=0) for side in zip(*sides, strict=True))
     cumulative_band = _wilson(under, probes * (a.size + 2))[0], _wilson(over, probes * (a.size + 2))[1]
-    return Density(points, sigma, means[0], (band[0], band[1]), (under + over) / 2, cumulative_band, probes * steps)
+    return Density(
+        points=points,
+        width=sigma,
+        density=means[0],
+        density_band=(band[0], band[1]),
+        cumulative=(under + over) / 2,
+        cumulative_band=cumulative_band,
+        num_matvecs=probes * steps,
+    )
 
 
 def _rules(a: SymmetricOperator, v: Tensor, steps: int) -> list[_Rule]:
@@ -139,7 +147,8 @@ def _rules(a: SymmetricOperator, v: Tensor, steps: int) -> list[_Rule]:
         left = off[-1].item() * s[-1].abs()
         exact = bool((off == 0).any())
         kept = kept if exact else torch.ones_like(kept)
-        nodes, left, weights = nodes[kept], left[kept], s[0, kept].square()
+        weights = s[0, kept].square()
+        nodes, left = nodes[kept], left[kept]
         reach = (nodes[0] - left[0]).item(), (nodes[-1] + left[-1]).item()
         rules.append(_Rule(nodes, weights, reach, exact))
     return rules
@@ -160,7 +169,9 @@ def _tail(t: Tensor, sigma: float, interval: tuple[float, float], degree: int) -
     The series is that of ``x -> N(t; x, σ²)`` on the interval.  No measure of unit weight on it integrates that
     function otherwise than the quadrature by more than this, nor by more than the height of the function.
     """
-    centre, half = (interval[0] + interval[1]) / 2, max((interval[1] - interval[0]) / 2, 1e-300)
+    low, high = interval
+    centre = (low + high) / 2
+    half = max((high - low) / 2, 1e-300)
     n = min(max(4 * degree, int(24 * half / sigma)), 4096)
     angle = (torch.arange(n, dtype=torch.float64) + 0.5) * torch.pi / n
     cosines = torch.cos(angle * torch.arange(degree, n, dtype=torch.float64)[:, None])

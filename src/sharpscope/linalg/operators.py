@@ -131,7 +131,11 @@ def shifted(a: SymmetricOperator, c: float | Tensor) -> SymmetricOperator:
         if c == 0:
             return a
         c = a.like.new_tensor(c)
-    matmat, columns = a.matmat, c[:, None] if c.dim() else c
+    matmat = a.matmat
+    columns = c[:, None] if c.dim() else c
     return SymmetricOperator(
-        lambda v: a.matvec(v) + c * v, a.like, None if matmat is None else lambda V: matmat(V) + columns * V, a.cost
+        lambda v: a.matvec(v) + c * v,
+        a.like,
+        None if matmat is None else lambda V: matmat(V) + columns * V,
+        a.cost,
     )

@@ -70,7 +70,7 @@ def trace(
     >>> found.num_matvecs, bool(found.interval[0] < 3000 < found.interval[1])
     (48, True)
     """
-    found = _mean(a, lambda x: x.sum(dim=0, keepdim=True), rtol, atol, max_matvecs, seed)
+    found = _mean(a, lambda x: x.sum(dim=0, keepdim=True), rtol=rtol, atol=atol, budget=max_matvecs, seed=seed)
     return replace(found, value=found.value[0], standard_error=found.standard_error[0])
 
 
@@ -85,11 +85,11 @@ def diagonal(
         NotConverged: with the norms of the diagonal and of the errors reached.
         NotFinite: for an operator whose products are not finite.
     """
-    return _mean(a, lambda x: x, rtol, atol, max_matvecs, seed)
+    return _mean(a, lambda x: x, rtol=rtol, atol=atol, budget=max_matvecs, seed=seed)
 
 
 def _mean(
-    a: SymmetricOperator, reduce: Callable[[Tensor], Tensor], rtol: float, atol: float, budget: int, seed: int
+    a: SymmetricOperator, reduce: Callable[[Tensor], Tensor], *, rtol: float, atol: float, budget: int, seed: int
 ) -> Estimate:
     """Estimate the mean of ``reduce(v ∘ A v)`` over signs v; `reduce` is linear and takes columns."""
     if min(rtol, atol) < 0 or max(rtol, atol) == 0:

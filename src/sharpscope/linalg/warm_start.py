@@ -125,8 +125,8 @@ def warm_started(
     searched = search if start.unconverged is None else search[:, :0]
     best, moved = _better_lag(found, memory)
     drift = change.drift if best in (0, memory.lag) else moved
-    updated = _updated(pool, space, searched, rates, found.k, lag)
-    now = Memory(updated, memory.last, best, unverified, found.k, drift)
+    updated = _updated(pool, space, searched, rates, k=found.k, lag=lag)
+    now = Memory(updated, memory.last, lag=best, unverified=unverified, k=found.k, drift=drift)
     return found.eigenpairs(products, a.cost, solved, now)
 
 
@@ -232,7 +232,7 @@ class _Start(NamedTuple):
 def _start(memory: Memory, target: _Target, k: int) -> _Start:
     pool, lag = (memory.before, 2) if memory.lag == 2 else (memory.last, 1)
     unconverged = _unconverged(pool, k) if pool.search_turn == 0 else None
-    chosen = _candidates(pool, k, memory.drift, lag, target.above, unconverged)
+    chosen = _candidates(pool, k, drift=memory.drift, lag=lag, above=target.above, unconverged=unconverged)
     return _Start(pool, lag, chosen, unconverged, _search_direction(pool, unconverged, target.seed))
 
 
@@ -277,7 +277,8 @@ class _Converged(NamedTuple):
         """Return the wanted pairs; `solved` is the solve from a random start, if there was one in this call."""
         upper = math.inf
         if solved is not None:
-            products, upper = products + solved.num_matvecs, max(solved.upper, self.values[0].item())
+            products += solved.num_matvecs
+            upper = max(solved.upper, self.values[0].item())
         return Eigenpairs(
             self.values[: self.k].to(self.vectors),
             self.vectors[: self.k].T,
@@ -328,7 +329,7 @@ def _unconverged(pool: Pool, k: int) -> int | None:
     return k + int(highest.argmax()) if len(highest) and highest.max() > -math.inf else None
 
 
-def _candidates(pool: Pool, k: int, drift: float, lag: int, above: float | None, unconverged: int | None) -> Tensor:
+def _candidates(pool: Pool, k: int, *, drift: float, lag: int, above: float | None, unconverged: int | None) -> Tensor:
     """Choose the k best of the pool, and of the others those that may have overtaken, or else one to revisit."""
     k = min(k, len(pool.values))
     wanted = torch.arange(k)
@@ -336,9 +337,11 @@ def _candidates(pool: Pool, k: int, drift: float, lag: int, above: float | None,
     residuals = _residuals(pool)
     calls = pool.ages + lag
     risen = torch.maximum(2 * pool.rates * calls, DRIFT_FRACTION * drift * calls.sqrt())
-    lowest, room = pool.values[k - 1].item() - DRIFT_FRACTION * drift, 1 + k
+    lowest = pool.values[k - 1].item() - DRIFT_FRACTION * drift
+    room = 1 + k
     if above is not None:
-        lowest, room = min(lowest, above), len(risen)
+        lowest = min(lowest, above)
+        room = len(risen)
     possible = pool.values + risen
     likely = possible[k:].argsort(descending=True)[:room] + k
     likely = likely[possible[likely] >= lowest]
@@ -398,7 +401,7 @@ def _moved(space: _Space, pool: Pool, chosen: Tensor, lag: int) -> tuple[float, 
     return (change / calls).max().item(), (space.t.diagonal()[:n] - pool.values[chosen]) / calls
 
 
-def _updated(pool: Pool, space: _Space, searched: Tensor, rates: Tensor, k: int, lag: int) -> Pool:
+def _updated(pool: Pool, space: _Space, searched: Tensor, rates: Tensor, *, k: int, lag: int) -> Pool:
     """Choose the best Ritz pairs of the space, where images are new, and of what the pool adds, where they are old."""
     n, j = space.size, pool.search_vectors.shape[1]
     v, image = space.v[:n], space.image[:n]
