@@ -70,3 +70,25 @@ def test_names_are_plain_words(part: str) -> None:
         if set(re.findall(r"[a-z]+", name.lower())) & RIDDLES
     }
     assert not wrong, "\n" + "\n".join(sorted(wrong))
+
+
+def test_no_function_is_longer_than_a_page() -> None:
+    """Sixty lines: what one reads at a glance."""
+    long = [
+        f"{path.relative_to(SOURCE)}:{node.lineno}: {node.name}"
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60
+    ]
+    assert not long
+
+
+def test_a_type_has_a_name_of_its_own() -> None:
+    """Two classes of one name are met in one stack trace; callbacks of two frameworks are not."""
+    where: dict[str, list[str]] = {}
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(str(path.relative_to(SOURCE)))
+    twice = {name: places for name, places in where.items() if len(places) > 1}
+    assert twice.keys() <= {"Config", "SharpnessCallback"}, twice

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from sharpscope.linalg import SymmetricOperator, lanczos, shifted
 from sharpscope.linalg.bounds import GRID, RandomStart, least_norm
+from sharpscope.linalg.density import _tail
 from sharpscope.linalg.eigenpairs import CONFIDENCE
+from sharpscope.linalg.trace import _Moments
 
 Matrix = NDArray[np.float64]
 
@@ -120,3 +122,33 @@ def test_the_start_is_remembered_through_restarts(seed: int, monkeypatch: pytest
     g = torch.randn((300, 1), generator=generator, dtype=torch.float64)
     seen = abs((vectors[:, -1] @ g).item())
     assert seen <= phi(start, ritz, s, coupling, values[-1].item()) * (1 + 1e-6)
+
+
+def test_moments_of_batches_are_those_of_all_samples_together() -> None:
+    """Batches whose means differ: their distance is part of the spread, too."""
+    g = torch.Generator().manual_seed(0)
+    batches = [torch.randn(3, n, generator=g, dtype=torch.float64) + 5 * n for n in (4, 7, 2)]
+    moments = _Moments(torch.zeros(3, dtype=torch.float64))
+    for batch in batches:
+        moments.add(batch)
+    together = torch.cat(batches, dim=1)
+    assert torch.allclose(moments.mean, together.mean(dim=1), rtol=1e-12)
+    assert torch.allclose(moments.standard_error, together.std(dim=1) / 13**0.5, rtol=1e-12)
+
+
+@pytest.mark.parametrize("degree", [8, 16, 24])
+def test_the_error_of_a_quadrature_comes_near_its_bound(degree: int) -> None:
+    """Two measures that agree on polynomials below `degree`: the extremes of a Chebyshev polynomial, every other one.
+
+    A smooth function is integrated by them with a difference of almost ``2 |c_degree|``, and the bound must cover it.
+    """
+    x = torch.cos(torch.pi * torch.arange(degree + 1, dtype=torch.float64) / degree)
+    weights = torch.full_like(x, 2 / degree)
+    weights[0] = weights[-1] = 1 / degree
+    width = 6 / degree
+    t = torch.linspace(-0.9, 0.9, 41, dtype=torch.float64)
+    heights = torch.exp(-(((t[:, None] - x) / width) ** 2) / 2) / (width * (2 * torch.pi) ** 0.5)
+    difference = (heights[:, ::2] @ weights[::2] - heights[:, 1::2] @ weights[1::2]).abs()
+    bound = _tail(t, width, (-1.0, 1.0), degree)
+    assert bool((difference <= bound * (1 + 1e-9)).all())
+    assert (difference / bound).max() > 0.6

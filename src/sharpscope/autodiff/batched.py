@@ -22,7 +22,7 @@ from .second_order import differentiating
 from .smooth import smooth
 from .tracing import record
 
-Rows = Callable[[Tensor], Tensor]
+RowFunction = Callable[[Tensor], Tensor]
 """A function of each row: ``(R, P)`` to ``(R,)`` or ``(R, n)``."""
 
 GradientFunction = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -156,7 +156,7 @@ class BatchedRuns:
 
 
 @differentiating()
-def jacobian(outputs: Rows, X: Tensor) -> Tensor:
+def jacobian(outputs: RowFunction, X: Tensor) -> Tensor:
     """Return Jacobians ``∂ outputs_r / ∂ x_r`` ``(R, n, P)`` of a function of each row, by n backward passes.
 
     >>> jacobian(lambda X: X.cumsum(1)[:, 1:], torch.zeros(1, 3)).tolist()
@@ -171,7 +171,7 @@ def jacobian(outputs: Rows, X: Tensor) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def gram(outputs: Rows, W: Tensor, scale: Tensor | None = None) -> Tensor:
+def gram(outputs: RowFunction, W: Tensor, scale: Tensor | None = None) -> Tensor:
     """Return neural tangent kernels ``(R, n, n)``, with learning rates s ``(P,)`` [N33].
 
     ``Σ_p s_p ∂_p f_i ∂_p f_j``.

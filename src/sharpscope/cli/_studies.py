@@ -1,4 +1,4 @@
-"""``sharpscope list | run | report``."""
+"""The commands ``list``, ``run`` and ``report`` of the command line."""
 
 import argparse
 import contextlib
@@ -185,8 +185,8 @@ def _print_all(entries: Sequence[Any], out: Path) -> int:
         wider = sum(v.kind == WIDER and not v.passed for v in e.verdicts)
         aside = f", {wider} wider not supported here" if wider else ""
         seeds = f" on {e.seeds} seeds" if e.seeds else ""
-        said = f"{_tally(e.verdicts)}{seeds}{aside}" if e.verdicts else "could not run"
-        print(f"{mark} {e.study:{width}}  {said}{f' ({e.note})' if e.note else ''}")
+        text = f"{_tally(e.verdicts)}{seeds}{aside}" if e.verdicts else "could not run"
+        print(f"{mark} {e.study:{width}}  {text}{f' ({e.note})' if e.note else ''}")
         for v in _failed(e.verdicts):
             print(f"     {_line(v)}")
         for job, note in e.stopped.items():

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from .ode import Curve, descent, flow
 
 Array = NDArray[np.float64]
-Gradient = Callable[[Array], Array]
+LayerGradient = Callable[[Array], Array]
 Field = Callable[[Array], Array]
 
 
@@ -34,7 +34,7 @@ def balanced(w: Array, depth: int) -> Array:
     return layers
 
 
-def layered(gradient: Gradient, depth: int) -> Field:
+def layered(gradient: LayerGradient, depth: int) -> Field:
     """Give the velocity of the layers ``(L·d,)`` under gradient flow, ``u̇_l = -g ⊙ ∏_{k≠l} u_k``."""
     others = [[k for k in range(depth) if k != l] for l in range(depth)]
 
@@ -46,7 +46,7 @@ def layered(gradient: Gradient, depth: int) -> Field:
     return field
 
 
-def reduced(gradient: Gradient, depth: int, signs: Array) -> Field:
+def reduced(gradient: LayerGradient, depth: int, signs: Array) -> Field:
     """Give the velocity of the logarithm of the product, ``d/dt log|w_i| = -L g_i sign(w_i) |w_i|^(1-2/L)``."""
 
     def field(y: Array) -> Array:
@@ -55,7 +55,7 @@ def reduced(gradient: Gradient, depth: int, signs: Array) -> Field:
     return field
 
 
-def flow_of_layers(gradient: Gradient, layers: Array, at: Array, max_quasi_norm: float = np.inf) -> Curve:
+def flow_of_layers(gradient: LayerGradient, layers: Array, at: Array, max_quasi_norm: float = np.inf) -> Curve:
     """Follow layers along their flow ``(T, L, d)`` to the times `at`, until ``Σ|w_i|^(2/L) >= max_quasi_norm``."""
 
     def residual(y: Array) -> float:
@@ -67,7 +67,7 @@ def flow_of_layers(gradient: Gradient, layers: Array, at: Array, max_quasi_norm:
 
 
 def flow_of_product(
-    gradient: Gradient,
+    gradient: LayerGradient,
     start: Array,
     depth: int,
     until: float,
@@ -88,7 +88,7 @@ def flow_of_product(
     return replace(found, states=signs * np.exp(found.states))
 
 
-def growth_by_descent(gradient: Gradient, layers: Array, rate: float, steps: int) -> tuple[float, float]:
+def growth_by_descent(gradient: LayerGradient, layers: Array, rate: float, steps: int) -> tuple[float, float]:
     """Measure how much gradient descent makes ``Σ|w_i|^(2/L)`` grow, relative, and how far its steps are from the law.
 
     The law is ``‖u_l‖² ← ‖u_l‖² + rate²‖∇‖²``, where the loss does not depend on the scale of w; the distance is the

@@ -21,7 +21,7 @@ WORTHWHILE = 1000
 CHECKS = 20
 """Points at which a program has to give the same bits."""
 
-Program = Callable[..., tuple[Tensor, ...]]
+LossProgram = Callable[..., tuple[Tensor, ...]]
 
 
 class Recorded:
@@ -32,7 +32,7 @@ class Recorded:
         self.x = x
         self.y = y
         self.training = f.model.training
-        self.programs: dict[int, Program | None] = {}
+        self.programs: dict[int, LossProgram | None] = {}
 
     def __call__(self, f: Objective, w: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate ``L(w)`` and its gradient ``(P,)``."""
@@ -49,7 +49,7 @@ class Recorded:
             value, g = program(w, x, y, *(b for _, b in f.model.named_buffers()))
         return value, g
 
-    def _program(self, f: Objective, n: int) -> Program | None:
+    def _program(self, f: Objective, n: int) -> LossProgram | None:
         """Record the program for n examples; None where it would not give the same bits."""
         names = [name for name, _ in f.model.named_buffers()]
         w, x, y = self.weights, self.x[:n], self.y[:n]
