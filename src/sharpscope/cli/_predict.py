@@ -7,16 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..autodiff.objective import Objective
+from ..autodiff import Objective
 from ..errors import NotConverged, NotFinite, Unusable
-from ..flows.compare import Prediction, compare
-from ..measures.columns import label_of
-from ..optimizers.gd import GD
+from ..flows import Prediction, compare
+from ..measures import label_of
+from ..optimizers import GD
+from ..records import History, RunLog
 from ..records.checkpoints import load_task, load_weights
-from ..records.history import History
-from ..records.run_log import RunLog
-from ..report.charts import Chart
-from ..report.html import write_report
+from ..report import Chart, write_report
 from ..studies._framework.run import environment
 from ..studies._framework.study import find
 from ..studies._shared.forecast import RUNS, Forecast, run_forecast

@@ -53,7 +53,7 @@ def _add_rule(parser: argparse.ArgumentParser) -> None:
 
 def _predict(args: argparse.Namespace) -> int:
     from ..errors import Unusable
-    from ..optimizers.gd import GD
+    from ..optimizers import GD
     from ._predict import predict_checkpoint, predict_study
 
     need_extras()
@@ -78,7 +78,7 @@ def _predict(args: argparse.Namespace) -> int:
 def _analyze(args: argparse.Namespace) -> int:
     from ..errors import Unusable
     from ..monitoring.checkpoint_series import analyze
-    from ..optimizers.gd import GD
+    from ..optimizers import GD
     from ..records.checkpoints import load_task
     from ..studies._framework.run import environment
     from ._predict import progress

@@ -90,7 +90,7 @@ def page(directory: Path) -> str | None:
 def finished(directory: Path) -> bool:
     """Say whether the run in a directory has ended."""
     from ..monitoring.recorder import RUN
-    from ..records.run_log import RunLog
+    from ..records import RunLog
 
     if _is_monitored(directory):
         return RunLog(directory, RUN).finished

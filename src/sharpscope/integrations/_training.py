@@ -7,11 +7,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from ..autodiff import Objective
 from ..autodiff.data import head
-from ..autodiff.objective import Objective
 from ..errors import InvalidValue
-from ..monitoring.monitor import Monitor
-from ..monitoring.recorder import Sink
+from ..monitoring import Monitor, Sink
 
 
 def probe(loader: Any, batches: int, convert: Callable[[Any], Any]) -> list[Any]:

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from ..autodiff.objective import Loss, Objective
+from ..autodiff import Objective
+from ..autodiff.objective import Loss
 from ..errors import InvalidValue
-from ..monitoring.monitor import Monitor
-from ..monitoring.recorder import Sink
+from ..monitoring import Monitor, Sink
 from . import named
 from ._training import check_replicated, monitor_of, probe, with_forward
 

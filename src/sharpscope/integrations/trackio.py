@@ -9,7 +9,7 @@ monitor = Monitor(f, optimizer, sinks=[sink(run)])
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..monitoring.recorder import Sink
+from ..monitoring import Sink
 from . import named
 
 if TYPE_CHECKING:

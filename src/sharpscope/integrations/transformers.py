@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ..autodiff.objective import Loss, Objective
+from ..autodiff import Objective
+from ..autodiff.objective import Loss
 from ..errors import InvalidType
-from ..monitoring.monitor import Monitor
-from ..monitoring.recorder import Sink
+from ..monitoring import Monitor, Sink
 from . import named
 from ._training import check_replicated, monitor_of, probe, with_forward
 

@@ -9,7 +9,7 @@ with wandb.init(project="first") as run:
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..monitoring.recorder import Sink
+from ..monitoring import Sink
 from . import named
 
 if TYPE_CHECKING:

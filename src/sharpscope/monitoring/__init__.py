@@ -2,10 +2,12 @@
 
 from .diagnosis import Finding
 from .monitor import Monitor
+from .recorder import Sink
 from .schedules import log_spaced
 
 __all__ = [
     "Finding",
     "Monitor",
+    "Sink",
     "log_spaced",
 ]
