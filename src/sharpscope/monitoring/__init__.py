@@ -2,12 +2,11 @@
 
 from .diagnosis import Finding
 from .monitor import Monitor
-from .recorder import Sink
+from .recorder import Sink as Sink
 from .schedules import log_spaced
 
 __all__ = [
     "Finding",
     "Monitor",
-    "Sink",
     "log_spaced",
 ]
