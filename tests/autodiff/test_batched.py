@@ -174,3 +174,6 @@ def test_what_mixes_runs_is_refused() -> None:
         stacked([GD(0.1), Adam(0.1)], W)
     with pytest.raises(ValueError, match="1 rules for 2 runs"):
         stacked([GD(0.1)], W)
+    rule = ScalarRMSprop(0.1, 0.9, 1.0)
+    with pytest.raises(TypeError, match="ScalarRMSprop takes one learning rate for all runs; define step_with"):
+        rule.step_with(W, W, rule.init(W), learning_rate=W[:, :1], weight_decay=0.0)
