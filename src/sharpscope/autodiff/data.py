@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
         return self.kwargs or self.args, self.target
 
 
-def read(data: Iterable[Any], seed: int | None, device: torch.device) -> Iterator[Batch]:
+def read(data: Iterable[Any], seed: int | None, device: torch.device) -> Generator[Batch, None, None]:
     """Read `data` once onto `device`; all that draws is seeded by `seed` (None: left as it is)."""
     batch = None
     with _own_randomness(data, seed):

@@ -12,7 +12,7 @@ P parameters.
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -182,7 +182,7 @@ class Objective:
                 " augmented anew (or a random model) have no curvature; fix the batches, for example as a list"
             )
 
-    def batches(self, device: torch.device | None = None) -> Iterator[Batch]:
+    def batches(self, device: torch.device | None = None) -> Generator[Batch, None, None]:
         """Read the data once, under their seed, onto `device` (by default that of the weights)."""
         check_deterministic(self._droppers)
         if device is None:

@@ -349,5 +349,5 @@ def _double_if_possible(f: Objective, w: Tensor) -> Objective:
 
 def _first_batch(f: Objective, device: torch.device) -> object:
     batches = f.batches(device)
-    with closing(batches):  # type: ignore[type-var]
+    with closing(batches):
         return next(batches).raw
