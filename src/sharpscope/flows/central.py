@@ -279,5 +279,5 @@ def sphere(f: Objective, rate: float) -> Flow:
 def central(f: Objective, rule: UpdateRule, *, band: float = 0.1) -> Flow:
     """Central flow, the mean of the rule's path at the edge [N25]; modes above ``(1 - band) c`` take part."""
     if not 0 < band < 1:
-        raise InvalidValue(f"band is {band}; it is a share of the bound, between 0 and 1")
+        raise InvalidValue(f"band is {band}; it is a fraction of the bound, between 0 and 1")
     return Flow(f, rule, band)

@@ -108,7 +108,7 @@ def compare(
         FlowStuck, WrongThirdDerivative: from the flow.
     """
     if steps < max(points, 1):
-        raise InvalidValue(f"{points} readings do not fit into {steps} steps; ask for fewer points")
+        raise InvalidValue(f"{points} measurements do not fit into {steps} steps; ask for fewer points")
     measured = [round(i * steps / points) for i in range(points + 1)]
     run = _run(f, rule, w, rule.init(w) if state is None else state, measured)
     rows_of = partial(_rows, f, rule, steps=measured, truth=run.averaged, evaluate=evaluate)

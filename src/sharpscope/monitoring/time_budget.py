@@ -65,7 +65,7 @@ def parse_fraction(budget: float | str) -> float:
     except ValueError:
         fraction = -1.0
     if not 0 < fraction <= 1:
-        raise InvalidValue(f"budget={budget!r}: give the share of the training time as '5%' or .05, at most 1")
+        raise InvalidValue(f"budget={budget!r}: give the fraction of the training time as '5%' or .05, at most 1")
     return fraction
 
 
@@ -203,7 +203,7 @@ def limited(expand: Expand, deadline: float) -> Expand:
 
         def hvp(v: Tensor) -> Tensor:
             if perf_counter() > deadline:
-                raise OutOfTime("a reading was given up: it took longer than the budget allows")
+                raise OutOfTime("a measurement was given up: it took longer than the budget allows")
             return at.hvp(v)
 
         return replace(at, hvp=hvp, together=False)
