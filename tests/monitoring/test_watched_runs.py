@@ -488,9 +488,9 @@ def test_a_closed_monitor_lets_go_of_the_optimizer() -> None:
     [
         ({"every": 0}, "every=0"),
         ({"every": 5, "budget": 0.1}, "either every= or budget="),
-        ({"budget": "lots"}, "budget='lots': give the share"),
+        ({"budget": "lots"}, "budget='lots': give the fraction"),
         ({"budget": 1.5}, "at most 1"),
-        ({"budget": 0.0}, "give the share"),
+        ({"budget": 0.0}, "give the fraction"),
         ({"steps": 0}, "steps=0"),
     ],
 )
