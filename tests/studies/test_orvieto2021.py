@@ -86,6 +86,15 @@ def test_dead_networks_and_single_draws_are_data(tmp_path: Path) -> None:
     assert len(size) == 6 and np.isfinite(size).all()
 
 
+def test_chains_escape_under_every_method(tmp_path: Path) -> None:
+    """Runs side by side that differ in their learning rates, for each rule of the study."""
+    (job,) = [job for job in jobs(replace(QUICK, steps=60)) if job.name == "escape, L = 4, seed 0"]
+    log = RunLog(tmp_path, job.name)
+    job.work(log, lambda fraction: None, **job.arguments)
+    rows = {row["run"]: row for row in log.rows}
+    assert rows.keys() == set(RATES) and rows["normalized GD"]["escaped"] > 0.5
+
+
 def test_normalized_steps_have_one_length_in_every_row() -> None:
     W, g = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
     new, _ = NormalizedGD(0.3).step(W, g, {})

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidType
-from ...optimizers.base import State, UpdateRule
+from ...optimizers.base import Number, State, UpdateRule
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,13 @@ class NormalizedGD(UpdateRule):
         return {}
 
     def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.step_with(w, g, state, learning_rate=self.learning_rate, weight_decay=0.0)
+
+    def step_with(
+        self, w: Tensor, g: Tensor, state: State, *, learning_rate: Number, weight_decay: Number
+    ) -> tuple[Tensor, State]:
         size = g.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
-        return w - self.learning_rate * g / size, state
+        return w - learning_rate * g / size, state
 
     def threshold(self, state: State) -> NoReturn:
         raise InvalidType("NormalizedGD has no threshold: near a minimum it oscillates whatever the curvature")
