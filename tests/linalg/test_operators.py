@@ -2,14 +2,16 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import problems
 import pytest
 import torch
 from problems import DTYPE, normal, relative, symmetric
 from scipy.sparse.linalg import eigsh
-from torch import Tensor
+from torch import Tensor, nn
 
+import sharpscope as ss
 from sharpscope import hessian
 from sharpscope.autodiff import gauss_newton
 from sharpscope.linalg import SymmetricOperator, lanczos, preconditioned, projected, restricted
@@ -118,3 +120,21 @@ def test_a_missing_scipy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
     with pytest.raises(ImportError, match=r"to_scipy\(\) needs SciPy, which is not installed"):
         OPERATOR.to_scipy()
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [
+        ss.linalg.lanczos,
+        ss.linalg.both_ends,
+        ss.linalg.smallest_eigenpairs,
+        ss.linalg.trace,
+        ss.linalg.diagonal,
+        ss.linalg.density,
+        lambda a: ss.linalg.warm_started(a, None),
+    ],
+)
+def test_an_objective_in_the_place_of_its_hessian_is_a_sentence(solve: Callable[[Any], object]) -> None:
+    f = ss.Objective(nn.Linear(2, 1), nn.functional.mse_loss, [(torch.ones(4, 2), torch.zeros(4, 1))])
+    with pytest.raises(ss.errors.InvalidType, match=r"this Objective is no SymmetricOperator; .* it is hessian\(f\)"):
+        solve(f)

@@ -250,7 +250,7 @@ def test_blocks_and_fractions_by_slices_and_by_groups() -> None:
 
 @pytest.mark.parametrize("v", [torch.zeros(4), torch.full((4,), math.nan), torch.ones(4, 2)])
 def test_fractions_of_what_is_no_direction(v: Tensor) -> None:
-    with pytest.raises(ValueError, match="one finite vector"):
+    with pytest.raises(ValueError, match="a finite vector"):
         group_fractions(v, {"all": slice(4)})
 
 

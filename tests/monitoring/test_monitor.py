@@ -259,3 +259,9 @@ def test_a_finite_loss_of_infinite_curvature_does_not_stop_the_run() -> None:
     assert monitor.history.columns["loss"][-1] == 0
     assert monitor.history.columns["sharpness"][-1] is None
     assert "At 1 of 2 measurements, first at step 0, no curvature was found" in monitor.diagnosis()
+
+
+def test_a_model_in_the_place_of_its_objective_is_a_sentence() -> None:
+    net = torch.nn.Linear(2, 1)
+    with pytest.raises(TypeError, match="a Monitor watches an Objective, not a Linear; make one of the model"):
+        Monitor(net, torch.optim.SGD(net.parameters(), lr=0.1))  # type: ignore[arg-type]

@@ -42,9 +42,7 @@ def group_fractions(v: Tensor, slices: Mapping[str, slice | Tensor]) -> dict[str
     square = v.double().square()
     total = square.sum().item()
     if v.dim() != 1 or not 0 < total < math.inf:
-        raise InvalidValue(
-            f"fractions are those of a finite vector (P,) that is not zero; got shape {tuple(v.shape)}"
-        )
+        raise InvalidValue(f"fractions are those of a finite vector (P,) that is not zero; got shape {tuple(v.shape)}")
     groups = _indices(len(v), slices)
     taken = torch.cat([v.new_empty(0, dtype=torch.long), *groups.values()])
     if len(taken.unique()) < len(taken):

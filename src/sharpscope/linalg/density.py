@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from .operators import SymmetricOperator
+from .operators import SymmetricOperator, require_operator
 from .trace import multiply
 
 Band = tuple[Tensor, Tensor]
@@ -82,6 +82,7 @@ def density(
         NotFinite: for an operator whose products are not finite.
         ValueError: steps, probes or width that are not positive.
     """
+    require_operator(a)
     if steps < 1 or probes < 1 or (width is not None and width <= 0):
         raise InvalidValue(f"steps={steps}, probes={probes}, width={width}: all have to be positive")
     steps = min(steps, a.size)

@@ -22,7 +22,7 @@ from ..errors import InvalidValue, NotConverged, NotFinite
 from .bounds import RandomStart
 from .eigenpairs import CONFIDENCE, Eigenpairs
 from .memory import POOL, Memory, Pool
-from .operators import SymmetricOperator, scaled
+from .operators import SymmetricOperator, require_operator, scaled
 
 
 def lanczos(
@@ -68,6 +68,7 @@ def both_ends(
 def _block_lanczos(
     a: SymmetricOperator, k: int, low: int, *, rtol: float, gap: float, budget: int, basis: int, seed: int
 ) -> tuple[Eigenpairs, Tensor]:
+    require_operator(a)
     if not 1 <= k <= a.size:
         raise InvalidValue(f"k={k} eigenpairs asked of an operator of size {a.size}; k lies between 1 and {a.size}")
     if not 0 <= low <= a.size:
@@ -249,5 +250,6 @@ def smallest_eigenpairs(a: SymmetricOperator, k: int = 1, **options: Any) -> Eig
 
     Bounds and memory, which are those of ``-A``, are left out; `both_ends` finds values at both ends in one run.
     """
+    require_operator(a)
     found = lanczos(scaled(a, -1), k, **options)
     return replace(found, values=-found.values, upper=math.inf, memory=None)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidValue, MissingExtra
+from ..errors import InvalidType, InvalidValue, MissingExtra
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -85,6 +85,15 @@ class SymmetricOperator:
     def dense(self) -> Tensor:
         """Return the matrix ``(P, P)``, for tests and small problems."""
         return self @ torch.eye(self.size, dtype=self.like.dtype, device=self.like.device)
+
+
+def require_operator(a: object) -> None:
+    """Raise InvalidType unless `a` is a SymmetricOperator."""
+    if not isinstance(a, SymmetricOperator):
+        raise InvalidType(
+            f"this {type(a).__name__} is no SymmetricOperator; of an objective f it is hessian(f), of a matrix M"
+            " SymmetricOperator(lambda v: M @ v, M[0])"
+        )
 
 
 def preconditioned(a: SymmetricOperator, p: Tensor) -> SymmetricOperator:

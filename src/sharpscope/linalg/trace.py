@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue, NotConverged, NotFinite
-from .operators import SymmetricOperator
+from .operators import SymmetricOperator, require_operator
 
 SKETCH, WIDEST = 16, 64
 """Numbers of columns of the first sketch and of the widest one."""
@@ -92,6 +92,7 @@ def _mean(
     a: SymmetricOperator, reduce: Callable[[Tensor], Tensor], *, rtol: float, atol: float, budget: int, seed: int
 ) -> Estimate:
     """Estimate the mean of ``reduce(v ∘ A v)`` over signs v; `reduce` is linear and takes columns."""
+    require_operator(a)
     if min(rtol, atol) < 0 or max(rtol, atol) == 0:
         raise InvalidValue(f"rtol={rtol:g} and atol={atol:g} leave no error to stop at; make one of them positive")
     if budget < min(2 * SKETCH + PILOT, a.size):

@@ -40,7 +40,7 @@ from ..errors import NotFinite
 from .eigenpairs import Eigenpairs
 from .lanczos import lanczos
 from .memory import POOL, Memory, Pool
-from .operators import SymmetricOperator
+from .operators import SymmetricOperator, require_operator
 
 FIRST_ERROR = 1e-3
 """Largest prediction error that is accepted from the first memory, before there are two to choose from."""
@@ -92,6 +92,7 @@ def warm_started(
     Raises:
         NotConverged, NotFinite, ValueError: as `lanczos`, which also takes over where the memory does not help.
     """
+    require_operator(a)
     memory = last.memory if isinstance(last, Eigenpairs) else last
     target = _Target(k, above, rtol, seed)
     if memory is None or len(memory.last.vectors) != a.size:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..autodiff.objective import Objective
-from ..errors import InvalidValue, NotConverged, NotFinite
+from ..errors import InvalidType, InvalidValue, NotConverged, NotFinite
 from ..linalg.memory import Memory
 from ..measures import measures
 from ..measures.iterate import Iterate, midpoint
@@ -94,6 +94,11 @@ class Monitor:
             raise InvalidValue("give either every= or budget=, not both")
         if steps is not None and steps < 1:
             raise InvalidValue(f"steps={steps}: the number of steps that are planned is at least 1")
+        if not isinstance(objective, Objective):
+            raise InvalidType(
+                f"a Monitor watches an Objective, not a {type(objective).__name__};"
+                " make one of the model, its loss and a few fixed batches: Objective(model, loss, batches)"
+            )
         began = perf_counter()
         self.objective = objective
         self.optimizer = optimizer
