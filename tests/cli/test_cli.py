@@ -228,7 +228,7 @@ def test_missing_extras_are_named_before_anything_runs(
         status, said = say(capsys, *arguments)
         assert status == 2
         assert f"{name} is not installed" in said
-        assert "pip install 'sharpscope[studies]'" in said
+        assert "pip install '.[studies]'" in said
     assert list(tmp_path.iterdir()) == []
     assert cli.main(["list"]) == 0
 

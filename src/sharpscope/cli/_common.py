@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from ..errors import Refused
 
 EXTRAS = ("tyro", "safetensors", "pyarrow", "sklearn", "scipy", "tqdm", "matplotlib")
-HINT = "the command line needs the extra packages of sharpscope[studies]: pip install 'sharpscope[studies]'"
+HINT = "the command line needs the extra packages 'studies'; in a checkout of sharpscope: pip install '.[studies]'"
 
 
 class Parser(argparse.ArgumentParser):

@@ -142,7 +142,7 @@ def _new_figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtra("figures need matplotlib: pip install 'sharpscope[studies]'") from error
+        raise MissingExtra("figures need matplotlib; in a checkout of sharpscope: pip install '.[studies]'") from error
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
