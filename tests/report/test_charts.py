@@ -148,7 +148,7 @@ def test_figures_are_saved_by_name(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"sharpscope\[studies\]"):
+    with pytest.raises(ImportError, match=r"\.\[studies\]"):
         figure(LOSS, {})
 
 
