@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sharpscope import Objective, hessian
 from sharpscope.errors import NotFinite
-from sharpscope.linalg import Eigenpairs, SymmetricOperator, lanczos
+from sharpscope.linalg import Eigenpairs, SymmetricOperator, lanczos, warm_start
 from sharpscope.linalg.memory import Memory, Pool
 from sharpscope.linalg.warm_start import warm_started
 from sharpscope.studies._shared import nets
@@ -265,3 +265,22 @@ def test_two_hundred_measurements_leave_nothing_behind() -> None:
     assert all(t.equal(before[name]) for name, t in f.model.state_dict().items())
     assert all(p.grad is None for p in f.model.parameters())
     assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize("helps", [True, False])
+@pytest.mark.parametrize("verify", [1, NEVER])
+def test_every_product_is_counted(helps: bool, verify: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a scheduled solve is followed by one that takes over because the memory did not help."""
+    counted = [0]
+
+    def matvec(v: Tensor) -> Tensor:
+        counted[0] += 1
+        return outliers(1.0, 1.2) * v
+
+    a = SymmetricOperator(matvec, torch.zeros(SIZE, dtype=DTYPE))
+    first = warm_started(a, None, 1)
+    assert first.num_matvecs == counted[0]
+    if not helps:
+        monkeypatch.setattr(warm_start, "_converged", lambda *_: None)
+    counted[0] = 0
+    assert warm_started(a, first, 1, verify=verify).num_matvecs == counted[0]

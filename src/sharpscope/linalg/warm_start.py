@@ -121,7 +121,7 @@ def warm_started(
     products += space.products
     if found is None:
         again = target.solve(a, target.k, gap=rtol / 3)
-        products += again.num_matvecs
+        products += again.num_matvecs + (solved.num_matvecs if solved else 0)
         return replace(again, num_matvecs=products, num_gradients=products * a.cost)
     searched = search if start.unconverged is None else search[:, :0]
     best, moved = _better_lag(found, memory)
