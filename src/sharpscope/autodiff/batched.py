@@ -48,7 +48,7 @@ class BatchedRuns:
         A module that draws random numbers is refused by torch: runs would share them or not, and neither is meant.
         """
 
-        buffers = dict(f.model.named_buffers())
+        buffers = f.buffers()
 
         def losses(W: Tensor, *kept: Tensor) -> Tensor:
             fresh = {name: b.expand(len(W), *b.shape).clone() for name, b in zip(buffers, kept, strict=True)}

@@ -9,22 +9,22 @@ from torch import Tensor, nn
 from ..errors import InvalidValue
 
 
-def check_parameters(params: Mapping[str, Tensor]) -> None:
-    """Refuse parameters of several kinds, or of a precision too low for curvature."""
-    kinds = {(p.dtype, p.device) for p in params.values()}
-    if len(kinds) > 1:
-        seen = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        raise InvalidValue(f"trainable parameters are of several kinds ({seen}); bring them to one dtype and device")
-    ((dtype, _),) = kinds
-    if dtype not in (torch.float32, torch.float64):
-        raise InvalidValue(f"trainable parameters are {dtype}; curvature needs float32 or float64: call model.float()")
+def check_parameters(params: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse models with nothing to train, and parameters on several devices or of kinds without derivatives."""
+    if not params:
+        raise InvalidValue(f"{type(model).__name__} has no trainable parameter; set requires_grad on at least one")
+    devices = sorted({str(p.device) for p in params.values()})
+    if len(devices) > 1:
+        raise InvalidValue(
+            f"trainable parameters are on several devices ({', '.join(devices)}); bring them to one, or freeze those"
+            " that are not trained"
+        )
 
 
-def check_sparse(model: nn.Module) -> None:
-    """Refuse modules whose gradients are sparse."""
-    sparse = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
-    if sparse:
-        raise InvalidValue(f"'{sparse[0]}' has sparse gradients, which have no derivative; use sparse=False")
+def work_dtype(params: Iterable[Tensor]) -> torch.dtype:
+    """Return the precision in which weights are flattened: double where any is, else single, also for lower ones."""
+    double = (torch.float64, torch.complex128)
+    return torch.float64 if any(p.dtype in double for p in params) else torch.float32
 
 
 def check_loss(loss: Any) -> None:

@@ -96,9 +96,12 @@ def _to(tree: Any, device: torch.device) -> Any:
 
 
 def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Apply `change` to every tensor in nested tuples, lists and mappings."""
+    """Apply `change` to every tensor in nested tuples, lists, mappings and dataclasses."""
     if isinstance(tree, Tensor):
         return change(tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        parts = {part.name: getattr(tree, part.name) for part in dataclasses.fields(tree) if part.init}
+        return dataclasses.replace(tree, **{name: map_tensors(part, change) for name, part in parts.items()})
     if isinstance(tree, Mapping):
         return {key: map_tensors(item, change) for key, item in tree.items()}
     if isinstance(tree, list | tuple):

@@ -9,7 +9,7 @@ P parameters, k columns.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..errors import InvalidValue
+from ..errors import InvalidValue, NoSecondDerivative
 from ..linalg.operators import Linear
-from .data import tensors
+from .data import map_tensors, tensors
+from .differences import CentralDifferences
 from .second_order import differentiating
 
 
@@ -36,6 +37,7 @@ class Expansion:
     cost: float  # of `hvp`, in gradients: by counting operations, unless `tune` measured it
     columns: Linear | None = None  # ∇²L(w) V for V (P, k) in one pass, where the backend can do that
     together: bool = False  # whether that is faster than column by column
+    symmetric: bool = True  # False where `hvp` is the Jacobian of a gradient that is stopped on the way
 
 
 class BatchLoss(NamedTuple):
@@ -44,6 +46,7 @@ class BatchLoss(NamedTuple):
     examples: int
     loss: Tensor
     output: Any
+    loss_of: Callable[[Any, Mapping[str, Tensor]], Tensor]  # the loss as a function of outputs and weights
 
 
 class MeanLoss(Protocol):
@@ -162,9 +165,9 @@ class Graphs:
         self.f.require_second_derivative()
         total = torch.zeros_like(v)
         for batch, _ in self.kept:
-            total = total + batch.examples / self.examples * _gauss_newton(batch, self.w, v)
+            total = total + batch.examples / self.examples * _gauss_newton(self.f, batch, self.w, v)
         for batch, _ in self._rebuilt():
-            total = total + batch.examples / self.examples * _gauss_newton(batch, self.w, v)
+            total = total + batch.examples / self.examples * _gauss_newton(self.f, batch, self.w, v)
         return total
 
     def _kept_product(self, v: Tensor) -> Tensor:
@@ -191,15 +194,24 @@ class Graphs:
 @contextmanager
 def counting_saved_bytes(leaves: Iterable[Tensor]) -> Iterator[Callable[[], int]]:
     """Count the bytes that graphs built inside keep alive, each storage once, `leaves` not at all."""
-    seen = {leaf.untyped_storage().data_ptr(): 0 for leaf in leaves}
+    seen = {s.data_ptr(): 0 for leaf in leaves if (s := storage_of(leaf)) is not None}
 
     def note(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        seen.setdefault(storage.data_ptr(), storage.nbytes())
+        storage = storage_of(t)
+        if storage is not None:  # sparse tensors are as a rule data, which are in memory anyway
+            seen.setdefault(storage.data_ptr(), storage.nbytes())
         return t
 
     with saved_tensors_hooks(note, lambda t: t):
         yield lambda: sum(seen.values())
+
+
+def storage_of(t: Tensor) -> torch.UntypedStorage | None:
+    """Return the memory of a tensor; None of a sparse one, or inside a transform of torch.func."""
+    try:
+        return t.untyped_storage() if t.layout == torch.strided else None
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _vjp(y: Tensor, x: Tensor, v: Tensor, *, retain: bool = False, differentiable: bool = False) -> Tensor:
@@ -212,21 +224,91 @@ def _vjp(y: Tensor, x: Tensor, v: Tensor, *, retain: bool = False, differentiabl
     return out if differentiable else out.detach()
 
 
-def _gauss_newton(batch: BatchLoss, w: Tensor, v: Tensor) -> Tensor:
+def _gauss_newton(f: MeanLoss, batch: BatchLoss, w: Tensor, v: Tensor) -> Tensor:
+    """Multiply by ``Jᵀ ∇²ℓ J`` of one batch, with ∇²ℓ in outputs cut off from each other, and in w itself."""
     outputs = list({id(z): z for z in tensors(batch.output) if z.requires_grad}.values())
+    inside = [z for z in outputs if z.dim() == 0]  # losses that the model computed of its other outputs
+    if inside:
+        return _gauss_newton_inside(batch, [z for z in outputs if z.dim() > 0], w, v)
     if not outputs:
         raise InvalidValue(
             f"the model's output ({type(batch.output).__name__}) holds no tensor that depends on the weights; the"
             " Gauss-Newton product needs one, alone or in tuples, lists, dicts or dataclasses"
         )
+    leaves = {id(z): z.detach().requires_grad_() for z in outputs}
+    cut = map_tensors(batch.output, lambda z: leaves.get(id(z), z))
+    own = w.detach().requires_grad_()
+    loss = batch.loss_of(cut, f.unflatten(own))
+    if not loss.requires_grad:
+        raise InvalidValue(
+            f"the loss does not depend on the tensors of the output ({type(batch.output).__name__}); the Gauss-Newton"
+            " product needs a loss that is computed from them"
+        )
     dummies = [torch.zeros_like(z, requires_grad=True) for z in outputs]
     (pulled,) = torch.autograd.grad(outputs, w, dummies, create_graph=True)
     pushed = torch.autograd.grad(pulled, dummies, v, materialize_grads=True)
-    slopes = torch.autograd.grad(batch.loss, outputs, create_graph=True, materialize_grads=True)
-    curved = [s for s in slopes if s.requires_grad]
-    if not curved:
+    points = [*leaves.values(), own]
+    slopes = torch.autograd.grad(loss, points, create_graph=True, materialize_grads=True)
+    pairs = [(s, p) for s, p in zip(slopes, (*pushed, v), strict=True) if s.requires_grad]
+    if not pairs:
         return torch.zeros_like(v)
-    along = [p for s, p in zip(slopes, pushed, strict=True) if s.requires_grad]
-    bent = torch.autograd.grad(curved, outputs, along, retain_graph=True, materialize_grads=True)
+    curved, along = zip(*pairs, strict=True)
+    *bent, direct = torch.autograd.grad(curved, points, along, materialize_grads=True)
     (out,) = torch.autograd.grad(outputs, w, bent, retain_graph=True)
-    return out
+    return out + direct
+
+
+def _gauss_newton_inside(batch: BatchLoss, outputs: list[Tensor], w: Tensor, v: Tensor) -> Tensor:
+    """Multiply by ``Jᵀ ∇²ℓ J`` where the model itself computes the loss, from the last of its `outputs`."""
+    z = _last_before(batch.loss, outputs)
+    dummy = torch.zeros_like(z, requires_grad=True)
+    (pulled,) = torch.autograd.grad(z, w, dummy, create_graph=True)
+    (pushed,) = torch.autograd.grad(pulled, dummy, v, materialize_grads=True)
+    (slope,) = torch.autograd.grad(batch.loss, z, create_graph=True, materialize_grads=True)
+    if not slope.requires_grad:
+        return torch.zeros_like(v)
+    (bent,) = torch.autograd.grad(slope, z, pushed, retain_graph=True, materialize_grads=True)
+    return torch.autograd.grad(z, w, bent, retain_graph=True)[0]
+
+
+def _last_before(loss: Tensor, outputs: list[Tensor]) -> Tensor:
+    """Find the one output that a loss is computed from; those that are reached only through it do not count.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    places = {(z.grad_fn, z.output_nr): z for z in outputs}
+    stack, seen, found = [(loss.grad_fn, loss.output_nr)], set[Any](), dict[int, Tensor]()
+    while stack:
+        place = stack.pop()
+        if place in seen or place[0] is None:
+            continue
+        seen.add(place)
+        if place in places:
+            found[id(places[place])] = places[place]
+        else:
+            stack += place[0].next_functions
+    if len(found) != 1:
+        raise InvalidValue(
+            f"the model computes its loss from {len(found)} of its outputs; the Gauss-Newton product needs one: return"
+            " it, or let the model return the outputs and pass the loss as a function of them"
+        )
+    return next(iter(found.values()))
+
+
+def jacobian_of_field(f: Any, w: Tensor) -> Expansion:
+    """Multiply by the Jacobian of a gradient that is stopped on the way, by differences: 4 gradients, not symmetric."""
+    product = CentralDifferences(f, w)
+
+    def refuse(*_: Any) -> Tensor:
+        raise NoSecondDerivative(
+            "gradients are stopped on the way (detach, no_grad, a backward of its own), so that training follows no"
+            " gradient of one function: there are products with the Jacobian of the gradient, and its rightmost"
+            " eigenvalue is sharpness(f), but no third derivatives and no Gauss-Newton matrix;"
+            " f.using(sharpscope.autodiff.expansion.kept) has those of autograd, which leaves out the stopped part"
+        )
+
+    at = on_graphs(f, w, 0)
+    return replace(
+        at, hvp=lambda v: product(v)[0], third=refuse, gauss_newton=refuse, cost=4.0, columns=None, symmetric=False
+    )

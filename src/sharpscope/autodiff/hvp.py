@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..errors import CannotTrace
 from . import tracing
 from .data import Batch
+from .differences import CentralDifferences
 from .expansion import Expansion, Graphs, kept, on_graphs
 from .objective import Expand, Objective
 from .second_order import differentiating
@@ -44,7 +45,7 @@ def forward_over_reverse(f: Objective, w: Tensor) -> Expansion:
     def hvp(v: Tensor) -> Tensor:
         f.require_second_derivative()
         total = torch.zeros_like(v)
-        buffers = {name: b.detach() for name, b in f.model.named_buffers()}
+        buffers = {name: b.detach() for name, b in f.buffers().items()}
         for batch in f.batches(v.device):
             with forward_ad.dual_level():
                 w = forward_ad.make_dual(leaf, v)
@@ -74,40 +75,6 @@ def on_batch(f: Objective, batch: Batch, w: Tensor, buffers: Mapping[str, Tensor
     loss = f.loss_on(batch, {**f.unflatten(w), **own})
     (g,) = torch.autograd.grad(loss, w)
     return loss.detach(), g
-
-
-class CentralDifferences:
-    """Products with the Hessian by central differences of gradients, extrapolated, each with its relative error bar.
-
-    ``D(h) = (∇L(w + h v) - ∇L(w - h v)) / 2h`` at two steps gives ``(4 D(h/2) - D(h)) / 3`` with an error of order
-    h⁴ [N13].  The step is chosen at the first product, from a ladder scaled to ‖w‖/‖v‖ and the precision, as the one
-    with the least error estimate.
-    """
-
-    def __init__(self, f: Objective, w: Tensor) -> None:
-        self.f = f
-        self.w = w.detach()
-        self._step: float | None = None  # its length
-
-    def __call__(self, v: Tensor) -> tuple[Tensor, float]:
-        """Multiply by the Hessian; return the error bar beside the product."""
-        size = v.norm().item()
-        if size == 0:
-            return torch.zeros_like(v), 0.0
-        if self._step is None:
-            start = torch.finfo(v.dtype).eps ** 0.2 * max(self.w.norm().item(), 1e-3)
-            steps = [start / 4**i for i in range(6)]
-            self._step = min((self._extrapolated(v, step / size)[1], step) for step in steps)[1]
-        out, bar = self._extrapolated(v, self._step / size)
-        return out, bar / max(out.norm().item(), torch.finfo(v.dtype).tiny)
-
-    def _extrapolated(self, v: Tensor, h: float) -> tuple[Tensor, float]:
-        def central(h: float) -> Tensor:
-            return (self.f.grad(self.w + h * v) - self.f.grad(self.w - h * v)) / (2 * h)
-
-        wide, near = central(h), central(h / 2)
-        bar = (near - wide).norm().item() / 3
-        return (4 * near - wide) / 3, bar if bar == bar else float("inf")
 
 
 @dataclass
@@ -155,8 +122,8 @@ class _Traced:
         began = time.perf_counter()
         self.f = f.on([])
         self.machine_code = machine_code
-        self.names = [name for name, _ in f.model.named_buffers()]
-        self.frozen = [name for name, p in f.model.named_parameters() if name not in f.slices]
+        self.names = list(f.buffers())
+        self.frozen = list(f.constants())
         w = w.detach()
         g = torch.Generator().manual_seed(0)
         v, step = (torch.randn(w.shape, generator=g, dtype=torch.float64).to(w) for _ in range(2))
@@ -167,7 +134,7 @@ class _Traced:
         self.seconds = time.perf_counter() - began
 
     def inputs(self, w: Tensor, buffers: Sequence[Tensor], batch: Batch) -> list[Tensor]:
-        params = dict(self.f.model.named_parameters())
+        params = self.f.constants()
         tensors = [t for t in tree_flatten(batch[:3])[0] if isinstance(t, Tensor)]
         return [w, *(params[name].detach() for name in self.frozen), *buffers, *tensors]
 
@@ -294,7 +261,7 @@ class _Linearization:
 
     def _started(self) -> Iterator[tuple[_Traced, list[Tensor], list[Tensor], int]]:
         """Run the first part of each batch's program: its values, its residuals, and the number of examples."""
-        buffers = [b.detach() for b in self.f.model.buffers()]
+        buffers = [b.detach() for b in self.f.buffers().values()]
         for batch in self.f.batches(self.w.device):
             program = self.tracer.program(self.f, self.w, batch, buffers)
             values, residuals = program.parts.start(program.inputs(self.w, buffers, batch))
@@ -325,12 +292,12 @@ def _key(f: Objective, w: Tensor, batch: Batch) -> Any:
     for leaf in leaves:
         if not isinstance(leaf, Tensor | int | float | str | bool | None):
             raise CannotTrace(f"no fixed program: a batch holds a {type(leaf).__name__}")
-    tensors = [w, *f.model.buffers(), *f.model.parameters()]
+    tensors = [w, *f.buffers().values(), *f.parameters().values(), *f.constants().values()]
     return (
         id(f.model),  # the program itself keeps model and loss alive
         id(f.loss),
         tuple(f.slices),
-        tuple(m.training for m in f.model.modules()),
+        tuple(m.training for m in f.modules()),
         tuple((t.shape, t.dtype, t.device) for t in tensors),
         repr(spec),
         tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves),

@@ -1,10 +1,11 @@
 """Model + loss + data as one smooth function of one flat weight vector.
 
 ``L(w) = Σ_b n_b ℓ_b(w) / Σ_b n_b`` over the batches b of the data, each with mean loss ``ℓ_b`` and ``n_b`` examples,
-where ``w`` holds every trainable parameter in the order of ``model.named_parameters()``.  Evaluating changes nothing:
-weights are passed in, buffers are cloned, random states are put back, ``.grad`` and the training modes are never
-touched.  How gradients and products are formed are functions that the objective carries (`Objective.using`): by default
-one batch at a time, and on graphs of the gradient that are kept (`expansion`).
+where ``w`` holds every trainable parameter in the order of ``model.named_parameters()``, those of a loss that is a
+module after them.  Evaluating changes nothing: weights are passed in wherever model and loss read them, buffers are
+cloned, other state is put back (`reach`), random states too, ``.grad`` and the training modes are never touched, and
+hooks that only record do not run (`neutral`).  How gradients and products are formed are functions that the objective
+carries (`Objective.using`): by default one batch at a time, and on graphs of the gradient that are kept (`expansion`).
 
 P parameters.
 """
@@ -13,6 +14,8 @@ import copy
 import math
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +24,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import InvalidValue, NoSecondDerivative
-from .checks import check_deterministic, check_loss, check_parameters, check_sparse, droppers
-from .data import Batch, check_data, read
-from .expansion import BatchLoss, Expansion, counting_saved_bytes, kept
-from .second_order import differentiating, holds_delayed_error, modules_without_second_derivative
-from .smooth import smooth
-
-Loss = Callable[[Any, Any], Tensor]
+from .checks import check_deterministic, check_parameters, droppers, work_dtype
+from .data import Batch, check_data, map_tensors, read
+from .expansion import BatchLoss, Expansion, jacobian_of_field, kept
+from .first_look import Look, first_look
+from .neutral import plainly, quiet
+from .reach import Surroundings
+from .second_order import differentiating, modules_without_second_derivative
+from .smooth import is_lower, smooth
+from .whole import Loss, LossAlone, Whole, check_model, unwrapped
 
 Expand = Callable[["Objective", Tensor], Expansion]
 """A backend for products with second and third derivatives at w ``(P,)``."""
@@ -40,8 +45,10 @@ class Objective:
     """A loss ``L(w)`` of flat weights `w`, with its gradient and products with its higher derivatives [N1].
 
     Args:
-        model: any module.  Its trainable parameters form `w`; buffers and frozen parameters are constants.
-        loss: ``loss(output, target)`` with the *mean* over the batch as a scalar tensor.
+        model: any module, wrapped for data parallelism or compiled or not.  Its trainable parameters form `w`; buffers
+            and frozen parameters are constants.
+        loss: ``loss(output, target)`` with the *mean* over the batch as a scalar tensor.  The trainable parameters of a
+            loss that is a module are part of `w`, named ``loss.*``; a function may use the model or its parameters.
         data: batches, iterable again and again (a list, a DataLoader).  What shuffles or augments is read under one
             fixed seed in every pass, so that L is one function; `check` says whether another seed would change it.
             A batch is a pair ``(inputs, target)``, where inputs are one tensor, a tuple (positional arguments) or a
@@ -49,15 +56,19 @@ class Objective:
         memory_budget: bytes that the graphs kept for repeated products may hold; batches beyond it are recomputed
             at every product, which then costs 1.5 to 2.5 times as much.  The graph of one batch is always whole: use
             smaller batches where that is too much.
-        without_dropout: measure the loss without dropout, of modules and of attention, whatever mode these are in.
+        without_dropout: measure the loss without dropout, of modules and of attention, whatever mode these are in, and
+            with other modules that draw random numbers (stochastic depth, noise) in eval mode.
 
-    Products follow autograd: where a layer's backward is not the derivative of its forward (spectral normalization in
-    training mode, an embedding's ``padding_idx``) they are those of the backward.
+    Weights of low precision are measured in float32, without autocast; complex ones as pairs of real ones.  Gradient
+    checkpoints, compiled code and hooks that only record are left out of the evaluation.  Products follow autograd.
+    Where a training stops gradients (``detach``, a target network of its own weights), its gradient is not that of one
+    function: then `follows_gradient` is False, and products are those of the Jacobian of that gradient.
 
     Raises:
-        ValueError: nothing to train, parameters of several or of low precisions, a loss that is not a finite
-            differentiable scalar, parameters that the loss does not reach, active dropout modules, data that are
-            empty or can be read only once, a loss module that sums.
+        ValueError: nothing to train; a model that is sharded, scripted, lazy or without values; a loss that is not a
+            finite differentiable scalar, that sums, or that changes from one evaluation to the next; active dropout and
+            other randomness; weights that reach the loss by a road on which they cannot be replaced; data that are
+            empty or can be read only once.
 
     >>> net = nn.Linear(3, 1)
     >>> f = Objective(net, nn.functional.mse_loss, [(torch.ones(4, 3), torch.zeros(4, 1))])
@@ -74,78 +85,188 @@ class Objective:
         memory_budget: int = 2 << 30,
         without_dropout: bool = False,
     ) -> None:
-        self.model = model
+        self.model = unwrapped(check_model(model))
         self.loss = loss
         self.data = data
         self.memory_budget = memory_budget
         self.dropout = not without_dropout
         self.expand: Expand = kept
         self.gradient: Gradient = by_batches
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not trainable:
-            raise InvalidValue(f"{type(model).__name__} has no trainable parameter; set requires_grad on at least one")
-        check_parameters(trainable)
-        check_sparse(model)
-        self.shapes = {name: p.shape for name, p in trainable.items()}
-        sizes = [p.numel() for p in trainable.values()]
-        ends = np.cumsum(sizes).tolist()
-        self.slices = {name: slice(end - n, end) for name, n, end in zip(trainable, sizes, ends, strict=True)}
-        self.size: int = ends[-1]
-        self._droppers = droppers(model, recurrent_only=without_dropout)
         check_data(data)
         reduction = getattr(loss, "reduction", "mean")
         if reduction != "mean":
             raise InvalidValue(f"the loss has reduction='{reduction}'; batches are weighted by size, so use 'mean'")
         self._seed = None if isinstance(data, list | tuple) else 0
-        self.graph_bytes_per_example, self._once_differentiable = self._check_first_batch()
+        self._plan()
+
+    def _plan(self) -> None:
+        """Lay out the weights, and take a first look at the loss: once, and again when the model has changed."""
+        known = list(self.model.modules()) + (list(self.loss.modules()) if isinstance(self.loss, nn.Module) else [])
+        self._around = Surroundings([self.model, self.loss], known)
+        self._whole = Whole(self.model, self.loss, self._around.modules)
+        trainable = self._whole.trainable()
+        check_parameters(trainable, self.model)
+        self.dtype = work_dtype(trainable.values())
+        self.shapes = {name: _real_shape(p) for name, p in trainable.items()}
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        ends = np.cumsum(sizes).tolist()
+        self.slices = {name: slice(end - n, end) for name, n, end in zip(trainable, sizes, ends, strict=True)}
+        self.size: int = ends[-1]
+        self._planned = list(trainable.values())
+        self._complex = [name for name, p in trainable.items() if p.is_complex()]
+        lower = any(is_lower(p, self.dtype) for p in self._whole.parameters())
+        self._raised_to = self.dtype if lower else None
+        self._droppers = droppers(self.model, recurrent_only=not self.dropout)
+        self._look = Look()
+        self._look = first_look(self, self._around)
+
+    @property
+    def graph_bytes_per_example(self) -> float:
+        """Bytes that the graph of the gradient keeps alive per example, from the first batch."""
+        return self._look.graph_bytes_per_example
+
+    @property
+    def follows_gradient(self) -> bool:
+        """False where gradients are stopped on the way, so that training follows no gradient of one function."""
+        return not self._look.jacobian
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters of model and loss now, under their names, in the order of `w`."""
+        return self._whole.trainable()
+
+    def constants(self) -> dict[str, Tensor]:
+        """The frozen parameters of the model, the loss and the modules that it calls, under their names."""
+        return {name: p for name, p in self._whole.parameters_by_name().items() if name not in self.slices}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers of the model, the loss and the modules that it calls, under their names."""
+        return self._whole.buffers_by_name()
+
+    def modules(self) -> list[nn.Module]:
+        """The model, the loss and the modules that it calls, with all their parts."""
+        return list(self._whole.modules())[1:]
+
+    def named_modules(self) -> list[tuple[str, nn.Module]]:
+        """The modules of `modules`, under their names; those of the model as it names them itself."""
+        named = ((self._whole.name(f"{key}."), m) for key, m in self._whole.named_modules() if key and key != "around")
+        return [(name.removesuffix("."), m) for name, m in named]
+
+    @property
+    def captured(self) -> list[Tensor]:
+        """Trainable weights on which the loss depends and that are neither the model's nor those of a loss module."""
+        return list(self._look.captured)
+
+    def changes(self) -> str:
+        """Say how the trainable parameters differ from those when this objective was made; empty if not at all."""
+        now = self.parameters()
+        here = list(now.values())
+        if len(here) == len(self._planned) and all(map(_is, here, self._planned)):
+            if all(_real_shape(p) == shape for p, shape in zip(here, self.shapes.values(), strict=True)):
+                return "" if work_dtype(here) == self.dtype else "their precision has changed"
+        parts = {
+            "unfrozen or new": [name for name in now if name not in self.shapes],
+            "frozen or gone": [name for name in self.shapes if name not in now],
+            "of another shape": [n for n, p in now.items() if n in self.shapes and _real_shape(p) != self.shapes[n]],
+        }
+        said = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in parts.items() if names)
+        return said or "some were replaced by others of the same shape"
+
+    def renewed(self) -> "Objective":
+        """Make the objective anew, for the trainable parameters that the model has now."""
+        other = self._copy()
+        other._plan()
+        return other
 
     def weights(self) -> Tensor:
-        """Return the model's trainable parameters now, as a new flat vector ``(P,)``."""
-        params = dict(self.model.named_parameters())
-        return torch.cat([params[name].detach().reshape(-1) for name in self.slices])
+        """Return the trainable parameters now, as a new flat vector ``(P,)``.
+
+        Raises:
+            ValueError: they are not those any more for which the objective was made (`renewed`).
+        """
+        params = list(self.parameters().values())
+        if list(map(_real_shape, params)) != list(self.shapes.values()):
+            raise InvalidValue(
+                f"the trainable parameters are not those of this objective any more ({self.changes()}); go on with"
+                " f.renewed()"
+            )
+        with torch.inference_mode(mode=False):
+            return torch.cat([_real(p.detach()).reshape(-1).to(self.dtype) for p in params])
 
     def unflatten(self, w: Tensor) -> dict[str, Tensor]:
-        """Return views of `w` ``(P,)`` under the parameters' names and shapes."""
+        """Return views of `w` ``(P,)`` under the parameters' names and shapes; complex ones as pairs of numbers."""
         parts = w.split([s.stop - s.start for s in self.slices.values()])
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def load(self, w: Tensor) -> None:
         """Write `w` into the model: the one method that changes it."""
-        params = dict(self.model.named_parameters())
+        params = self.parameters()
         with torch.no_grad():
             for name, value in self.unflatten(w).items():
-                params[name].copy_(value)
+                _real(params[name]).copy_(value)
 
     def on(self, data: Iterable[Any]) -> "Objective":
         """Put the same model and loss on other data (a mini-batch, say), without checking anything again."""
-        other = copy.copy(self)
+        other = self._copy()
         other.data = data
         return other
 
     def using(self, expand: Expand | None = None, *, gradient: Gradient | None = None) -> "Objective":
         """Form products with another backend (see `hvp`), or gradients; the function stays the same."""
-        other = copy.copy(self)
+        other = self._copy()
         other.expand = expand or self.expand
         other.gradient = gradient or self.gradient
+        other._chosen = expand is not None or self._chosen
         return other
 
+    _chosen = False  # whether somebody named the backend, and takes its products as they are
+
+    def in_double(self) -> "Objective":
+        """Return the same function in double precision: weights, constants, buffers and data are converted as they are read.
+
+        Model and data stay in memory once, and as they are; integers stay integers.  Conversions to single precision
+        inside the model are left out.
+        """
+        double = self._copy()
+        double.dtype = torch.float64
+        double._raised_to = torch.float64
+        double._look = replace(self._look, graph_bytes_per_example=2 * self._look.graph_bytes_per_example)
+        return double
+
+    def seen(self, look: Look) -> "Objective":
+        """Return the objective as another first look would have it."""
+        other = self._copy()
+        other._look = look
+        return other
+
+    def _copy(self) -> "Objective":
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_around"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._around = Surroundings([self.model, self.loss], self._whole.modules())
+
     def _seeded(self, seed: int) -> "Objective":
-        other = copy.copy(self)
+        other = self._copy()
         other._seed = seed
         return other
 
     def value(self, w: Tensor) -> Tensor:
         """Evaluate the loss ``L(w)``, a scalar."""
-        with differentiating(), torch.no_grad():
+        with differentiating(), nullcontext() if self._look.needs_grad else torch.no_grad():
             total, examples = w.new_zeros(()), 0
-            for batch in self.losses(self.unflatten(w)):
+            for batch in self.losses(self.unflatten(ordinary(w))):
                 total = total + batch.examples * batch.loss.detach()
                 examples += batch.examples
         return total / examples
 
     def value_and_grad(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate ``L(w)`` and its gradient ``(P,)`` in one pass."""
-        return self.gradient(self, w)
+        return self.gradient(self, ordinary(w))
 
     def grad(self, w: Tensor) -> Tensor:
         """Evaluate the gradient ``∇L(w)`` ``(P,)``."""
@@ -153,7 +274,8 @@ class Objective:
 
     def at(self, w: Tensor) -> Expansion:
         """Expand around `w`: use this for more than one product at a point."""
-        return self.expand(self, w)
+        expand = self.expand if self.follows_gradient or self._chosen else jacobian_of_field
+        return expand(self, ordinary(w))
 
     def hvp(self, w: Tensor, v: Tensor) -> Tensor:
         """Multiply by the Hessian, ``∇²L(w) v`` ``(P,)``."""
@@ -166,7 +288,8 @@ class Objective:
     def gauss_newton(self, w: Tensor, v: Tensor) -> Tensor:
         """Multiply by the Gauss-Newton matrix, ``Jᵀ ∇²ℓ J v`` ``(P,)`` [N3].
 
-        J is the Jacobian of the outputs, ∇²ℓ the Hessian of the loss in the outputs.
+        J is the Jacobian of the outputs, ∇²ℓ the Hessian of the loss in the outputs; weights that the loss reads itself
+        (a penalty) count as outputs, too.
         """
         return self.at(w).gauss_newton(v)
 
@@ -186,31 +309,88 @@ class Objective:
         """Read the data once, under their seed, onto `device` (by default that of the weights)."""
         check_deterministic(self._droppers)
         if device is None:
-            device = self.model.get_parameter(next(iter(self.slices))).device
+            device = self._planned[0].device
         return read(self.data, self._seed, device)
 
     def losses(self, params: Mapping[str, Tensor]) -> Iterator[BatchLoss]:
-        """Evaluate the loss of each batch as a function of `params`, with buffers cloned once per pass."""
-        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
-        for batch in self.batches(next(iter(params.values())).device):
-            yield self._evaluate(batch, {**params, **buffers})
+        """Evaluate the loss of each batch as a function of `params`, with buffers cloned once per pass.
+
+        Raises:
+            ValueError: an evaluation draws random numbers.
+        """
+        tensors = {**params, **{name: b.clone() for name, b in self.buffers().items()}}
+        device = next(iter(params.values())).device
+        for batch in self.batches(device):
+            before = random_state(device)
+            loss = self.evaluate(batch, tensors)
+            if not self._look.draws and (random_state(device) != before or self._around.drew):
+                raise InvalidValue(
+                    "the model or the loss has begun to draw random numbers (a module in training mode?), so that its"
+                    " curvature is not defined; call .eval() on it, or measure without: Objective(...,"
+                    " without_dropout=True)"
+                )
+            yield loss
 
     def loss_on(self, batch: Batch, params: Mapping[str, Tensor]) -> Tensor:
         """Evaluate the loss of one batch with `params` in the place of parameters and buffers.
 
         It may write to the buffers among them.
         """
-        return self._evaluate(batch, params).loss
+        return self.evaluate(batch, dict(params)).loss
 
-    def _evaluate(self, batch: Batch, params: Mapping[str, Tensor]) -> BatchLoss:
-        with smooth(dropout=self.dropout):
-            output = functional_call(self.model, dict(params), batch.args, batch.kwargs)
-            loss = self.loss(output, batch.target)
-        return BatchLoss(batch.examples, loss, output)
+    def evaluate(self, batch: Batch, tensors: dict[str, Tensor]) -> BatchLoss:
+        """Evaluate model and loss on one batch; `tensors` are used wherever these read a weight or a buffer.
+
+        Buffers among them may be written or replaced.
+        """
+        called = self._as_called(tensors)
+        keys = {self._whole.key(name): t for name, t in called.items()}
+        state = {name: t.clone() for name, t in called.items() if name not in self.slices and "." in name}
+        with self._evaluating(called):
+            args = _inputs((batch.args, batch.kwargs, batch.target), self._raised_to, self._look.writes_inputs)
+            output, loss = functional_call(self._whole, keys, args)
+        for name in tensors.keys() - self.slices.keys():
+            tensors[name] = keys[self._whole.key(name)].detach()
+
+        def loss_of(outputs: Any, params: Mapping[str, Tensor]) -> Tensor:
+            now = self._as_called({**state, **params})
+            alone = {"whole." + self._whole.key(name): t for name, t in now.items()}
+            with self._evaluating(now):
+                found: Tensor = functional_call(LossAlone(self._whole), alone, (outputs, args[2]))
+            return found
+
+        return BatchLoss(batch.examples, loss, output, loss_of)
+
+    @contextmanager
+    def _evaluating(self, called: Mapping[str, Tensor]) -> Iterator[None]:
+        """Evaluate inside as a plain function of the tensors `called`, leaving nothing behind."""
+        own = {**self._whole.parameters_by_name(), **self.buffers()}
+        instead = {id(own[name]): t for name, t in called.items()}
+        if self._raised_to is not None:
+            plain = (t for t in self._around.tensors() if id(t) not in instead)
+            instead |= {id(t): _up(t, self._raised_to) for t in plain if is_lower(t, self._raised_to)}
+        lowest = self._raised_to or torch.float32
+        with ExitStack() as stack:
+            stack.enter_context(self._around.untouched())
+            stack.enter_context(plainly(self.modules(), self._look.hooks))
+            stack.enter_context(quiet(self._look.quiet))
+            stack.enter_context(smooth(dropout=self.dropout, lowest=lowest, instead=instead))
+            yield
+
+    def _as_called(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Bring flat parameters and buffers into the form in which the modules hold them."""
+        level = self._raised_to
+        fixed = {} if level is None else {**self.constants(), **self.buffers()}
+        called = {**{name: t.detach() for name, t in fixed.items() if is_lower(t, level)}, **tensors}
+        for name in self._complex:
+            called[name] = torch.view_as_complex(called[name].clone())
+        if self._look.writes_weights:
+            called |= {name: called[name].clone() for name in self.slices}
+        return called if level is None else {name: _up(t, level) for name, t in called.items()}
 
     def require_second_derivative(self) -> None:
         """Raise NoSecondDerivative where an operation can be differentiated only once."""
-        if self._once_differentiable:
+        if self._look.once_differentiable:
             raise _missing(self, "an operation is marked as differentiable once")
 
     def explained(self, error: RuntimeError) -> RuntimeError:
@@ -218,24 +398,6 @@ class Objective:
         if not re.search(r"not implemented|once_differentiable|does not require grad|retain_graph", str(error)):
             return error
         return _missing(self, str(error).splitlines()[0])
-
-    @differentiating()
-    def _check_first_batch(self) -> tuple[float, bool]:
-        """Refuse what cannot be differentiated.
-
-        Return the bytes of the gradient's graph per example, and whether an operation is differentiable only once.
-        """
-        leaves = {name: part.clone().requires_grad_() for name, part in self.unflatten(self.weights()).items()}
-        with counting_saved_bytes([*leaves.values(), *self.model.parameters()]) as saved:
-            batch = next(self.losses(leaves))
-            check_loss(batch.loss)
-            grads = torch.autograd.grad(batch.loss, list(leaves.values()), create_graph=True, allow_unused=True)
-        unused = [name for name, g in zip(leaves, grads, strict=True) if g is None]
-        if unused:
-            raise InvalidValue(
-                f"the loss does not depend on {', '.join(unused)}; freeze what is not trained by requires_grad_(False)"
-            )
-        return saved() / batch.examples, holds_delayed_error(grads)
 
 
 @differentiating()
@@ -249,6 +411,49 @@ def by_batches(f: Objective, w: Tensor) -> tuple[Tensor, Tensor]:
         slope = slope.add_(g, alpha=batch.examples)
         examples += batch.examples
     return total / examples, slope / examples
+
+
+def ordinary(w: Tensor) -> Tensor:
+    """Return a tensor that derivatives can be taken of: a copy of one that was made in inference mode."""
+    if not w.is_inference():
+        return w
+    with torch.inference_mode(mode=False):
+        return w.clone()
+
+
+def random_state(device: torch.device) -> bytes:
+    """Return the state of the random numbers that an evaluation on `device` may draw."""
+    state = torch.get_rng_state().numpy().tobytes()
+    return state + torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else state
+
+
+def _inputs(trees: tuple[Any, ...], level: torch.dtype | None, copied: bool) -> tuple[Any, ...]:
+    """Stand-ins for the tensors of a batch, which may be asked for gradients, and if `copied` written, freely."""
+
+    def stand_in(t: Tensor) -> Tensor:
+        if level is not None:
+            t = _up(t, level)
+        own = t.clone() if copied or t.is_inference() else t.detach()
+        return own.requires_grad_() if t.requires_grad else own
+
+    return tuple(map_tensors(tree, stand_in) for tree in trees)
+
+
+def _up(t: Tensor, level: torch.dtype) -> Tensor:
+    """Raise a tensor of lower precision to `level`."""
+    return t.to(level.to_complex() if t.is_complex() else level) if is_lower(t, level) else t
+
+
+def _real(p: Tensor) -> Tensor:
+    return torch.view_as_real(p) if p.is_complex() else p
+
+
+def _real_shape(p: Tensor) -> torch.Size:
+    return torch.Size((*p.shape, 2)) if p.is_complex() else p.shape
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b
 
 
 def _missing(f: Objective, reason: str) -> NoSecondDerivative:

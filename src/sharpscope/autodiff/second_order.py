@@ -17,6 +17,8 @@ from .smooth import smooth
 def differentiating() -> Iterator[None]:
     """Turn gradients on and autocast off, whatever the caller's context: second derivatives run in it as well."""
     with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):

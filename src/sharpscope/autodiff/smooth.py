@@ -10,7 +10,7 @@ the same formulas run in elementary operations, whose derivatives are right to e
         loss = loss_fn(model(x), y)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -165,6 +165,54 @@ def _mse_loss(
     return squares.mean() if reduction == "mean" else squares.sum()
 
 
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Look rows up; rows beyond `max_norm` are shortened in a copy, not in place, and gradients are dense."""
+    if max_norm is not None:
+        weight = _shortened(weight, max_norm, norm_type)
+    return F.embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    if max_norm is not None:
+        weight = _shortened(weight, max_norm, norm_type)
+    return F.embedding_bag(
+        input,
+        weight,
+        offsets,
+        scale_grad_by_freq=scale_grad_by_freq,
+        mode=mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=include_last_offset,
+        padding_idx=padding_idx,
+    )
+
+
+def _shortened(weight: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """Scale the rows that are longer than `max_norm` to that length, as torch's kernel does (with its 1e-7)."""
+    norms = torch.linalg.vector_norm(weight, norm_type, dim=1, keepdim=True)
+    return weight * torch.where(norms > max_norm, max_norm / (norms + 1e-7), 1.0)
+
+
 def _with_math_attention(func: Callable[..., Any]) -> Callable[..., Any]:
     """Run `func` on the one attention kernel that is made of elementary operations."""
 
@@ -183,6 +231,8 @@ ELEMENTARY: dict[Callable[..., Any], Callable[..., Any]] = {
     F.instance_norm: _instance_norm,
     torch.instance_norm: _torch_instance_norm,
     torch._weight_norm: _weight_norm,
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
     F.mse_loss: _mse_loss,  # whose backward kernel fails in forward mode
     F.scaled_dot_product_attention: _with_math_attention(F.scaled_dot_product_attention),
     F.multi_head_attention_forward: _with_math_attention(F.multi_head_attention_forward),
@@ -214,15 +264,33 @@ UNDROPPED: dict[Callable[..., Any], Callable[..., Any]] = {
 """One row per operation that drops at random, without doing so."""
 
 
+CONVERSIONS: frozenset[Callable[..., Any]] = frozenset(
+    getattr(torch.Tensor, name) for name in ("to", "type", "type_as", "float", "half", "bfloat16")
+)
+"""Operations that convert to a precision."""
+
+
+def is_lower(t: Tensor, level: torch.dtype) -> bool:
+    """Tell whether a floating point tensor is of lower precision than `level`."""
+    size = t.element_size() // 2 if t.is_complex() else t.element_size()
+    return (t.is_floating_point() or t.is_complex()) and size < level.itemsize
+
+
 class smooth(TorchFunctionMode):
     """A context in which the operations of `ELEMENTARY` run in differentiable form; everything else is untouched.
 
-    With ``dropout=False`` the operations of `UNDROPPED` drop nothing, whatever mode the modules are in.
+    With ``dropout=False`` the operations of `UNDROPPED` drop nothing, whatever mode the modules are in; with
+    `lowest` nothing is converted to a precision below it.  `instead` holds tensors by the ids of those in whose place
+    they are used, wherever these come from: a closure, a list, an optimizer.
     """
 
-    def __init__(self, *, dropout: bool = True) -> None:
+    def __init__(
+        self, *, dropout: bool = True, lowest: torch.dtype | None = None, instead: Mapping[int, Tensor] | None = None
+    ) -> None:
         super().__init__()
         self._table = ELEMENTARY if dropout else ELEMENTARY | UNDROPPED
+        self._lowest = lowest
+        self._instead = instead or {}
 
     def __torch_function__(
         self,
@@ -231,4 +299,16 @@ class smooth(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return self._table.get(func, func)(*args, **(kwargs or {}))
+        if self._instead:
+            args = tuple(self._replaced(a) for a in args)
+            kwargs = {name: self._replaced(a) for name, a in kwargs.items()} if kwargs else kwargs
+        out = self._table.get(func, func)(*args, **(kwargs or {}))
+        if self._lowest is not None and func in CONVERSIONS and isinstance(out, Tensor):
+            if is_lower(out, self._lowest):
+                return args[0].to(out.device, self._lowest.to_complex() if out.is_complex() else self._lowest)
+        return out
+
+    def _replaced(self, argument: Any) -> Any:
+        if type(argument) in (list, tuple):
+            return type(argument)(self._replaced(a) for a in argument)
+        return self._instead.get(id(argument), argument)

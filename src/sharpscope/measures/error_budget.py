@@ -20,7 +20,6 @@ from torch import Tensor
 from ..autodiff.curvature import hessian
 from ..autodiff.data import examples, map_tensors
 from ..autodiff.objective import Objective
-from ..autodiff.precision import in_double
 from ..errors import InvalidValue
 from ..linalg.lanczos import lanczos
 from ..linalg.operators import SymmetricOperator
@@ -168,7 +167,7 @@ def _rounding(f: Objective, a: SymmetricOperator, w: Tensor, v: Tensor, value: f
     Where H is in float64 already, it is how far its products are from symmetric.
     """
     if w.dtype != torch.float64:
-        return abs(_curvature(hessian(in_double(f), w.double()), v.double()) - value)
+        return abs(_curvature(hessian(f.in_double(), w.double()), v.double()) - value)
     z = torch.randn(v.shape, generator=torch.Generator().manual_seed(seed), dtype=v.dtype).to(v.device)
     u = v + z / z.norm()  # partly along v: products with a vector at right angles to it are small, and so their errors
     return abs(((u @ (a @ v)) - (v @ (a @ u))) / u.norm()).item()

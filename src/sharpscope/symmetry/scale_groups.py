@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from ..autodiff.objective import Objective
-from ..autodiff.precision import in_double
 from ..errors import InvalidValue
 from .candidates import Candidates, module_grids, modules, parts, remaining, row_grids, tensors, thirds, units
 from .relations import Sample, Sums, blocks, euler_cosine, joint_groups, rescaled_pairs, row_products
@@ -340,7 +339,7 @@ def _double_if_possible(f: Objective, w: Tensor) -> Objective:
     if w.dtype is torch.float64:
         return f
     try:
-        double = in_double(f)
+        double = f.in_double()
         double.value(w.double())
     except (RuntimeError, TypeError, ValueError, copy.Error):
         return f

@@ -1,0 +1,109 @@
+"""Evaluation of modules as plain functions: without what training adds around them and derivatives cannot pass.
+
+Inside ``plainly(modules)`` gradient checkpoints run their blocks directly (the same function; the recomputation would
+read other weights), autocast and compiled code do nothing, caches of parametrizations are empty, and hooks are
+suspended but for those that belong to the function.
+"""
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from threading import RLock
+from typing import Any
+
+import torch
+import torch.nn.modules.module as torch_module
+import torch.utils.checkpoint as torch_checkpoint
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .reach import HOOKS, hooks_of
+
+BELONGING = ("torch.nn.utils", "torch.ao")
+"""Modules of torch whose hooks form weights: weight and spectral normalization of old, pruning, fake quantization."""
+
+_lock = RLock()
+
+
+class _Direct:
+    """Stands in for a checkpointed function, and applies the function itself."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _no_checkpoint(*args: Any, **kwargs: Any) -> Generator[None]:
+    yield
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+PATCHES: tuple[tuple[Any, str, Any], ...] = (
+    (torch_checkpoint, "CheckpointFunction", _Direct),
+    (torch_checkpoint, "_checkpoint_without_reentrant_generator", _no_checkpoint),
+    (torch.autocast, "__enter__", lambda self: self),
+    (torch.autocast, "__exit__", _nothing),
+    (parametrize, "_cache_enabled", 0),
+    *((torch_module, name, OrderedDict()) for name in vars(torch_module) if name.startswith("_global_forward_")),
+    *((torch_module, name, OrderedDict()) for name in vars(torch_module) if name.startswith("_global_backward_")),
+)
+"""What is replaced while a loss is evaluated: owner, name, replacement."""
+
+
+@contextmanager
+def plainly(modules: Iterable[nn.Module], belonging: Collection[int] = (), *, hooks: bool = False) -> Iterator[None]:
+    """Run modules as plain functions inside; hooks whose ids are `belonging` run, or all with ``hooks=True``."""
+    with _lock, ExitStack() as stack:
+        before = [(owner, name, vars(owner)[name]) for owner, name, _ in PATCHES]
+        suspended = [(m, m.__dict__.copy()) for m in modules if _is_dressed(m)]
+        for owner, name, value in PATCHES:
+            setattr(owner, name, value)
+        for m, attributes in suspended:
+            m.__dict__["_compiled_call_impl"] = None
+            if not hooks:
+                m.__dict__.update({kind: _chosen(attributes.get(kind, {}), belonging) for kind in HOOKS})
+        try:
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+        finally:
+            for m, attributes in suspended:
+                for name in (*HOOKS, "_compiled_call_impl"):
+                    m.__dict__.pop(name, None)
+                    m.__dict__.update({name: attributes[name]} if name in attributes else {})
+            for owner, name, value in before:
+                setattr(owner, name, value)
+
+
+@contextmanager
+def quiet(modules: Collection[nn.Module]) -> Iterator[None]:
+    """Hold these modules, not their parts, in eval mode inside."""
+    modes = [m.training for m in modules]
+    for m in modules:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m, mode in zip(modules, modes, strict=True):
+            m.training = mode
+
+
+def user_hooks(modules: Iterable[nn.Module]) -> list[Callable[..., Any]]:
+    """Find the hooks of modules that may be either part of the function or somebody's recording."""
+    return [h for m in modules for hooks in hooks_of(m) for h in hooks.values() if not _belongs(h)]
+
+
+def _is_dressed(m: nn.Module) -> bool:
+    return m.__dict__.get("_compiled_call_impl") is not None or bool(hooks_of(m))
+
+
+def _chosen(hooks: dict[int, Any], belonging: Collection[int]) -> OrderedDict[int, Any]:
+    return OrderedDict((key, h) for key, h in hooks.items() if id(h) in belonging or _belongs(h))
+
+
+def _belongs(hook: Any) -> bool:
+    return type(hook).__module__.startswith(BELONGING) or (getattr(hook, "__module__", "") or "").startswith(__package__)
