@@ -150,7 +150,7 @@ def test_a_turned_basis_turns_the_solution() -> None:
     assert torch.allclose(solve(Q @ C @ Q.T, turned).x, Q @ solve(C, B).x @ Q.T, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e6, 1e12])
+@pytest.mark.parametrize("scale", [1e-34, 1e-12, 1e-3, 1e6, 1e12, 1e34])
 def test_units_do_not_matter(scale: float) -> None:
     C, B = problem(4, 12, 2)
     X = solve(C, B).x

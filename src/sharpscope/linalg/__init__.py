@@ -6,6 +6,7 @@ from .density import Density, density
 from .eigenpairs import Eigenpairs
 from .lanczos import both_ends, lanczos, smallest_eigenpairs
 from .operators import SymmetricOperator, preconditioned, projected, restricted, scaled, shifted
+from .rightmost import Rightmost, rightmost
 from .trace import Estimate, diagonal, trace
 from .warm_start import warm_started
 
@@ -14,6 +15,7 @@ __all__ = [
     "Density",
     "Eigenpairs",
     "Estimate",
+    "Rightmost",
     "SymmetricOperator",
     "block_eigenpairs",
     "both_ends",
@@ -24,6 +26,7 @@ __all__ = [
     "preconditioned",
     "projected",
     "restricted",
+    "rightmost",
     "scaled",
     "shifted",
     "smallest_eigenpairs",

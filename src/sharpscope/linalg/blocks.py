@@ -39,10 +39,11 @@ def group_fractions(v: Tensor, slices: Mapping[str, slice | Tensor]) -> dict[str
     >>> group_fractions(torch.tensor([3.0, 0.0, 4.0]), {"weight": slice(2), "bias": slice(2, 3)})
     {'weight': 0.36, 'bias': 0.64}
     """
-    square = v.double().square()
-    total = square.sum().item()
-    if v.dim() != 1 or not 0 < total < math.inf:
+    size = v.abs().max().item() if v.numel() else 0.0
+    if v.dim() != 1 or not 0 < size < math.inf:
         raise InvalidValue(f"fractions are those of a finite vector (P,) that is not zero; got shape {tuple(v.shape)}")
+    square = (v.double() / size).square()
+    total = square.sum().item()
     groups = _indices(len(v), slices)
     taken = torch.cat([v.new_empty(0, dtype=torch.long), *groups.values()])
     if len(taken.unique()) < len(taken):

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..errors import InvalidValue
 from .operators import SymmetricOperator, require_operator
 from .trace import multiply
+from .units import Unit
 
 Band = tuple[Tensor, Tensor]
 
@@ -87,9 +88,20 @@ def density(
         raise InvalidValue(f"steps={steps}, probes={probes}, width={width}: all have to be positive")
     steps = min(steps, a.size)
     generator = torch.Generator().manual_seed(seed)
+    unit = Unit()
     v = torch.randn((a.size, probes), generator=generator, dtype=torch.float64).to(a.like)
     blocks = v.split(1 if a.matmat is None else probes, dim=1)
-    rules = [rule for block in blocks for rule in _rules(a, block / block.norm(dim=0), steps)]
+    rules = [rule for block in blocks for rule in _rules(unit.applied(a), block / block.norm(dim=0), steps)]
+    within = None if width is None else width / unit.size
+    at = None if points is None else points.detach().double().cpu() / unit.size
+    return _evaluated(rules, at, within, steps, a, unit.size)
+
+
+def _evaluated(
+    rules: list[_Rule], points: Tensor | None, width: float | None, steps: int, a: SymmetricOperator, unit: float
+) -> Density:
+    """Evaluate what the rules say, in multiples of a unit, in which points and width are given."""
+    probes = len(rules)
     low, high = min(r.reach[0] for r in rules), max(r.reach[1] for r in rules)
     scale = max(-low, high, torch.finfo(torch.float64).tiny)
     slack = 64 * torch.finfo(a.like.dtype).eps * scale
@@ -97,7 +109,6 @@ def density(
     sigma = 1.2 * span / steps if width is None else width
     if points is None:
         points = torch.linspace(low - 3 * sigma, high + 3 * sigma, 256, dtype=torch.float64)
-    points = points.detach().double().cpu()
 
     means = torch.stack([_mean(rules, points, sigma, power) for power in (1, 2, 3, 4)])
     part = sum(not r.exact for r in rules) / probes
@@ -110,10 +121,10 @@ def density(
     under, over = (torch.stack(side).mean(dim=0) for side in zip(*sides, strict=True))
     cumulative_band = _wilson(under, probes * (a.size + 2))[0], _wilson(over, probes * (a.size + 2))[1]
     return Density(
-        points=points,
-        width=sigma,
-        density=means[0],
-        density_band=(band[0], band[1]),
+        points=unit * points,
+        width=unit * sigma,
+        density=means[0] / unit,
+        density_band=(band[0] / unit, band[1] / unit),
         cumulative=(under + over) / 2,
         cumulative_band=cumulative_band,
         num_matvecs=probes * steps,

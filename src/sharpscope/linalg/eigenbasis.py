@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .operators import SymmetricOperator
+from .units import Unit
 
 DENSE = 300
 """Up to this size the Hessian is decomposed as a matrix."""
@@ -34,24 +35,32 @@ def eigenbasis(a: SymmetricOperator, floor: float, max_dimensions: int, seed: in
         m = a.dense()
         values, vectors = torch.linalg.eigh((m + m.T) / 2)
         return Basis(values.flip(0), vectors.flip(1), 0.0, a.size)
+    unit = Unit()
+    a = unit.applied(a)
     generator = torch.Generator().manual_seed(seed)
-    start = a @ torch.randn(a.size, generator=generator, dtype=torch.float64).to(a.like)
+    random = torch.randn(a.size, generator=generator, dtype=torch.float64).to(a.like)
+    start = a @ random
+    if not start.any():
+        start = random
     basis = a.like.new_empty(max_dimensions, a.size)
     basis[0] = start / start.norm()
+    size = 0.0  # of the operator, as far as it has shown
     diagonal: list[float] = []
     off_diagonal: list[float] = []
     n = 0
     while True:
         z = a @ basis[n]
         diagonal.append((z @ basis[n]).item())
+        size = max(size, z.norm().item())
         for _ in range(2):
             z = z - basis[: n + 1].T @ (basis[: n + 1] @ z)
         rest = z.norm().item()
         n += 1
-        if rest <= floor or n == max_dimensions:
+        if rest <= max(floor / unit.size, 32 * torch.finfo(z.dtype).eps * size) or n == max_dimensions:
             break
         off_diagonal.append(rest)
         basis[n] = z / rest
     off = torch.diag(torch.tensor(off_diagonal, dtype=torch.float64), 1)
     values, rotation = torch.linalg.eigh(torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + off + off.T)
-    return Basis(values.flip(0).to(basis), (basis[:n].T @ rotation.to(basis)).flip(1), rest, n + 1)
+    vectors = (basis[:n].T @ rotation.to(basis)).flip(1)
+    return Basis((unit.size * values.flip(0)).to(basis), vectors, unit.size * rest, n + 1)

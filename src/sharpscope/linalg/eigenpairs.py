@@ -58,5 +58,10 @@ class Eigenpairs:
     def scaled(self, c: float) -> "Eigenpairs":
         """Return the eigenpairs of ``c A``, c > 0."""
         return replace(
-            self, values=c * self.values, residuals=c * self.residuals, upper=c * self.upper, floor=c * self.floor
+            self,
+            values=c * self.values,
+            residuals=c * self.residuals,
+            upper=c * self.upper,
+            floor=c * self.floor,
+            memory=None if self.memory is None else replace(self.memory, unit=c * self.memory.unit),
         )

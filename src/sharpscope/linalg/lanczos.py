@@ -23,6 +23,7 @@ from .bounds import RandomStart
 from .eigenpairs import CONFIDENCE, Eigenpairs
 from .memory import POOL, Memory, Pool
 from .operators import SymmetricOperator, require_operator, scaled
+from .units import Unit
 
 
 def lanczos(
@@ -83,15 +84,12 @@ def _block_lanczos(
         complete = len(ritz.rows) == 0
         upper = space.upper(ritz) if met or complete else math.inf
         if complete or (met and upper - ritz.values[0].item() <= max(gap * ritz.scale, 2 * ritz.floor)):
-            return space.eigenpairs(ritz, k, upper), ritz.values[m - low :].flip(0).to(a.like)
+            unit = space.unit.size
+            return space.eigenpairs(ritz, k, upper).scaled(unit), (unit * ritz.values[m - low :].flip(0)).to(a.like)
         if space.products + len(ritz.rows) > budget:
-            reached = f"top-{k} residuals {ritz.residuals[:k].tolist()} exceed rtol={rtol:g} times {ritz.scale:.4g}"
             if met:
-                reached = (
-                    f"λ1 = {ritz.values[0]:.6g} may be {upper:.6g}, which exceeds gap={gap:g} times {ritz.scale:.4g},"
-                )
-            cure = "gap" if met else "rtol"
-            raise NotConverged(f"{reached} after {space.products} products; raise max_matvecs or {cure}")
+                raise space.not_bounded(ritz, upper, gap)
+            raise space.not_converged(ritz, k, rtol)
         space.extend(ritz, k, low)
 
 
@@ -112,7 +110,8 @@ class _Krylov:
     """A Krylov space from a random block of k columns: rows of a basis V, and ``T = V A Vᵀ`` on those multiplied."""
 
     def __init__(self, a: SymmetricOperator, k: int, *, columns: int, seed: int) -> None:
-        self.a = a
+        self.unit = Unit()
+        self.a = self.unit.applied(a)
         self.columns = min(a.size, columns)  # most rows of the basis, beside a block that has just been found
         block, self.start = _start_block(a.like, k, seed)
         self.v = a.like.new_empty((self.columns + k, a.size))
@@ -178,6 +177,22 @@ class _Krylov:
         self.t[:keep, :keep] = torch.diag(values[:keep])
         self.t[:keep, keep : keep + size] = coupling[:, :keep].T
         self.old = keep
+
+    def not_converged(self, ritz: _Ritz, k: int, rtol: float) -> NotConverged:
+        """Say how large the residuals still are."""
+        residuals, scale = (self.unit.size * ritz.residuals[:k]).tolist(), self.unit.size * ritz.scale
+        return NotConverged(
+            f"top-{k} residuals {residuals} exceed rtol={rtol:g} times {scale:.4g} after {self.products} products;"
+            " raise max_matvecs or rtol"
+        )
+
+    def not_bounded(self, ritz: _Ritz, upper: float, gap: float) -> NotConverged:
+        """Say how far above the largest Ritz value the bound still lies."""
+        value, most, scale = (self.unit.size * x for x in (ritz.values[0].item(), upper, ritz.scale))
+        return NotConverged(
+            f"λ1 = {value:.6g} may be {most:.6g}, which exceeds gap={gap:g} times {scale:.4g}, after {self.products}"
+            " products; raise max_matvecs or gap"
+        )
 
     def eigenpairs(self, ritz: _Ritz, k: int, upper: float) -> Eigenpairs:
         """Form the vectors of the first k Ritz pairs, and those that a warm start remembers beyond them."""

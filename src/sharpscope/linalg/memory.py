@@ -4,7 +4,7 @@ P parameters, m remembered vectors.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -38,10 +38,20 @@ class Pool:
         vectors, images = vectors.contiguous(), images.contiguous()  # as from a checkpoint: layouts round differently
         return cls(vectors, images, values, zeros, zeros, vectors[:, :0], vectors[:, :0])
 
+    def scaled(self, c: float) -> "Pool":
+        """Return what would be remembered of ``c A``."""
+        return replace(
+            self,
+            images=c * self.images,
+            values=c * self.values,
+            rates=c * self.rates,
+            search_images=c * self.search_images,
+        )
+
 
 @dataclass(frozen=True)
 class Memory:
-    """The state that `warm_started` carries from call to call."""
+    """The state that `warm_started` carries from call to call; images and values are in multiples of `unit`."""
 
     last: Pool  # after the last call
     before: Pool  # after the one before
@@ -49,12 +59,20 @@ class Memory:
     unverified: float = 0.0  # grows from call to call; at one it is time for a solve from a random start
     k: int = 1  # pairs found
     drift: float = 0.0  # ‖(A_t - A_{t-1}) v‖ for the remembered vectors, as measured lately
+    unit: float = 1.0
+
+    def in_unit(self, unit: float) -> "Memory":
+        """Express the same in another unit."""
+        c = self.unit / unit
+        if c == 1:
+            return self
+        return replace(self, last=self.last.scaled(c), before=self.before.scaled(c), drift=c * self.drift, unit=unit)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything as tensors by name, for a checkpoint."""
         pools = {"last": self.last, "before": self.before}
         parts = {f"{name} {part}": torch.as_tensor(t) for name, pool in pools.items() for part, t in vars(pool).items()}
-        counts = torch.tensor([self.lag, self.unverified, self.k, self.drift], dtype=torch.float64)
+        counts = torch.tensor([self.lag, self.unverified, self.k, self.drift, self.unit], dtype=torch.float64)
         return {**parts, "counts": counts}
 
     def to(self, like: Tensor) -> "Memory":
@@ -72,5 +90,5 @@ class Memory:
             counts: dict[str, Any] = {part: int(t) for part, t in parts.items() if t.dim() == 0}
             return Pool(**parts | counts)
 
-        lag, unverified, k, drift = tensors["counts"].tolist()
-        return cls(pool("last"), pool("before"), int(lag), unverified, int(k), drift)
+        lag, unverified, k, drift, unit = tensors["counts"].tolist()
+        return cls(pool("last"), pool("before"), int(lag), unverified, int(k), drift, unit)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import InvalidValue, NotConverged, NotFinite
 from .operators import SymmetricOperator, require_operator
+from .units import Unit
 
 SKETCH, WIDEST = 16, 64
 """Numbers of columns of the first sketch and of the widest one."""
@@ -99,6 +100,8 @@ def _mean(
         raise InvalidValue(f"max_matvecs={budget} is less than a sketch and its first probes: {2 * SKETCH + PILOT}")
     if a.size <= 2 * SKETCH + PILOT:
         return _exact(a, reduce, 0)
+    whole, unit = a, Unit()
+    a = unit.applied(whole)
     generator = torch.Generator().manual_seed(seed)
     q = z = a.like.new_empty((a.size, 0))
     used = 0
@@ -115,22 +118,26 @@ def _mean(
                 moments.add(reduce(x.double()))
             used += more
             value, error = known + moments.mean, moments.standard_error
-            target = max(rtol * value.norm().item(), atol)
+            target = max(rtol * value.norm().item(), atol / unit.size)
             if error.norm().item() <= target:
-                return Estimate(value, error, moments.count, used)
+                return Estimate(unit.size * value, unit.size * error, moments.count, used)
             wanted = moments.count * (error.norm().item() / target) ** 2 if target > 0 else math.inf
             more = math.ceil(min(1.1 * wanted, 1e12)) - moments.count
             doubled = 2 * min(q.shape[1], WIDEST - q.shape[1]) + PILOT
             if doubled > PILOT and more > 3 * used and used + doubled <= budget and 3 * doubled < a.size:
                 break
             if more >= a.size and used + a.size <= budget:
-                return _exact(a, reduce, used)
+                return _exact(whole, reduce, used)
             if used >= budget:
-                raise NotConverged(
-                    f"{value.norm().item():.6g} is known to a standard error of {error.norm().item():.3g} after {used}"
-                    f" products, not to {target:.3g}; raise max_matvecs, rtol or atol"
-                )
+                raise _not_converged(value.norm().item(), error.norm().item(), target, unit.size, used)
             more = min(more, budget - used)
+
+
+def _not_converged(value: float, error: float, target: float, unit: float, used: int) -> NotConverged:
+    return NotConverged(
+        f"{unit * value:.6g} is known to a standard error of {unit * error:.3g} after {used} products, not to"
+        f" {unit * target:.3g}; raise max_matvecs, rtol or atol"
+    )
 
 
 class _Moments:

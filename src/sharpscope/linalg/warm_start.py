@@ -41,6 +41,7 @@ from .eigenpairs import Eigenpairs
 from .lanczos import lanczos
 from .memory import POOL, Memory, Pool
 from .operators import SymmetricOperator, require_operator
+from .units import Unit, power_of_two
 
 FIRST_ERROR = 1e-3
 """Largest prediction error that is accepted from the first memory, before there are two to choose from."""
@@ -65,6 +66,9 @@ UNCONVERGED = 0.02
 
 ASSUMED_RATE = 2e-3
 """Rise per call, relative to the largest eigenvalue, that is allowed for where none was measured."""
+
+UNIT_CHANGE = 2.0**20
+"""Size of the largest remembered value, in units and either side of one, up to which the unit is kept."""
 
 SEARCH_GROWTH = 0.6
 """The 2√γ of eigenvalues that a search is to find: it ends after ln(6√P)/SEARCH_GROWTH products."""
@@ -94,35 +98,51 @@ def warm_started(
     """
     require_operator(a)
     memory = last.memory if isinstance(last, Eigenpairs) else last
-    target = _Target(k, above, rtol, seed)
+    target = _Target(a, k, above, rtol, seed)
     if memory is None or len(memory.last.vectors) != a.size:
-        return target.solve(a, k, gap=rtol / 3)
-    if above is not None:
-        k = max(k, memory.k)
-    start = _start(memory, target, k)
-    pool, lag, search = start.pool, start.lag, start.search
-    space = _Space(a, start.room(k))
-    space.add(torch.cat([pool.vectors[:, start.chosen], search], dim=1))
+        return target.solve(k, gap=rtol / 3)
+    memory = _in_near_unit(memory, a.like.dtype)
+    unit = Unit(memory.unit)
+    within = replace(target, unit=memory.unit)
+    k = k if above is None else max(k, memory.k)
+    start = _start(memory, within, k)
+    space = _Space(unit.applied(a), start.room(k))
+    space.add(torch.cat([start.pool.vectors[:, start.chosen], start.search], dim=1))
+    if unit.size != memory.unit:  # the operator has quite another size: nothing is left of it
+        return target.solve(target.k, gap=rtol / 3, spent=space.products)
+    return _continued(space, start, memory, within, k, verify).scaled(unit.size)
+
+
+def _in_near_unit(memory: Memory, dtype: torch.dtype) -> Memory:
+    """Express a memory in a power of two that is near its values."""
+    size = memory.last.values.abs().max().item()
+    near = size == 0 or 1 / UNIT_CHANGE < size < UNIT_CHANGE
+    return memory.in_unit(power_of_two(memory.unit if near else memory.unit * size, dtype))
+
+
+def _continued(space: "_Space", start: "_Start", memory: Memory, target: "_Target", k: int, verify: int) -> Eigenpairs:
+    """Go on from the first products, all in units of the memory."""
+    a, pool, lag, search = space.a, start.pool, start.lag, start.search
     change = _change(space, start, memory, target, k)
     rates = change.rates
     unverified = memory.unverified + 1 / verify + 10 * change.error
     products, solved = 0, None
     if change.unreliable or unverified >= 1:
-        solved = target.solve(a, k, gap=3 * rtol)
+        solved = target.solve(k, gap=3 * target.rtol)
         assert solved.memory is not None
+        new = solved.memory.in_unit(1.0)
         products, unverified = space.products, 0.0
-        k = max(k, solved.memory.k)
+        k = max(k, new.k)
         space = _Space(a, start.room(k))
-        space.append(solved.memory.last.vectors.T, solved.memory.last.images.T)
+        space.append(new.last.vectors.T, new.last.images.T)
         search, rates = search[:, :0], rates[:0]  # the space has none of these vectors
         if change.unreliable:
-            pool, lag = solved.memory.last, 0
+            pool, lag = new.last, 0
     found = _converged(space, pool, target, k)
     products += space.products
     if found is None:
-        again = target.solve(a, target.k, gap=rtol / 3)
-        products += again.num_matvecs + (solved.num_matvecs if solved else 0)
-        return replace(again, num_matvecs=products, num_gradients=products * a.cost)
+        products += solved.num_matvecs if solved else 0
+        return target.solve(target.k, gap=target.rtol / 3, spent=products)
     searched = search if start.unconverged is None else search[:, :0]
     best, moved = _better_lag(found, memory)
     drift = change.drift if best in (0, memory.lag) else moved
@@ -133,33 +153,40 @@ def warm_started(
 
 @dataclass(frozen=True)
 class _Target:
-    """The pairs that are wanted: at least k, and all above a limit, to a tolerance."""
+    """The pairs that are wanted: at least k, and all above a limit, to a tolerance; answers are multiples of `unit`."""
 
+    a: SymmetricOperator
     k: int
     above: float | None
     rtol: float
     seed: int
+    unit: float = 1.0
+
+    @property
+    def limit(self) -> float:
+        """The value above which everything is wanted."""
+        return math.inf if self.above is None else self.above / self.unit
 
     def count(self, values: Tensor, k: int) -> int:
         """Count the pairs that are wanted of all those with these values: k, or more that lie above the limit."""
-        return k if self.above is None else max(k, int((values >= self.above).sum()))
+        return max(k, int((values >= self.limit).sum()))
 
     def lowest(self, values: Tensor, k: int) -> float:
         """Return the value below which nothing is wanted: that of the k-th pair, or the limit."""
-        return min(values[k - 1].item(), math.inf if self.above is None else self.above)
+        return min(values[k - 1].item(), self.limit)
 
-    def solve(self, a: SymmetricOperator, k: int, gap: float) -> Eigenpairs:
-        """Solve from a random start, with as many pairs as there are above the limit."""
-        products, tried = 0, k
+    def solve(self, k: int, gap: float, spent: int = 0) -> Eigenpairs:
+        """Solve from a random start, with as many pairs as there are above the limit, after `spent` products."""
+        products, tried = spent, k
         while True:
-            pairs = min(tried + (self.above is not None), a.size)
-            found = lanczos(a, pairs, rtol=self.rtol, gap=gap, seed=self.seed)
+            pairs = min(tried + (self.above is not None), self.a.size)
+            found = lanczos(self.a, pairs, rtol=self.rtol, gap=gap, seed=self.seed).scaled(1 / self.unit)
             products += found.num_matvecs
-            if self.above is None or len(found.values) == a.size or found.values[-1] < self.above:
+            if len(found.values) == self.a.size or found.values[-1] < self.limit:
                 break
             tried = 2 * tried
         if self.above is not None:
-            tried = self.count(found.values, min(k, a.size))
+            tried = self.count(found.values, min(k, self.a.size))
         assert found.memory is not None
         return replace(
             found,
@@ -167,7 +194,7 @@ class _Target:
             vectors=found.vectors[:, :tried],
             residuals=found.residuals[:tried],
             num_matvecs=products,
-            num_gradients=products * a.cost,
+            num_gradients=products * self.a.cost,
             memory=replace(found.memory, k=tried),
         )
 
@@ -233,7 +260,7 @@ class _Start(NamedTuple):
 def _start(memory: Memory, target: _Target, k: int) -> _Start:
     pool, lag = (memory.before, 2) if memory.lag == 2 else (memory.last, 1)
     unconverged = _unconverged(pool, k) if pool.search_turn == 0 else None
-    chosen = _candidates(pool, k, drift=memory.drift, lag=lag, above=target.above, unconverged=unconverged)
+    chosen = _candidates(pool, k, drift=memory.drift, lag=lag, above=target.limit, unconverged=unconverged)
     return _Start(pool, lag, chosen, unconverged, _search_direction(pool, unconverged, target.seed))
 
 
@@ -252,7 +279,7 @@ def _change(space: _Space, start: _Start, memory: Memory, target: _Target, k: in
     ritz, _, residuals = space.ritz()
     scale = max(ritz.abs().max().item(), 1e-300)
     drift, rates = _moved(space, pool, start.chosen, start.lag)
-    drift = max(DRIFT_DECAY * memory.drift, drift)
+    drift = min(max(DRIFT_DECAY * memory.drift, drift), scale)  # of an operator that was larger, too
     residual = residuals[0].norm().item() / scale
     shift = (ritz[0] - pool.values[0]).item() / scale
     error = residual**2 + shift**2
@@ -330,7 +357,7 @@ def _unconverged(pool: Pool, k: int) -> int | None:
     return k + int(highest.argmax()) if len(highest) and highest.max() > -math.inf else None
 
 
-def _candidates(pool: Pool, k: int, *, drift: float, lag: int, above: float | None, unconverged: int | None) -> Tensor:
+def _candidates(pool: Pool, k: int, *, drift: float, lag: int, above: float, unconverged: int | None) -> Tensor:
     """Choose the k best of the pool, and of the others those that may have overtaken, or else one to revisit."""
     k = min(k, len(pool.values))
     wanted = torch.arange(k)
@@ -338,11 +365,8 @@ def _candidates(pool: Pool, k: int, *, drift: float, lag: int, above: float | No
     residuals = _residuals(pool)
     calls = pool.ages + lag
     risen = torch.maximum(2 * pool.rates * calls, DRIFT_FRACTION * drift * calls.sqrt())
-    lowest = pool.values[k - 1].item() - DRIFT_FRACTION * drift
-    room = 1 + k
-    if above is not None:
-        lowest = min(lowest, above)
-        room = len(risen)
+    lowest = min(pool.values[k - 1].item() - DRIFT_FRACTION * drift, above)
+    room = 1 + k if above == math.inf else len(risen)
     possible = pool.values + risen
     likely = possible[k:].argsort(descending=True)[:room] + k
     likely = likely[possible[likely] >= lowest]
