@@ -46,6 +46,14 @@ class NoSecondDerivative(SharpscopeError, RuntimeError):
     """An operation of the model or the loss can be differentiated once, but not twice."""
 
 
+class NotSymmetric(SharpscopeError, ValueError):
+    """A training with stopped gradients follows a field whose Jacobian is not symmetric: it is no Hessian."""
+
+
+class Random(SharpscopeError, ValueError):
+    """A model or a loss draws random numbers, so that its loss is no function of the weights."""
+
+
 class WrongThirdDerivative(SharpscopeError, ArithmeticError):
     """The third derivative by automatic differentiation is not the second difference of the gradient."""
 

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sharpscope.autodiff.hvp import differences
 from sharpscope.autodiff.objective import Objective
-from sharpscope.autodiff.precision import in_double
 
 mse = nn.functional.mse_loss
 DATA = [(normal(n, 5, seed=n).float(), normal(n, 3, seed=n + 1).float()) for n in (6, 9)]
@@ -30,7 +29,7 @@ def written_in_double(f: Objective, loss: Any = mse) -> Objective:
 
 def test_it_is_the_objective_of_a_model_and_data_in_double() -> None:
     f = single()
-    double, expected = in_double(f), written_in_double(f)
+    double, expected = f.in_double(), written_in_double(f)
     w, v = f.weights().double(), normal(f.size, seed=3)
     assert double.weights().dtype == torch.float64 and torch.equal(double.weights(), w)
     for found, other in zip(double.value_and_grad(w), expected.value_and_grad(w), strict=True):
@@ -45,9 +44,8 @@ def test_a_loss_with_weights_follows_and_integers_stay_integers() -> None:
     data = [(x, torch.arange(len(x)) % 3) for x, _ in DATA]
     loss = nn.CrossEntropyLoss(weight=weights)
     f = single(data=data, loss=loss)
-    double = in_double(f)
+    double = f.in_double()
     assert double.value(f.weights().double()).dtype == torch.float64
-    assert all(y.dtype == torch.int64 for _, y in double.data)
     assert loss.weight is not None and loss.weight.dtype == torch.float32
 
 
@@ -69,7 +67,7 @@ def test_batches_keep_their_form() -> None:
     ]
     for batch, loss in forms:
         f = Objective(net, loss, [batch])
-        found = in_double(f).value(f.weights().double())
+        found = f.in_double().value(f.weights().double())
         assert found.dtype == torch.float64
         assert found.item() == pytest.approx(f.value(f.weights()).item(), rel=1e-6)
 
@@ -80,7 +78,7 @@ def test_the_original_and_its_data_are_left_as_they_were() -> None:
     f = single("BatchNorm1d", DataLoader(examples, 8, shuffle=True, generator=own))
     state = {name: t.clone() for name, t in f.model.state_dict().items()}
     before, random, value = own.get_state(), torch.get_rng_state(), f.value(f.weights())
-    double = in_double(f)
+    double = f.in_double()
     w = f.weights().double()
     assert torch.equal(double.value(w), double.value(w))  # one function, although the loader shuffles
     assert double.value(w).item() == pytest.approx(value.item(), rel=1e-6)  # over the same batches
@@ -92,7 +90,7 @@ def test_the_original_and_its_data_are_left_as_they_were() -> None:
 def test_options_of_the_objective_are_kept() -> None:
     net = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3))
     f = Objective(net, mse, DATA, without_dropout=True, memory_budget=1000).using(differences)
-    double, w = in_double(f), f.weights().double()
+    double, w = f.in_double(), f.weights().double()
     assert double.value(w).item() == pytest.approx(f.value(f.weights()).item(), rel=1e-6)
     assert double.expand is differences and double.memory_budget == 1000
 
@@ -108,10 +106,10 @@ def test_graphs_of_twice_the_size_are_kept_within_the_same_budget() -> None:
                 return g.memory_budget
         return 0
 
-    assert least_budget(in_double(f)) == 2 * least_budget(f) > 0
+    assert least_budget(f.in_double()) == 2 * least_budget(f) > 0
 
 
-def test_a_model_that_cannot_be_copied_is_refused() -> None:
+def test_a_model_that_torch_cannot_copy_is_taken_to_double_as_well() -> None:
     class Bound(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -121,5 +119,21 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x)
 
-    with pytest.raises(RuntimeError, match="deepcopy"):
-        in_double(Objective(Bound(), mse, DATA))
+    net = Bound()
+    double = Objective(net, mse, DATA).in_double()
+    w = double.weights()
+    weight, bias = w[:15].view(3, 5), w[15:]
+    examples = sum(len(x) for x, _ in DATA)
+    expected = sum(len(x) / examples * mse(x.double() @ weight.T + bias, y.double()) for x, y in DATA)
+    assert double.value(w).item() == pytest.approx(float(expected), rel=1e-14)
+
+
+def test_conversions_inside_the_model_are_left_out() -> None:
+    class Upcast(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input.float().type(torch.float32)).float()
+
+    f = Objective(Upcast(5, 3), mse, DATA)
+    w = f.weights().double()
+    plain = Objective(nn.Linear(5, 3), mse, DATA).in_double()
+    assert torch.equal(f.in_double().grad(w), plain.grad(w))

@@ -398,10 +398,15 @@ def test_a_setting_without_a_rule_does_not_stop_the_run() -> None:
     assert len(monitor.history.series(RUN, "sharpness")) == 4
 
 
-def test_sparse_gradients_are_refused_with_a_sentence() -> None:
-    net = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 1))
-    with pytest.raises(ValueError, match=r"'0' has sparse gradients, .* use sparse=False"):
-        Objective(net, nn.functional.mse_loss, [(torch.tensor([[0, 1], [2, 3]]), torch.zeros(2, 1))])
+def test_sparse_gradients_are_those_of_the_dense_layer() -> None:
+    def objective(sparse: bool) -> Objective:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Flatten(), nn.Linear(6, 1))
+        return Objective(net, nn.functional.mse_loss, [(torch.tensor([[0, 1], [2, 3]]), torch.zeros(2, 1))])
+
+    f, g = objective(sparse=True), objective(sparse=False)
+    w = f.weights()
+    assert torch.equal(f.hvp(w, w), g.hvp(w, w))
 
 
 def resumable(steps: int, state: Any = None, **options: Any) -> tuple[Monitor, Any]:

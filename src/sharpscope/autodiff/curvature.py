@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ..errors import NotSymmetric
 from ..linalg.operators import SymmetricOperator
 from .expansion import Expansion
 from .objective import Objective
@@ -17,8 +18,18 @@ def hessian(f: Objective | Expansion, w: Tensor | None = None) -> SymmetricOpera
     """Return the Hessian ``∇²L(w)`` as an operator [N2]; `w` defaults to the model's weights.
 
     All products share one expansion.
+
+    Raises:
+        NotSymmetric: gradients are stopped on the way, so that there is a Jacobian of the gradient, but no Hessian.
     """
     at = _expand(f, w)
+    if not at.symmetric:
+        raise NotSymmetric(
+            "gradients are stopped on the way (detach, no_grad, a backward of its own), so that training follows no"
+            " gradient of one function, and its Jacobian is not symmetric; sharpness(f) is the largest real part of its"
+            " eigenvalues, and f.using(sharpscope.autodiff.expansion.kept) has the products of autograd, which leaves"
+            " out the stopped part"
+        )
     return SymmetricOperator(at.hvp, at.grad, at.columns if at.together else None, at.cost)
 
 

@@ -21,7 +21,7 @@ from ..errors import InvalidValue, NoSecondDerivative
 from ..linalg.operators import Linear
 from .data import map_tensors, tensors
 from .differences import CentralDifferences
-from .second_order import differentiating
+from .second_order import differentiating, ordinary
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class Graphs:
             NoSecondDerivative: names what stands in the way.
         """
         self.f.require_second_derivative()
+        v = ordinary(v)
         try:
             total = self._kept_product(v)
             for batch, g in self._rebuilt():
@@ -153,9 +154,10 @@ class Graphs:
     def third(self, u: Tensor, v: Tensor) -> Tensor:
         """Differentiate the curvature ``uᵀ ∇²L(w) v`` in w, with u and v ``(P,)`` held fixed."""
         self.f.require_second_derivative()
+        v = ordinary(v)
         total = torch.zeros_like(v)
         for batch, g in (*self.kept, *self._rebuilt()):
-            curve = _vjp(g, self.w, u, differentiable=True)
+            curve = _vjp(g, self.w, ordinary(u), differentiable=True)
             total = total + batch.examples / self.examples * _vjp(curve, self.w, v, retain=True)
         return total
 
@@ -163,6 +165,7 @@ class Graphs:
     def gauss_newton(self, v: Tensor) -> Tensor:
         """Multiply by ``Jᵀ ∇²ℓ J``: forward products as reverse over reverse."""
         self.f.require_second_derivative()
+        v = ordinary(v)
         total = torch.zeros_like(v)
         for batch, _ in self.kept:
             total = total + batch.examples / self.examples * _gauss_newton(self.f, batch, self.w, v)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from ..errors import InvalidValue
+from ..errors import InvalidValue, Random, SharpscopeError
 from .checks import check_loss
 from .data import Batch, map_tensors, tensors
 from .expansion import BatchLoss, counting_saved_bytes, storage_of
@@ -89,7 +89,7 @@ class _Looking:
         hooks = tuple(user_hooks(self.f.modules()))
         try:
             loss, gradient = self._first_gradient()
-        except InvalidValue:
+        except SharpscopeError:
             raise
         except Exception:
             if not hooks:
@@ -186,7 +186,7 @@ class _Looking:
         if not self.f.dropout:
             self._hold_quiet(names)
             return
-        raise InvalidValue(
+        raise Random(
             f"the loss is random: {_named(names)} random numbers at every evaluation, so that its curvature is not"
             " defined; call .eval() there, or measure the loss without: Objective(..., without_dropout=True)"
         )
@@ -199,7 +199,7 @@ class _Looking:
             self._reseed(seed)
             values.append(self._value(look))
         if not _close(*values):
-            raise InvalidValue(
+            raise Random(
                 f"the loss is random: {_named(names)} random numbers at every evaluation, in eval mode, too, so that"
                 " its curvature is not defined; pass a model and a loss without noise (with its mean, say)"
             )
@@ -292,6 +292,8 @@ class _Looking:
             return
         f = self.f.seen(self.found).in_double()
         w = f.weights()
+        noise = torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=w.dtype).to(w)
+        w = w + 0.01 * (w.abs() + w.square().mean().sqrt()) * noise  # away from where a rectifier sees exact zeros
         v = torch.randn(w.shape, generator=torch.Generator().manual_seed(0), dtype=w.dtype).to(w)
         v *= w.norm() / v.norm() if w.norm() > 0 else 1 / v.norm()
 

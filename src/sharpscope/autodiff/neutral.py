@@ -7,7 +7,7 @@ suspended but for those that belong to the function.
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from threading import RLock
 from typing import Any
@@ -55,8 +55,8 @@ PATCHES: tuple[tuple[Any, str, Any], ...] = (
 
 
 @contextmanager
-def plainly(modules: Iterable[nn.Module], belonging: Collection[int] = (), *, hooks: bool = False) -> Iterator[None]:
-    """Run modules as plain functions inside; hooks whose ids are `belonging` run, or all with ``hooks=True``."""
+def plainly(modules: Iterable[nn.Module], hooks: Collection[Callable[..., Any]] = ()) -> Iterator[None]:
+    """Run modules as plain functions inside; of their hooks these run, and those that form weights."""
     with _lock, ExitStack() as stack:
         before = [(owner, name, vars(owner)[name]) for owner, name, _ in PATCHES]
         suspended = [(m, m.__dict__.copy()) for m in modules if _is_dressed(m)]
@@ -64,8 +64,7 @@ def plainly(modules: Iterable[nn.Module], belonging: Collection[int] = (), *, ho
             setattr(owner, name, value)
         for m, attributes in suspended:
             m.__dict__["_compiled_call_impl"] = None
-            if not hooks:
-                m.__dict__.update({kind: _chosen(attributes.get(kind, {}), belonging) for kind in HOOKS})
+            m.__dict__.update({kind: _chosen(attributes.get(kind, {}), hooks) for kind in HOOKS})
         try:
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -101,8 +100,8 @@ def _is_dressed(m: nn.Module) -> bool:
     return m.__dict__.get("_compiled_call_impl") is not None or bool(hooks_of(m))
 
 
-def _chosen(hooks: dict[int, Any], belonging: Collection[int]) -> OrderedDict[int, Any]:
-    return OrderedDict((key, h) for key, h in hooks.items() if id(h) in belonging or _belongs(h))
+def _chosen(present: Mapping[int, Any], chosen: Collection[Callable[..., Any]]) -> OrderedDict[int, Any]:
+    return OrderedDict((key, h) for key, h in present.items() if _belongs(h) or any(h is c for c in chosen))
 
 
 def _belongs(hook: Any) -> bool:

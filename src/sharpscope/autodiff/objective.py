@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import InvalidValue, NoSecondDerivative
+from ..errors import InvalidValue, NoSecondDerivative, Random
 from .checks import check_deterministic, check_parameters, droppers, work_dtype
 from .data import Batch, check_data, map_tensors, read
 from .expansion import BatchLoss, Expansion, jacobian_of_field, kept
 from .first_look import Look, first_look
 from .neutral import plainly, quiet
 from .reach import Surroundings
-from .second_order import differentiating, modules_without_second_derivative
+from .second_order import differentiating, ordinary, modules_without_second_derivative
 from .smooth import is_lower, smooth
 from .whole import Loss, LossAlone, Whole, check_model, unwrapped
 
@@ -119,6 +119,8 @@ class Objective:
         self._droppers = droppers(self.model, recurrent_only=not self.dropout)
         self._look = Look()
         self._look = first_look(self, self._around)
+        if self.expand in (kept, jacobian_of_field):
+            self.expand = jacobian_of_field if self._look.jacobian else kept
 
     @property
     def graph_bytes_per_example(self) -> float:
@@ -215,10 +217,7 @@ class Objective:
         other = self._copy()
         other.expand = expand or self.expand
         other.gradient = gradient or self.gradient
-        other._chosen = expand is not None or self._chosen
         return other
-
-    _chosen = False  # whether somebody named the backend, and takes its products as they are
 
     def in_double(self) -> "Objective":
         """Return the same function in double precision: weights, constants, buffers and data are converted as they are read.
@@ -274,8 +273,7 @@ class Objective:
 
     def at(self, w: Tensor) -> Expansion:
         """Expand around `w`: use this for more than one product at a point."""
-        expand = self.expand if self.follows_gradient or self._chosen else jacobian_of_field
-        return expand(self, ordinary(w))
+        return self.expand(self, ordinary(w))
 
     def hvp(self, w: Tensor, v: Tensor) -> Tensor:
         """Multiply by the Hessian, ``∇²L(w) v`` ``(P,)``."""
@@ -324,7 +322,7 @@ class Objective:
             before = random_state(device)
             loss = self.evaluate(batch, tensors)
             if not self._look.draws and (random_state(device) != before or self._around.drew):
-                raise InvalidValue(
+                raise Random(
                     "the model or the loss has begun to draw random numbers (a module in training mode?), so that its"
                     " curvature is not defined; call .eval() on it, or measure without: Objective(...,"
                     " without_dropout=True)"
@@ -383,7 +381,7 @@ class Objective:
         fixed = {} if level is None else {**self.constants(), **self.buffers()}
         called = {**{name: t.detach() for name, t in fixed.items() if is_lower(t, level)}, **tensors}
         for name in self._complex:
-            called[name] = torch.view_as_complex(called[name].clone())
+            called[name] = torch.complex(*called[name].unbind(-1))
         if self._look.writes_weights:
             called |= {name: called[name].clone() for name in self.slices}
         return called if level is None else {name: _up(t, level) for name, t in called.items()}
@@ -411,14 +409,6 @@ def by_batches(f: Objective, w: Tensor) -> tuple[Tensor, Tensor]:
         slope = slope.add_(g, alpha=batch.examples)
         examples += batch.examples
     return total / examples, slope / examples
-
-
-def ordinary(w: Tensor) -> Tensor:
-    """Return a tensor that derivatives can be taken of: a copy of one that was made in inference mode."""
-    if not w.is_inference():
-        return w
-    with torch.inference_mode(mode=False):
-        return w.clone()
 
 
 def random_state(device: torch.device) -> bytes:

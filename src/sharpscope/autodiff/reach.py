@@ -35,7 +35,7 @@ class Surroundings:
     """
 
     def __init__(self, roots: Iterable[Any], known: Iterable[nn.Module]) -> None:
-        self._known = {id(m) for m in known}
+        self._known = {id(m._parameters) for m in known}  # which a twin of a module shares with it
         self.modules: list[nn.Module] = []
         self._spaces: list[dict[str, Any]] = []  # attributes of modules and objects
         self._globals: list[tuple[dict[str, Any], str]] = []
@@ -53,6 +53,7 @@ class Surroundings:
 
         Plain tensors that were seen to be written in place are replaced by copies inside.
         """
+        self.drew = False
         spaces = [(space, dict(space)) for space in self._spaces]
         named = [(space, name, space[name]) for space, name in self._globals if name in space]
         cells = [(cell, cell.cell_contents) for cell in self._cells if _filled(cell)]
@@ -73,9 +74,10 @@ class Surroundings:
             for cell, value in cells:
                 if not _filled(cell) or cell.cell_contents is not value:
                     cell.cell_contents = value
-            self.drew = any(not _equal_states(_state(g), state) for g, state in states)
-            for generator, state in states if self.drew else ():
-                _set_state(generator, state)
+            for generator, state in states:
+                if not _equal_states(_state(generator), state):
+                    self.drew = True
+                    _set_state(generator, state)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -171,9 +173,9 @@ class Surroundings:
         return [*vars(value).values(), call]
 
     def _inside_module(self, module: nn.Module) -> list[Any]:
-        if id(module) not in self._known:
+        if id(module._parameters) not in self._known:
             self.modules.append(module)
-            self._known |= {id(m) for m in module.modules()}
+            self._known |= {id(m._parameters) for m in module.modules()}
         found: list[Any] = []
         for m in module.modules():
             self._seen.add(id(m))

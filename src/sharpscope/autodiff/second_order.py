@@ -26,6 +26,14 @@ def differentiating() -> Iterator[None]:
         yield
 
 
+def ordinary(w: Tensor) -> Tensor:
+    """Return a tensor that derivatives can be taken of: a copy of one that was made in inference mode."""
+    if not w.is_inference():
+        return w
+    with torch.inference_mode(mode=False):
+        return w.clone()
+
+
 def holds_delayed_error(grads: Iterable[Tensor | None]) -> bool:
     """Tell whether a function marked ``once_differentiable`` is behind these gradients.
 

@@ -16,6 +16,7 @@ from ..autodiff.objective import Objective
 from ..errors import InvalidType, InvalidValue
 from ..linalg.eigenpairs import Eigenpairs
 from ..linalg.memory import Memory
+from ..linalg.rightmost import Rightmost, rightmost
 from ..linalg.operators import SymmetricOperator, preconditioned, restricted, shifted
 from ..linalg.warm_start import warm_started
 from ..optimizers.base import Stability, State, UpdateRule
@@ -86,6 +87,24 @@ class Iterate:
     def top(self) -> Eigenpairs:
         """Top eigenpairs of the Hessian, ``∇²L(w)``."""
         return self._solve("top", self.hessian)
+
+    @cached_property
+    def rightmost(self) -> Rightmost:
+        """Rightmost eigenvalue of the Jacobian of the gradient, where gradients are stopped on the way."""
+        return rightmost(self.expansion.hvp, self.expansion.grad, rtol=max(self.rtol, 1e-3), seed=self.step)
+
+    @cached_property
+    def effective_rightmost(self) -> Rightmost:
+        """Rightmost eigenvalue of ``M^-½ (J + D) M^-½``, whose real part is 1 at the edge where it is real."""
+        like = self.expansion.grad
+        root = self.criterion.metric.to(like).sqrt()
+        decay = self.criterion.decay.to(like)
+
+        def product(v: Tensor) -> Tensor:
+            x = v / root
+            return (self.expansion.hvp(x) + decay * x) / root
+
+        return rightmost(product, like, rtol=max(self.rtol, 1e-3), seed=self.step)
 
     @property
     def required_rule(self) -> UpdateRule:

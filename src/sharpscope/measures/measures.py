@@ -21,7 +21,8 @@ def radius(at: Objective | Iterate) -> float:
 def sharpness(at: Objective | Iterate) -> float:
     """Largest eigenvalue of the Hessian, ``λ1(∇²L(w))`` [N2].
 
-    It depends on the scale of normalized weights; `spherical_sharpness` does not.
+    It depends on the scale of normalized weights; `spherical_sharpness` does not.  Where gradients are stopped on the
+    way there is no Hessian: then it is the largest real part of the eigenvalues of the Jacobian of the gradient.
 
     >>> from torch import nn, ones, zeros
     >>> net = nn.Linear(2, 1, bias=False)
@@ -29,7 +30,8 @@ def sharpness(at: Objective | Iterate) -> float:
     >>> round(sharpness(f), 4)  # ∇²L = 2 x xᵀ with x = (1, 1)
     4.0
     """
-    return Iterate.of(at).top.values[0].item()
+    it = Iterate.of(at)
+    return it.top.values[0].item() if it.objective.follows_gradient else it.rightmost.value.real
 
 
 def spherical_sharpness(at: Objective | Iterate) -> float:
@@ -68,6 +70,8 @@ def stability_ratio(at: Iterate) -> float:
     ``λ1(M^-½ (∇²L + D) M^-½)``, in the metric of the steps [N34].
     """
     threshold = at.criterion.threshold
+    if threshold is None and not at.objective.follows_gradient:
+        return at.effective_rightmost.value.real
     return at.effective_top.values[0].item() if threshold is None else sharpness(at) / threshold
 
 

@@ -61,6 +61,9 @@ def curvature(it: Iterate, at: Setting, row: dict[str, Any], *, full: bool) -> N
     Raises:
         NotConverged, NotFinite: as `warm_started`; the columns found before are in the row.
     """
+    if not it.objective.follows_gradient:
+        row |= _of_jacobian(it, full=full)
+        return
     groups, whole = it.scale_groups, it.scale_groups.covers(it.objective.size)
     uniform = it.stability is None or it.stability.uniform
     if full or uniform:
@@ -75,6 +78,16 @@ def curvature(it: Iterate, at: Setting, row: dict[str, Any], *, full: bool) -> N
             if at.rate_at is not None:
                 row["eta_lambda"] = at.rate_at(row["radius"]) * row["spherical_sharpness"]
     row |= _by_group(it, at)
+
+
+def _of_jacobian(it: Iterate, *, full: bool) -> dict[str, float]:
+    """Columns of a training with stopped gradients, whose Jacobian is not symmetric."""
+    row: dict[str, float] = {}
+    if full or it.stability is None or it.stability.uniform:
+        row |= {"sharpness": measures.sharpness(it), "residual": it.rightmost.residual}
+    if it.stability is not None:
+        row["stability_ratio"] = measures.stability_ratio(it)
+    return row
 
 
 def _by_group(it: Iterate, at: Setting) -> dict[str, float]:

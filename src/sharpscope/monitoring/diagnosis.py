@@ -40,6 +40,7 @@ class Facts:
         None  # time of measuring over time of training, where it is newer than the last measurement
     )
     groups_known: bool = True  # whether it is known which weights are invariant
+    stops_gradients: bool = False  # on the way, so that training follows no gradient of one function
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,18 @@ def divergence(at: Measurements) -> Finding | None:
         return None
     text = f"The run diverged: at step {lost[0]} the loss was not finite; what follows is about the steps before."
     return Finding("diverged", text, {"step": float(lost[0])})
+
+
+def stopped_gradients(at: Measurements) -> Finding | None:
+    """Say what sharpness means where gradients are stopped on the way."""
+    if not at.facts.stops_gradients:
+        return None
+    text = (
+        "Gradients are stopped on the way (detach, no_grad), so that training follows no gradient of one function:"
+        " sharpness is the largest real part of the eigenvalues of the Jacobian of its gradient, and the edge of"
+        " stability is exact where that eigenvalue is real."
+    )
+    return Finding("stopped gradients", text)
 
 
 def gaps(at: Measurements) -> Finding | None:
@@ -407,6 +420,7 @@ def cost(at: Measurements) -> Finding | None:
 
 RULES: tuple[Callable[[Measurements], Finding | None], ...] = (
     divergence,
+    stopped_gradients,
     gaps,
     regime,
     top_eigenvector,

@@ -7,6 +7,7 @@ P parameters.
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,12 +20,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..autodiff.objective import Objective
-from ..errors import InvalidType, InvalidValue, NotConverged, NotFinite
+from ..errors import InvalidType, InvalidValue, NotConverged, NotFinite, SharpscopeError
 from ..linalg.memory import Memory
 from ..measures import measures
 from ..measures.iterate import Iterate, midpoint
 from ..measures.row import Setting, angles, curvature
 from ..optimizers.base import UpdateRule
+from ..optimizers.from_torch import wrapped
 from ..records.history import History
 from ..report.html import write_page
 from ..symmetry.scale_groups import ScaleGroups, find_groups
@@ -32,11 +34,18 @@ from .diagnosis import Facts, Finding, diagnose
 from .optimizer_state import OptimizerState
 from .page import render_run
 from .recorder import RUN, Recorder, Sink
-from .schedules import Schedule, every_nth
+from .schedules import Schedule, every_nth, never
 from .time_budget import Budget, Ledger, ProbePlan, limited, parse_fraction, plan_probe, wait_for_device, waiting
 
 UNKNOWN_GROUPS = ScaleGroups({}, {}, {}, torch.empty(0, dtype=torch.long), 1.0)
 """The scale-invariant groups before `find_groups` has run."""
+
+
+UNREPORTED_STEPS = 100
+"""Steps of the optimizer after which a Monitor that was never called says so."""
+
+MOST_FAILURES = 3
+"""Measurements in a row that may fail before no more are taken."""
 
 
 class Monitor:
@@ -112,6 +121,7 @@ class Monitor:
         self.tau = 0.0
         self.ledger = Ledger()
         self.plan: ProbePlan | None = None
+        self._fixed_rule = rule
         self.optimizer_state = OptimizerState(optimizer, objective, rule)
         self.recorder = Recorder(sinks, directory)
         self._groups: ScaleGroups | None = None
@@ -120,11 +130,14 @@ class Monitor:
         self._setting_at: tuple[int, Setting] | None = None  # how the optimizer was set when it took that step
         self._steps_handled = 0
         self._training_seconds = 0.0  # since the last handled step
-        self._hook = optimizer.register_step_post_hook(self._stepped)
+        self._unseen = 0  # changes of the weights without a step that was counted
+        self._versions = self._weight_versions()
+        self._failures = 0  # of measurements, one after the other
+        self._hook = wrapped(optimizer).register_step_post_hook(self._stepped)
         if self.budget is None:
             self._weights_before = (0, objective.weights())
             if self._due(0):
-                self.measure(self._weights_before[1])
+                self._measure_at_the_start(self._weights_before[1])
         self.resumed = perf_counter()  # when the training went on after measuring
         self.ledger.measured += self.resumed - began
 
@@ -169,10 +182,18 @@ class Monitor:
         """Time of measuring over time of training, so far."""
         return self.ledger.overhead
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hook"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._hook = wrapped(self.optimizer).register_step_post_hook(self._stepped)
+
     def step(self) -> None:
         """Call this after every step of the optimizer."""
         began = perf_counter()
         self._training_seconds += began - self.resumed
+        self._notice_changes()
         if self.steps > self._steps_handled:
             taken = range(self._steps_handled + 1, self.steps + 1)
             self._steps_handled = self.steps
@@ -182,9 +203,9 @@ class Monitor:
             self.ledger.add_steps(self._training_seconds + waited, len(taken))
             self._training_seconds = 0.0
             if due:
-                self._measure_step()
+                self._measure_safely()
                 self.ledger.add_measurement(perf_counter() - began)
-            self._weights_before = (self.steps, self.objective.weights()) if self._next_is_due() else None
+            self._weights_before = (self.steps, self.objective.weights()) if self._next_is_due_safely() else None
         self.resumed = perf_counter()
         self.ledger.measured += self.resumed - began
 
@@ -198,6 +219,8 @@ class Monitor:
 
     def findings(self) -> list[Finding]:
         """Diagnose this run from the measurements so far; each finding has its numbers and its source."""
+        if self._uncounted:
+            return [self._uncounted]
         if self.budget is not None and not len(self.history):
             return [waiting(self.budget, self.ledger, self.plan)]
         return diagnose(self.history, RUN, self.facts)
@@ -251,6 +274,7 @@ class Monitor:
             steps=self.planned_steps,
             overhead=self.overhead if self.ledger.trained else None,
             groups_known=self._groups is not None,
+            stops_gradients=not self.objective.follows_gradient,
         )
 
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
@@ -264,6 +288,58 @@ class Monitor:
         spent = perf_counter() - began
         self.resumed += spent  # not time of training
         self.ledger.measured += spent
+
+    @property
+    def _uncounted(self) -> Finding | None:
+        """Why there is nothing to say about the steps of this run, where none was seen, or where none was reported."""
+        if self.steps == 0 and self._unseen > 0:
+            text = (
+                f"No step of {type(self.optimizer).__name__} was counted, though the weights have changed {self._unseen}"
+                " times: pass the optimizer whose step() is called. Of a wrapper with steps of its own, such as one of"
+                " two phases, this is the optimizer inside."
+            )
+            return Finding("no steps", text, {"changes of the weights": float(self._unseen)})
+        if self._steps_handled == 0 and self.steps >= UNREPORTED_STEPS:
+            text = (
+                f"{self.steps} steps of the optimizer were counted, but monitor.step() was never called: call it after"
+                " every optimizer.step()."
+            )
+            return Finding("not called", text, {"steps": float(self.steps)})
+        return None
+
+    def _weight_versions(self) -> int:
+        """A number that changes whenever a weight is written in place."""
+        return sum(p._version for p in self.objective.parameters().values())
+
+    def _notice_changes(self) -> None:
+        """Notice steps that were not counted, and parameters that have been frozen, unfrozen or replaced."""
+        versions = self._weight_versions()
+        if versions != self._versions and self.steps == self._steps_handled:
+            self._unseen += 1
+        self._versions = versions
+        changes = self.objective.changes()
+        if not changes:
+            return
+        warnings.warn(
+            f"the trainable parameters have changed by step {self.steps} ({changes}); from here on those of now are"
+            " measured",
+            stacklevel=3,
+        )
+        try:
+            self.objective = self.objective.renewed()
+            self.optimizer_state = OptimizerState(self.optimizer, self.objective, self._fixed_rule)
+        except Exception as error:  # a run is not stopped for being watched
+            self._give_up(error)
+        self._memories, self._weights_before, self.plan = {}, None, None
+        self._use_groups(None)
+        self._versions = self._weight_versions()
+
+    def _give_up(self, error: Exception) -> None:
+        """Measure no more, and say why."""
+        self._due = never
+        self.budget = None
+        self._weights_before = None
+        warnings.warn(f"no more measurements are taken: {type(error).__name__}: {error}", stacklevel=4)
 
     def _is_due(self, steps: Sequence[int]) -> bool:
         """Say whether one of these steps, which were taken, is to be measured."""
@@ -286,6 +362,36 @@ class Monitor:
             self._use_groups(find_groups(self.plan.groups_objective))
             self.ledger.measured_at_first += perf_counter() - began
         return self.budget.allows(self.ledger, step, self.plan)
+
+    def _next_is_due_safely(self) -> bool:
+        """As `_next_is_due`; what planning raises ends the measuring, not the training."""
+        try:
+            return self._next_is_due()
+        except Exception as error:
+            self._give_up(error)
+            return False
+
+    def _measure_at_the_start(self, w: Tensor) -> None:
+        """Measure before the first step: what cannot be measured is refused, other failures are left out."""
+        try:
+            self.measure(w)
+        except SharpscopeError:
+            self._hook.remove()
+            raise
+        except Exception as error:
+            warnings.warn(f"the measurement at the start failed: {type(error).__name__}: {error}", stacklevel=4)
+
+    def _measure_safely(self) -> None:
+        """Measure, whatever that raises: a run is not stopped for being watched."""
+        try:
+            self._measure_step()
+            self._failures = 0
+        except Exception as error:
+            self._failures += 1
+            if self._failures == MOST_FAILURES:
+                self._give_up(error)
+            else:
+                warnings.warn(f"a measurement at step {self.steps} failed: {type(error).__name__}: {error}", stacklevel=4)
 
     def _plan(self, budget: Budget) -> ProbePlan:
         stability = self.optimizer_state.stability()

@@ -56,7 +56,7 @@ class OptimizerState:
         """The names of the parameters on which weight decay acts."""
         groups = [group for group in self._optimizer.param_groups if group.get("weight_decay")]
         ids = {id(p) for group in groups for p in group["params"]}
-        return {name for name, p in self._objective.model.named_parameters() if id(p) in ids}
+        return {name for name, p in self._objective.parameters().items() if id(p) in ids}
 
     def use_groups(self, groups: ScaleGroups | None) -> None:
         """Choose the leading parameter group by these scale-invariant weights; the first one where they are unknown."""
@@ -73,8 +73,7 @@ class OptimizerState:
         return setting_of(self._optimizer, self._parameters(), rules[self._leading], rules, self._leading)
 
     def _parameters(self) -> list[Tensor]:
-        model = dict(self._objective.model.named_parameters())
-        return [model[name] for name in self._objective.slices]
+        return list(self._objective.parameters().values())
 
     def _refresh(self) -> None:
         """Read the rules where a hyper-parameter has changed since they were read."""
@@ -98,7 +97,7 @@ class OptimizerState:
         groups = self._optimizer.param_groups
         if len(groups) == 1 or self._groups is None:
             return 0
-        params = dict(self._objective.model.named_parameters())
+        params = self._objective.parameters()
         slices = self._objective.slices
         joint = torch.zeros(self._objective.size, dtype=torch.bool)
         joint[self._groups.joint] = True
@@ -115,10 +114,15 @@ def _plain(value: Any) -> Any:
 
 def _check_trains(optimizer: Optimizer, objective: Objective) -> None:
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    params = dict(objective.model.named_parameters())
-    idle = [name for name in objective.slices if id(params[name]) not in trained]
+    idle = [name for name, p in objective.parameters().items() if id(p) not in trained]
     if idle:
         raise InvalidValue(
             f"the optimizer does not train {', '.join(idle)}: pass the optimizer of this model, or freeze what is not"
             " trained by requires_grad_(False) before making the Objective"
+        )
+    others = sum(id(p) in trained for p in objective.captured)
+    if others:
+        raise InvalidValue(
+            f"the optimizer also trains {others} parameters that the loss depends on and that belong neither to the model"
+            " nor to a loss that is a module; make them part of one of these: Objective(model, loss_module, data)"
         )

@@ -23,6 +23,12 @@ def rule_of(optimizer: Optimizer) -> UpdateRule:
     kind = type(optimizer)
     if kind not in rules:
         known = ", ".join(sorted(k.__name__ for k in rules))
+        inside = wrapped(optimizer)
+        if inside is not optimizer:
+            raise InvalidType(
+                f"{kind.__name__} wraps {type(inside).__name__}, and how its steps differ from those is not known here;"
+                " pass the optimizer inside to compare with its threshold, or a rule= for the whole"
+            )
         raise InvalidType(f"no update rule for {kind.__name__}; subclass UpdateRule. Known: {known}")
     return rules[kind].read(optimizer)
 
@@ -52,13 +58,13 @@ def state_of(optimizer: Optimizer, parameters: Sequence[Tensor], rule: UpdateRul
     The rule is ``rule_of(optimizer)`` by default; another one finds what it keeps by its `entries`.
     """
     rule = rule_of(optimizer) if rule is None else rule
-    start = rule.init(torch.cat([p.detach().reshape(-1) for p in parameters]))
+    start = rule.init(torch.cat([_flat(p) for p in parameters]))
     state = {}
     for name, first in start.items():
         kept = [optimizer.state.get(p, {}).get(rule.entries.get(name, name)) for p in parameters]
         if first.dim():
             parts = [torch.zeros_like(p) if k is None else k for p, k in zip(parameters, kept, strict=True)]
-            state[name] = torch.cat([part.detach().reshape(-1) for part in parts])
+            state[name] = torch.cat([_flat(part) for part in parts])
         else:
             counts = {float(k) for k in kept if k is not None} or {first.item()}
             demand(len(counts) == 1, f"the parameters differ in {name}, {sorted(counts)}: no one state describes them")
@@ -90,8 +96,8 @@ def stability_of(
     moving = [UNMOVED if s is None else s for s in found]
     pairs = list(zip(moving, parameters, strict=True))
     return Stability(
-        torch.cat([s.metric.to(p).expand(p.numel()) for s, p in pairs]),
-        torch.cat([s.decay.to(p).expand(p.numel()) for s, p in pairs]),
+        torch.cat([s.metric.to(_flat(p)).expand(_flat(p).numel()) for s, p in pairs]),
+        torch.cat([s.decay.to(_flat(p)).expand(_flat(p).numel()) for s, p in pairs]),
     )
 
 
@@ -101,6 +107,21 @@ UNMOVED = Stability(torch.tensor(math.inf), torch.tensor(0.0))
 
 def _stability(part: Optimizer, rule: UpdateRule | None, parameter: Tensor) -> Stability | None:
     return None if rule is None else rule.stability(state_of(part, [parameter], rule))
+
+
+def _flat(t: Tensor) -> Tensor:
+    """Flatten a tensor, complex numbers into pairs of real ones, low precision into single."""
+    t = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
+    return (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t).reshape(-1)
+
+
+def wrapped(optimizer: Optimizer) -> Optimizer:
+    """Take an optimizer out of wrappers that let it step: itself where there is none."""
+    for name in ("base_optimizer", "optimizer", "_optimizer", "inner_optimizer"):
+        inside = getattr(optimizer, name, None)
+        if isinstance(inside, Optimizer) and inside is not optimizer:
+            return wrapped(inside)
+    return optimizer
 
 
 def _kinds(rule: type[UpdateRule]) -> tuple[type[Optimizer], ...]:
