@@ -6,13 +6,9 @@ P parameters.
 """
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
-from .data import map_tensors
 from .objective import Objective
 
 
@@ -29,20 +25,9 @@ def in_double(f: Objective) -> Objective:
     double = copy.copy(f)
     double.model = copy.deepcopy(f.model).double()
     double.loss = copy.deepcopy(f.loss).double() if isinstance(f.loss, nn.Module) else f.loss
-    double.data = _DoubledData(f)
+    double.form = f.form.converted(_doubled)
     double.graph_bytes_per_example = 2 * f.graph_bytes_per_example
     return double
-
-
-@dataclass(frozen=True)
-class _DoubledData:
-    """The batches of an objective, read under its seed, with floating point numbers in double precision."""
-
-    f: Objective
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.f.batches():
-            yield map_tensors(batch.raw, _doubled)
 
 
 def _doubled(t: Tensor) -> Tensor:
