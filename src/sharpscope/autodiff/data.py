@@ -5,8 +5,9 @@ import dataclasses
 import inspect
 import math
 import random
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sized
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections import OrderedDict, UserDict
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -273,6 +274,11 @@ def head(data: Iterable[Any] | Source, n: int, form: BatchForm | None = None) ->
     return taken
 
 
+def undisturbed(source: Source) -> AbstractContextManager[None]:
+    """Put every global generator back at the end, where batches are looked at outside of a pass."""
+    return _own_randomness(0, source)
+
+
 @contextmanager
 def fresh_copy(data: Iterable[Any]) -> Iterator[Any]:
     """Copy data for one pass outside of an objective, with every global generator seeded by zero meanwhile."""
@@ -320,6 +326,8 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
         order = (None if i is None else change(i) for i in (tree.sorted_indices, tree.unsorted_indices))
         sizes = tree.batch_sizes  # which torch wants on the processor
         return PackedSequence(change(tree.data), sizes.clone() if sizes.is_inference() else sizes, *order)
+    if _is_object(tree) and callable(getattr(tree, "apply", None)):
+        return copy.copy(tree).apply(change)  # graphs and dicts of tensors that know how their tensors are changed
     if isinstance(tree, Mapping):
         return _map_mapping(tree, change)
     if isinstance(tree, list | tuple):
@@ -328,8 +336,6 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, type) or not (dataclasses.is_dataclass(tree) or _is_object(tree)):
         return tree
     other = copy.copy(tree)
-    if _is_object(tree) and callable(getattr(tree, "apply", None)):
-        return other.apply(change)  # graphs and dicts of tensors that know how their tensors are changed
     for name, value in vars(other).items():
         object.__setattr__(other, name, map_tensors(value, change))
     return other
@@ -337,7 +343,7 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _map_mapping(tree: Mapping[Any, Any], change: Callable[[Tensor], Tensor]) -> Any:
     items = {key: map_tensors(item, change) for key, item in tree.items()}
-    if type(tree) is dict or not isinstance(tree, MutableMapping):
+    if not isinstance(tree, UserDict | OrderedDict):
         return items
     try:
         other = copy.copy(tree)

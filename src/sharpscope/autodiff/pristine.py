@@ -42,11 +42,11 @@ FRAMEWORKS = {"lightning", "pytorch_lightning", "accelerate"}
 
 ATOMS = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, PurePath, torch.dtype, torch.device, np.dtype),
-    *(np.number, np.bool_, type, ModuleType, BuiltinFunctionType, CodeType),
+    *(np.number, np.bool_, type, BuiltinFunctionType, CodeType),
 )
 """Kinds of objects that have no state."""
 
-WHOLE = (Optimizer, multiprocessing.context.BaseContext, logging.Filterer, threading.Thread)
+WHOLE = (ModuleType, Optimizer, multiprocessing.context.BaseContext, logging.Filterer, threading.Thread)
 """Kinds of objects that are never copied."""
 
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidType, InvalidValue
-from .data import BatchForm, Source
+from .data import BatchForm, Source, undisturbed
 
 Weight = Callable[[Any], float]
 
@@ -58,7 +58,9 @@ class _Union:
 
 def check_mean(f: _Objective, raw: Any) -> None:
     """Raise InvalidValue if the loss of a batch is the sum of the losses of its halves, at the cost of two of them."""
-    for union in _halves(f, raw):
+    with undisturbed(f.source):
+        unions = list(_halves(f, raw))
+    for union in unions:
         if _close(f, sum(union.losses), union.whole) and not _close(f, union.mean(f.form.weight), union.whole):
             raise InvalidValue(
                 f"the loss sums over the examples (it is {union.whole:.6g} for a batch, {union.losses[0]:.6g} and"
@@ -69,7 +71,11 @@ def check_mean(f: _Objective, raw: Any) -> None:
 
 def check_weights(f: _Objective) -> str:
     """Raise InvalidValue where another weight of the batches is right; say so where none is."""
-    unions = list(_unions(f))
+    with undisturbed(f.source):
+        return _weights_in_words(f, list(_unions(f)))
+
+
+def _weights_in_words(f: _Objective, unions: list[_Union]) -> str:
     wrong = [union for union in unions if not _close(f, union.mean(f.form.weight), union.whole)]
     if not wrong:
         return ""
