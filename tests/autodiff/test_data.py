@@ -207,7 +207,7 @@ def test_packed_sequences_are_one_argument(in_order: bool) -> None:
 
 def test_what_is_what_in_a_batch_is_shown_where_it_is_missing() -> None:
     x, z, y = TRIPLES[0]
-    shown = {
+    shown: dict[str, list[Any]] = {
         r"batch=lambda b: \(\(b\[0\], b\[1\]\), b\[2\]\)": [(x, z, y)],
         r"batch=lambda b: \(b\[0\], b\[0\]\)": [[x]],
         r"batch=lambda b: \(b, b\)": [x],
@@ -351,7 +351,7 @@ def test_a_model_that_draws_from_numpy_leaves_it_as_it_was() -> None:
             return super().forward(x) * (1 + 0 * np.random.rand())
 
     f = Objective(Draws(3, 1).double(), mse, [(X[0], Y[0])])
-    before = np.random.get_state()[1].copy(), np.random.get_state()[2]  # type: ignore[index,union-attr]
+    before = np.random.get_state()[1].copy(), np.random.get_state()[2]  # type: ignore[index]
     f.grad(f.weights()), f.on([(X[1], Y[1])]).value(f.weights())
     after = np.random.get_state()
     assert (after[1] == before[0]).all() and after[2] == before[1]  # type: ignore[index]
