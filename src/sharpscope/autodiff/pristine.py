@@ -13,7 +13,7 @@ import multiprocessing.context
 import random
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -34,11 +34,17 @@ COPIED_BYTES = 1 << 20
 COPIED_ARRAYS = 1000
 """At most so many tensors and arrays are copied."""
 
+LONG = 1000
+"""Lists and dicts of so many items hold data, not state: their items are copied only where they hold objects."""
+
 LIBRARIES = {"torch", "numpy", "builtins", "abc", "typing", "collections", "transformers", "datasets", "torchvision"}
 """Packages whose classes and functions draw from no generator in a module but the global ones."""
 
 FRAMEWORKS = {"lightning", "pytorch_lightning", "accelerate"}
 """Packages whose objects run the training, and are never copied."""
+
+NUMBERS = {int, float, bool, str, bytes, type(None)}
+"""The most frequent kinds of objects that have no state."""
 
 ATOMS = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, PurePath, torch.dtype, torch.device, np.dtype),
@@ -60,9 +66,7 @@ class Pristine:
     """
 
     def __init__(self, data: Any) -> None:
-        plan = _planned(data)
-        self._data, _ = plan.copied(data)
-        self._plan = _planned(self._data)
+        self._data, self._plan = _planned(data)
 
     @contextmanager
     def fresh(self, seed: int | None = None) -> Iterator[Any]:
@@ -93,7 +97,7 @@ class _Plan:
 
     same: dict[int, Any] = field(default_factory=dict)  # what stands for an object in every copy, as a rule itself
     arrays: dict[int, Any] = field(default_factory=dict)  # tensors and arrays, before it is known which are copied
-    flat: list[Any] = field(default_factory=list)  # lists, sets and dicts of atoms: copied on one level, which is fast
+    flat: list[Any] = field(default_factory=list)  # lists, sets and dicts that are copied on one level, which is fast
     files: list[Any] = field(default_factory=list)
     functions: list[FunctionType] = field(default_factory=list)  # with variables of their own
     changing: list[Any] = field(default_factory=list)  # lists and dicts that give other items than they hold
@@ -108,6 +112,23 @@ class _Plan:
         """Return the generators of loaders and their samplers, or all there are."""
         found: list[Any] = [g for loader in self.loaders for g in loader_generators(loader)]
         return [*found, *self.generators, *(g for g, _ in self.outside)] if everywhere else found
+
+    def of_copy(self, memo: Mapping[int, Any]) -> "_Plan":
+        """Return the plan for a copy that was made by this one."""
+
+        def moved(things: list[Any]) -> list[Any]:
+            return [memo[id(thing)] for thing in things if id(thing) in memo]
+
+        return _Plan(
+            same=self.same,
+            flat=moved(self.flat),
+            files=moved(self.files),
+            functions=moved(self.functions),
+            changing=moved(self.changing),
+            loaders=moved(self.loaders),
+            generators=moved(self.generators),
+            outside=self.outside,
+        )
 
     def copied(self, data: Any) -> tuple[Any, dict[int, Any]]:
         """Copy data; return also the copy of every object by the `id` of the original."""
@@ -138,8 +159,8 @@ class _Plan:
                 self.same[i] = self.arrays[i]
 
 
-def _planned(data: Any) -> _Plan:
-    """Look at everything that some data are made of, and plan how it is copied."""
+def _planned(data: Any) -> tuple[Any, _Plan]:
+    """Copy some data, and plan how this copy is copied in turn."""
     plan = _Plan()
     stack = [data]
     while stack:
@@ -149,16 +170,16 @@ def _planned(data: Any) -> _Plan:
             stack.extend(_visit(thing, plan))
     plan.keep_large_arrays()
     try:
-        plan.copied(data)
+        copied, memo = plan.copied(data)
     except Exception:  # whatever an object raises that cannot be copied
-        for thing in plan.unusual:
+        for thing in reversed(plan.unusual):  # parts before what they are in
             if thing is not data and not _copyable(thing, plan):
                 plan.same[id(thing)] = thing
         try:
-            plan.copied(data)
+            copied, memo = plan.copied(data)
         except Exception as error:
             raise _not_copyable(data, f"{type(error).__name__}: {error}") from error
-    return plan
+    return copied, plan.of_copy(memo)
 
 
 def _not_copyable(data: Any, reason: str) -> InvalidValue:
@@ -208,7 +229,8 @@ def _visit(thing: Any, plan: _Plan) -> Iterable[Any]:
 
 def _visit_container(thing: Any, plan: _Plan) -> Iterable[Any]:
     items = _items(thing)
-    if type(thing) in (list, dict, set) and all(_is_flat(item) for item in items):
+    depth = 1 if len(items) < LONG else 6
+    if type(thing) in (list, dict, set) and all(_is_flat(item, depth) for item in items):
         plan.flat.append(thing)
         return ()
     own = getattr(thing, "__dict__", {})
@@ -248,8 +270,15 @@ def _fill_container(own: Any, thing: Any, memo: dict[int, Any]) -> None:
     own.__dict__.update(copy.deepcopy(vars(thing), memo))
 
 
-def _is_flat(item: Any) -> bool:
-    return isinstance(item, ATOMS) or (type(item) is tuple and all(isinstance(part, ATOMS) for part in item))
+def _is_flat(item: Any, depth: int) -> bool:
+    """Tell whether an item needs no copy: a tuple of atoms, and in long lists nested data of no other kinds."""
+    kind = type(item)
+    if kind in NUMBERS:
+        return True
+    if kind is tuple or (depth > 1 and kind in (list, dict)):
+        parts = item.values() if kind is dict else item
+        return NUMBERS.issuperset(map(type, parts)) or (depth > 0 and all(_is_flat(part, depth - 1) for part in parts))
+    return isinstance(item, ATOMS) or (depth > 1 and kind in (Tensor, np.ndarray))
 
 
 def _visit_loader(loader: DataLoader[Any], plan: _Plan) -> Iterable[Any]:
