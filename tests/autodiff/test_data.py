@@ -83,6 +83,13 @@ class Record:
     y: Tensor
 
 
+@dataclass(slots=True)
+class Slotted:
+    left: Tensor
+    right: Tensor
+    y: Tensor
+
+
 class Graph:
     """What batches of graphs are: an object that can be moved, which happens in place."""
 
@@ -122,6 +129,7 @@ FORMS: dict[str, tuple[Callable[..., Any], Any]] = {
     "an ordered dict as one argument": (lambda x, z, y: (OrderedDict(left=x, right=z), y), None),
     "a dict with keys that are no names": (lambda x, z, y: {"left": x, "right": z, 3: y}, lambda b: ((b,), b[3])),
     "a data class": (Record, by_field),
+    "a data class with slots": (Slotted, by_field),
     "a data class as one argument": (lambda x, z, y: (Record(x, z, y), y), None),
     "an object": (Graph, lambda b: (b, b.y)),
     "an object with apply": (Changing, lambda b: (b, b.y)),

@@ -312,7 +312,7 @@ def tensors(tree: Any) -> Iterator[Tensor]:
         for item in tree:
             yield from tensors(item)
     elif not isinstance(tree, type) and (dataclasses.is_dataclass(tree) or _is_object(tree)):
-        yield from tensors(getattr(tree, "__dict__", {}))
+        yield from tensors(_attributes(tree))
 
 
 def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -336,7 +336,7 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, type) or not (dataclasses.is_dataclass(tree) or _is_object(tree)):
         return tree
     other = copy.copy(tree)
-    for name, value in vars(other).items():
+    for name, value in _attributes(tree).items():
         object.__setattr__(other, name, map_tensors(value, change))
     return other
 
@@ -371,6 +371,12 @@ def _is_object(tree: Any) -> bool:
     )
 
 
+def _attributes(tree: Any) -> dict[str, Any]:
+    """Return what a data class or an object holds, by name."""
+    slots = [f.name for f in dataclasses.fields(tree)] if dataclasses.is_dataclass(tree) else []
+    return {name: getattr(tree, name) for name in slots if hasattr(tree, name)} | getattr(tree, "__dict__", {})
+
+
 def _is_pair(batch: Any) -> bool:
     return isinstance(batch, list | tuple) and len(batch) == 2
 
@@ -384,7 +390,7 @@ def _remedy(batch: Any) -> str:
         parts = [f"b[{i}]" for i in range(len(batch))]
         pair = f"(({', '.join(parts[:-1])}), {parts[-1]})" if len(parts) > 1 else "(b[0], b[0])" if parts else ""
     elif not isinstance(batch, type | str | PackedSequence) and next(tensors(batch), None) is not None:
-        names = list(getattr(batch, "_fields", None) or getattr(batch, "__dict__", {}))
+        names = list(getattr(batch, "_fields", None) or _attributes(batch))
         target = next((name for name in ("y", "target", "targets", "label", "labels") if hasattr(batch, name)), None)
         if _is_object(batch) and not dataclasses.is_dataclass(batch):
             pair = f"(b, b.{target or names[-1].lstrip('_')})"
@@ -467,7 +473,7 @@ def _leaves(tree: Any) -> Iterator[Any]:
         for item in _items(tree):
             yield from _leaves(item)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        yield from _leaves(vars(tree))
+        yield from _leaves(_attributes(tree))
     elif not isinstance(tree, str | int | float | bool | None):
         yield tree
 
@@ -510,7 +516,7 @@ def _picked(tree: Any, cut: Cut, rows: slice) -> Any:
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         other = copy.copy(tree)
-        for name, value in vars(other).items():
+        for name, value in _attributes(tree).items():
             object.__setattr__(other, name, _picked(value, cut, rows))
         return other
     return tree

@@ -304,12 +304,13 @@ def _visit_file(file: Any, plan: _Plan) -> None:
 
 def _opened_again(file: Any) -> Any:
     """Open a file once more, at the position of the first one."""
+    again: Any
     if isinstance(file, io.TextIOWrapper):
-        again: Any = open(file.name, file.buffer.mode.rstrip("b"), encoding=file.encoding, errors=file.errors)  # noqa: SIM115
+        again = io.TextIOWrapper(_opened_again(file.buffer), encoding=file.encoding, errors=file.errors)
     elif isinstance(file, io.BufferedReader | io.FileIO):
-        again = open(file.name, file.mode)  # noqa: SIM115
+        again = open(file.name, "rb")  # noqa: SIM115
     else:
-        again = type(file)(file.name)
+        again = type(file)(file.name)  # compressed
     again.seek(file.tell())
     return again
 
