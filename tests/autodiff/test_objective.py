@@ -548,8 +548,8 @@ def one_batch() -> tuple[Tensor, Tensor]:
 class Once:
     """An iterable that yields its batches only the first time."""
 
-    def __init__(self) -> None:
-        self.rest = iter([one_batch(), one_batch()])
+    def __init__(self, kind: Callable[..., Iterator[Any]] = iter) -> None:
+        self.rest = kind([one_batch(), one_batch()])
 
     def __iter__(self) -> Iterator[Any]:
         return self.rest
@@ -576,13 +576,16 @@ def test_data_that_are_not_batches_are_refused(kind: str) -> None:
         Objective(problems.model("none"), F.mse_loss, build())
 
 
-def test_data_that_are_used_up_later_are_refused_then() -> None:
-    f = Objective(problems.model("none"), F.mse_loss, Once())
+def test_data_that_are_used_up_when_they_are_read_are_read_from_copies() -> None:
+    """An iterator over a list can be copied, a generator cannot."""
+    data, (x, y) = Once(), one_batch()
+    f = Objective(net := problems.model("none"), F.mse_loss, data)
     w = f.weights()
-    f.value(w)
-    for evaluate in (f.value, f.grad, f.at):
-        with pytest.raises(ValueError, match="no batch, or not a second time"):
-            evaluate(w)
+    for _ in range(2):
+        assert f.value(w).item() == pytest.approx(F.mse_loss(net(x), y).item(), rel=1e-12)
+    assert len(list(data)) == 2
+    with pytest.raises(ValueError, match=r"the data .* cannot be copied .*pass a few fixed batches as a list"):
+        Objective(net, F.mse_loss, Once(lambda batches: (batch for batch in batches)))
     with pytest.raises(ValueError, match="no batch"):
         f.on([]).value(w)
 

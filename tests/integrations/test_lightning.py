@@ -1,12 +1,14 @@
 """The Lightning callback: the fit does not notice it, and it reads what a Monitor in a plain loop reads."""
 
 import csv
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import available  # noqa: F401 - before Lightning, which looks for transformers
 import lightning.pytorch
+import numpy as np
 import pytest
 import pytorch_lightning
 import torch
@@ -248,17 +250,89 @@ class TwoOptimizers(Module):
 
 
 class Stream(IterableDataset[Any]):
+    """Goes on where it stopped, without end."""
+
+    def __init__(self) -> None:
+        self.at, self.draws = 0, np.random.default_rng(0)
+
+    def next_numbers(self) -> list[float]:
+        return [self.draws.random()]
+
     def __iter__(self) -> Iterator[Any]:
-        yield from zip(Augmented().x, Augmented().y, strict=True)
+        while True:
+            self.at += 1
+            x = torch.tensor(self.draws.standard_normal(4), dtype=torch.float32)
+            yield x + self.at / 50, x[:1].tanh()
+
+
+class OwnNoise(Augmented):
+    """Draws its noise from generators of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(32)
+        self.draws, self.more = np.random.default_rng(0), [random.Random(0)]
+
+    def next_numbers(self) -> list[float]:
+        return [self.draws.random(), self.more[0].random()]
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.x[i] + 0.1 * float(self.draws.normal()), self.y[i] + self.more[0].gauss(0, 0.1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", [Stream, OwnNoise])
+def test_data_with_a_state_are_left_where_they_are(kind: Any, workers: int) -> None:
+    ends, states = [], []
+    for callback in (None, SharpnessCallback(mse, every=2, batches=2)):
+        seed_all()
+        data = DataLoader(kind(), batch_size=8, num_workers=workers)
+        ends.append(left(fit(callback, data, limit_train_batches=4, max_epochs=2)))
+        states.append((getattr(data.dataset, "at", 0), vars(type(data.dataset))["next_numbers"](data.dataset)))
+    assert differing(*ends) == []
+    assert states[0] == states[1]
+    assert callback is not None and callback.monitor is not None
+    f = callback.monitor.objective
+    if kind is Stream:
+        expected = [x for (x, _), _ in zip(Stream(), range(16), strict=False)]
+        assert torch.equal(torch.cat([x for x, _ in f.data]), torch.stack(expected))
+
+
+def test_batches_of_another_form_and_weight() -> None:
+    x, y = Augmented().x, Augmented().y
+    data = DataLoader(TensorDataset(x, y, torch.arange(32.0) + 1), batch_size=4)
+    callback = SharpnessCallback(mse, every=100, batch=lambda b: (b[0], b[1]), examples=lambda b: b[2].sum())
+    fit(callback, data, Module(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))), max_epochs=1)
+    assert callback.monitor is not None
+    f = callback.monitor.objective
+    losses = [(n.sum().item(), f.on([(x, y, n)]).value(f.weights()).item()) for x, y, n in f.data]
+    expected = sum(n * loss for n, loss in losses) / sum(n for n, _ in losses)
+    assert f.value(f.weights()).item() == pytest.approx(expected, rel=1e-6)  # single precision
+
+
+def test_a_validation_batch_can_be_measured_after_the_validation() -> None:
+    """Lightning validates in inference mode, in which tensors are made that gradients refuse."""
+
+    class Keeping(Module):
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.kept = [t + 0 for t in batch]
+
+    module = Keeping(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)))
+    lightning.pytorch.Trainer(**QUIET).validate(module, fixed_data(), verbose=False)
+    x, y = module.kept
+    assert x.is_inference()
+    f = Objective(module.net, mse, [(x, y)])
+    expected = torch.autograd.grad(mse(module.net(x.clone()), y.clone()), list(module.net.parameters()))
+    assert torch.equal(f.grad(f.weights()), torch.cat([g.reshape(-1) for g in expected]))
 
 
 def test_what_cannot_be_watched_is_refused_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="the module has 2 optimizers, and a measurement is about one; make a Monitor"):
         fit(SharpnessCallback(mse), fixed_data(), TwoOptimizers())
-    for odd in (DataLoader(Stream(), batch_size=4), [fixed_data()], DataLoader(fixed_data().dataset, batch_size=None)):
+    for odd in ([fixed_data()], DataLoader(fixed_data().dataset, batch_size=None)):
         with pytest.raises(ValueError, match=r"pass a few fixed batches: SharpnessCallback\(data="):
             fit(SharpnessCallback(mse), odd)
-    fit(SharpnessCallback(mse, list(fixed_data())), DataLoader(Stream(), batch_size=4))
+    stream = DataLoader(Stream(), batch_size=4)
+    fit(SharpnessCallback(mse, list(fixed_data())), stream, limit_train_batches=4, max_epochs=1)
 
 
 def test_sharded_parameters_are_refused() -> None:

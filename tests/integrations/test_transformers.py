@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import available  # noqa: F401 - before transformers
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from traces import differing, go_offline, seed_all, traces
@@ -23,6 +25,7 @@ from transformers import (
 from sharpscope.autodiff.objective import Objective
 from sharpscope.integrations.transformers import SharpnessCallback
 from sharpscope.monitoring.monitor import Monitor
+from sharpscope.optimizers.from_torch import rule_of, rules_of
 
 
 @pytest.fixture(autouse=True)
@@ -183,12 +186,72 @@ def test_a_probe_is_spread_over_the_data_and_collated_as_in_training(tmp_path: P
 
 
 class Stream(IterableDataset[Any]):
+    """Goes on where it stopped, without end."""
+
+    def __init__(self) -> None:
+        self.at, self.draws = 0, random.Random(0)
+
     def __iter__(self) -> Any:
-        return (Text()[i] for i in range(32))
+        while True:
+            self.at += 1
+            ids = (torch.arange(8) * self.at + self.draws.randrange(16)) % 16
+            yield {"input_ids": ids, "labels": ids}
+
+
+class OwnNoise(Text):
+    def __init__(self) -> None:
+        super().__init__(noisy=False)
+        self.draws = np.random.default_rng(0)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        ids = super().__getitem__(i)["labels"].roll(int(self.draws.integers(8)))
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("kind", [Stream, OwnNoise])
+def test_data_with_a_state_are_left_where_they_are(kind: Any, tmp_path: Path) -> None:
+    seed_all()
+    alone = trainer_of(tmp_path, gpt2(), data := kind(), max_steps=4)
+    alone.train()
+    seed_all()
+    callback, watched = train(tmp_path, gpt2(), twin := kind(), watch={"every": 2, "batches": 2}, max_steps=4)
+    assert differing(left(watched), left(alone)) == []
+    assert getattr(twin, "at", 0) == getattr(data, "at", 0)
+    assert (twin.draws.random(), callback.monitor is None) == (data.draws.random(), False)
+
+
+def test_tokens_weigh_what_they_are_counted_as(tmp_path: Path) -> None:
+    """The loss of two batches with padding is that of all their tokens."""
+    ids = torch.arange(64).view(8, 8) % 16
+    labels = torch.where(torch.arange(64).view(8, 8) < 20, -100, ids)
+    probe = [{"input_ids": ids[i : i + 4], "labels": labels[i : i + 4]} for i in (0, 4)]
+    watch = dict[str, Any](data=probe, every=100, examples=lambda b: int((b["labels"][:, 1:] != -100).sum()))
+    callback, _ = train(tmp_path, gpt2(dropout=0.0), Text(), watch=watch, max_steps=1)
+    assert callback.monitor is not None
+    f = callback.monitor.objective
+    assert f.value(f.weights()).item() == pytest.approx(f.model(ids, labels=labels).loss.item(), rel=1e-6)
+
+
+def test_a_prepared_optimizer_is_the_one_inside() -> None:
+    accelerator = Accelerator(cpu=True)
+    seed_all()
+    inner = torch.nn.Linear(4, 1)
+    adam = torch.optim.AdamW(inner.parameters(), lr=0.1)
+    net, prepared = accelerator.prepare(inner, adam)
+    x, y = torch.ones(8, 4), torch.zeros(8, 1)
+    f = Objective(net, torch.nn.functional.mse_loss, [(x, y)])
+    monitor = Monitor(f, prepared, every=1)
+    assert rule_of(prepared) == rule_of(adam)
+    assert rules_of(prepared) == rules_of(adam) == [monitor.rule]
+    for _ in range(2):
+        prepared.zero_grad()
+        accelerator.backward(torch.nn.functional.mse_loss(net(x), y))
+        prepared.step()
+        monitor.step()
+    assert monitor.steps == 2 and monitor.history.columns["step"] == [0, 1, 2]
+    assert monitor.optimizer is adam
 
 
 def test_what_cannot_be_watched_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"pass a few fixed batches: SharpnessCallback\(data="):
-        train(tmp_path, gpt2(), Stream())
     with pytest.raises(ValueError, match="bfloat16"):
         train(tmp_path, gpt2().to(torch.bfloat16), Text())

@@ -161,6 +161,27 @@ def test_the_head_of_the_data_is_their_first_examples() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_a_probe_of_batches_with_a_form_and_weights_of_their_own() -> None:
+    """Time comes first: a probe has whole sequences, and weighs as they are counted."""
+    x, y = torch.randn(6, 32, 3), torch.randn(6, 32, 1)
+    net = nn.Linear(3, 1)
+    data = [(x[:, :24], None, y[:, :24]), (x[:, 24:], None, y[:, 24:])]
+    f = Objective(net, nn.functional.mse_loss, data, batch=lambda b: (b[0], b[2]), examples=lambda b: b[0].shape[1])
+    ledger = Ledger()
+    ledger.add_steps(1e-4, 1)
+    plan = plan_probe(f, f.weights(), ledger, Budget(0.01, 1000), solves=1, k=1)
+    (batch,) = plan.objective.data
+    assert plan.examples == batch[0].shape[1] == 16 and batch[0].shape[0] == 6
+    value = plan.objective.value(f.weights()).item()
+    assert value == pytest.approx(
+        nn.functional.mse_loss(net(x[:, :16]), y[:, :16]).item(), rel=1e-6
+    )  # single precision
+    ledger.add_steps(1000.0, 1)
+    plan = plan_probe(f, f.weights(), ledger, Budget(1.0, 1000), solves=1, k=1)
+    assert plan.examples == 32
+    assert plan.objective.value(f.weights()).item() == pytest.approx(nn.functional.mse_loss(net(x), y).item(), rel=1e-6)
+
+
 def test_fractions() -> None:
     assert parse_fraction("5%") == parse_fraction(" 5 %") == parse_fraction(0.05) == parse_fraction("0.05") == 0.05
 

@@ -33,7 +33,7 @@ class Expansion:
     hvp: Linear  # ∇²L(w) v
     third: Callable[[Tensor, Tensor], Tensor]  # ∇_w (uᵀ ∇²L(w) v), u and v held fixed
     gauss_newton: Linear  # Jᵀ ∇²ℓ J v
-    examples: int  # that the loss is a mean over
+    examples: float  # that the loss is a mean over
     cost: float  # of `hvp`, in gradients: by counting operations, unless `tune` measured it
     columns: Linear | None = None  # ∇²L(w) V for V (P, k) in one pass, where the backend can do that
     together: bool = False  # whether that is faster than column by column
@@ -43,7 +43,7 @@ class Expansion:
 class BatchLoss(NamedTuple):
     """The mean loss of one batch, and the output of the model that it comes from."""
 
-    examples: int
+    examples: float
     loss: Tensor
     output: Any
     loss_of: Callable[[Any, Mapping[str, Tensor]], Tensor]  # the loss as a function of outputs and weights
@@ -77,7 +77,7 @@ def on_graphs(f: MeanLoss, w: Tensor, memory_budget: int) -> Expansion:
     """
     w = w.detach().requires_grad_()
     value, slope = w.new_zeros(()), torch.zeros_like(w)
-    batches = examples = 0
+    batches, examples = 0, 0.0
     graphs: list[tuple[BatchLoss, Tensor]] = []
     for batch in f.losses(f.unflatten(w)):
         batches += 1
@@ -108,7 +108,7 @@ class Graphs:
     f: MeanLoss
     w: Tensor
     batches: int
-    examples: int
+    examples: float
     kept: tuple[tuple[BatchLoss, Tensor], ...] = ()
 
     @cached_property

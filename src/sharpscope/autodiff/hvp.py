@@ -208,8 +208,8 @@ class _Linearization:
         self.f = f
         self.w = w.detach()
         self.tracer = tracer
-        self.batches = self.examples = 0
-        self.kept: list[tuple[_Traced, list[Tensor], int]] = []
+        self.batches, self.examples = 0, 0.0
+        self.kept: list[tuple[_Traced, list[Tensor], float]] = []
         self.batched = True  # until a program for columns is found not to exist
         total, slope, used = w.new_zeros(()), torch.zeros_like(w), 0
         for program, values, residuals, examples in self._started():
@@ -259,7 +259,7 @@ class _Linearization:
                     total.add_(program.each(residuals, v), alpha=examples / self.examples)
         return total
 
-    def _started(self) -> Iterator[tuple[_Traced, list[Tensor], list[Tensor], int]]:
+    def _started(self) -> Iterator[tuple[_Traced, list[Tensor], list[Tensor], float]]:
         """Run the first part of each batch's program: its values, its residuals, and the number of examples."""
         buffers = [b.detach() for b in self.f.buffers().values()]
         for batch in self.f.batches(self.w.device):
@@ -301,5 +301,4 @@ def _key(f: Objective, w: Tensor, batch: Batch) -> Any:
         tuple((t.shape, t.dtype, t.device) for t in tensors),
         repr(spec),
         tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves),
-        batch.examples,
     )

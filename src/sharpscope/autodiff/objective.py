@@ -25,13 +25,14 @@ from torch.func import functional_call
 
 from ..errors import InvalidValue, NoSecondDerivative, Random
 from .checks import check_deterministic, check_parameters, droppers, work_dtype
-from .data import Batch, check_data, map_tensors, read
+from .data import Batch, BatchForm, Source, first_batch, map_tensors, read
 from .expansion import BatchLoss, Expansion, jacobian_of_field, kept
 from .first_look import Look, first_look
 from .neutral import plainly, quiet
 from .reach import Surroundings
 from .second_order import differentiating, ordinary, modules_without_second_derivative
 from .smooth import is_lower, smooth
+from .weighting import check_mean, check_weights
 from .whole import Loss, LossAlone, Whole, check_model, unwrapped
 
 Expand = Callable[["Objective", Tensor], Expansion]
@@ -51,8 +52,17 @@ class Objective:
             loss that is a module are part of `w`, named ``loss.*``; a function may use the model or its parameters.
         data: batches, iterable again and again (a list, a DataLoader).  What shuffles or augments is read under one
             fixed seed in every pass, so that L is one function; `check` says whether another seed would change it.
-            A batch is a pair ``(inputs, target)``, where inputs are one tensor, a tuple (positional arguments) or a
-            dict (keyword arguments) - or a dict, which goes to the model as keywords and to the loss as the target.
+            Data sets, samplers and streams with a state are copied, and every pass reads a copy of how they were when
+            the objective was made; loaders are read through twins with workers of their own.
+            A batch is a pair ``(inputs, target)``, where inputs are one tensor or object, a tuple (positional
+            arguments) or a dict (keyword arguments, or the one argument where no key is the name of one) - or a dict,
+            which goes to the model as such inputs and to the loss as the target.
+        batch: what is what in batches of another form: a function of the batch that returns ``(inputs, target)``,
+            such as ``lambda b: ((b[0], b[1]), b[2])``.
+        examples: a function of the batch that returns its weight ``n_b``; by default that is the first dimension of the
+            first tensor of the target, or of the inputs where there is none.  The mean over all data needs the number
+            that the loss of a batch is divided by: ``lambda b: int((b[1] != -100).sum())`` where some targets are
+            ignored, ``lambda b: b[0].shape[1]`` where time comes first.  `check` finds out whether it is right.
         memory_budget: bytes that the graphs kept for repeated products may hold; batches beyond it are recomputed
             at every product, which then costs 1.5 to 2.5 times as much.  The graph of one batch is always whole: use
             smaller batches where that is too much.
@@ -68,7 +78,7 @@ class Objective:
         ValueError: nothing to train; a model that is sharded, scripted, lazy or without values; a loss that is not a
             finite differentiable scalar, that sums, or that changes from one evaluation to the next; active dropout and
             other randomness; weights that reach the loss by a road on which they cannot be replaced; data that are
-            empty or can be read only once.
+            empty or can be read only once, cannot be copied or begin with another batch when they are read again.
 
     >>> net = nn.Linear(3, 1)
     >>> f = Objective(net, nn.functional.mse_loss, [(torch.ones(4, 3), torch.zeros(4, 1))])
@@ -82,6 +92,8 @@ class Objective:
         loss: Loss,
         data: Iterable[Any],
         *,
+        batch: Callable[[Any], Any] | None = None,
+        examples: Callable[[Any], Any] | None = None,
         memory_budget: int = 2 << 30,
         without_dropout: bool = False,
     ) -> None:
@@ -92,12 +104,16 @@ class Objective:
         self.dropout = not without_dropout
         self.expand: Expand = kept
         self.gradient: Gradient = by_batches
-        check_data(data)
+        self.form = BatchForm(self.model, batch, examples)
+        self.source = Source(data)
         reduction = getattr(loss, "reduction", "mean")
-        if reduction != "mean":
+        if reduction == "none" or (reduction != "mean" and examples is None):
             raise InvalidValue(f"the loss has reduction='{reduction}'; batches are weighted by size, so use 'mean'")
-        self._seed = None if isinstance(data, list | tuple) else 0
+        self._seed = self.source.seed
         self._plan()
+        first = first_batch(self.source, self._planned[0].device, self.form)
+        if self.source.several and examples is None:
+            check_mean(self, first.raw)
 
     def _plan(self) -> None:
         """Lay out the weights, and take a first look at the loss: once, and again when the model has changed."""
@@ -210,6 +226,8 @@ class Objective:
         """Put the same model and loss on other data (a mini-batch, say), without checking anything again."""
         other = self._copy()
         other.data = data
+        other.source = Source(data, self.source.quiet)
+        other._seed = other.source.seed if self._seed is None else self._seed
         return other
 
     def using(self, expand: Expand | None = None, *, gradient: Gradient | None = None) -> "Objective":
@@ -257,7 +275,7 @@ class Objective:
     def value(self, w: Tensor) -> Tensor:
         """Evaluate the loss ``L(w)``, a scalar."""
         with differentiating(), nullcontext() if self._look.needs_grad else torch.no_grad():
-            total, examples = w.new_zeros(()), 0
+            total, examples = w.new_zeros(()), 0.0
             for batch in self.losses(self.unflatten(ordinary(w))):
                 total = total + batch.examples * batch.loss.detach()
                 examples += batch.examples
@@ -291,8 +309,13 @@ class Objective:
         """
         return self.at(w).gauss_newton(v)
 
-    def check(self) -> None:
-        """Read the data under two seeds and raise InvalidValue unless the loss is the same (to rounding) and finite."""
+    def check(self) -> str:
+        """Raise InvalidValue unless the loss is finite, and the same (to rounding) when the data are read anew.
+
+        They are read under two seeds.  Where there are several batches, parts of them are compared with their union:
+        InvalidValue says so where another `examples` gives the loss of all data.  Where none does, as with batch
+        normalization in training mode, a sentence about it is returned; otherwise that is empty.
+        """
         w = self.weights()
         first, second = (self._seeded(seed).value(w).item() for seed in (1, 2))
         if not math.isfinite(first):
@@ -302,13 +325,14 @@ class Objective:
                 f"two passes over the same weights gave losses {first:.8g} and {second:.8g}: data that are shuffled or"
                 " augmented anew (or a random model) have no curvature; fix the batches, for example as a list"
             )
+        return check_weights(self) if self.source.several else ""
 
     def batches(self, device: torch.device | None = None) -> Generator[Batch, None, None]:
         """Read the data once, under their seed, onto `device` (by default that of the weights)."""
         check_deterministic(self._droppers)
         if device is None:
             device = self._planned[0].device
-        return read(self.data, self._seed, device)
+        return read(self.source, self._seed, device, self.form)
 
     def losses(self, params: Mapping[str, Tensor]) -> Iterator[BatchLoss]:
         """Evaluate the loss of each batch as a function of `params`, with buffers cloned once per pass.
@@ -402,7 +426,7 @@ class Objective:
 def by_batches(f: Objective, w: Tensor) -> tuple[Tensor, Tensor]:
     """Evaluate ``L(w)`` and its gradient with one batch in memory at a time."""
     w = w.detach().requires_grad_()
-    total, slope, examples = w.new_zeros(()), torch.zeros_like(w), 0
+    total, slope, examples = w.new_zeros(()), torch.zeros_like(w), 0.0
     for batch in f.losses(f.unflatten(w)):
         (g,) = torch.autograd.grad(batch.loss, w)
         total = total + batch.examples * batch.loss.detach()

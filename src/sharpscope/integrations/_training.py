@@ -1,6 +1,7 @@
 """Parts of the callbacks of training frameworks: a probe of the training data, and a Monitor that may be resumed."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -8,7 +9,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ..autodiff import Objective
-from ..autodiff.data import head
+from ..autodiff.data import fresh_copy
 from ..errors import InvalidValue
 from ..monitoring import Monitor, Sink
 
@@ -16,14 +17,21 @@ from ..monitoring import Monitor, Sink
 def probe(loader: Any, batches: int, convert: Callable[[Any], Any]) -> list[Any]:
     """Pick `batches` batches of examples, spread evenly over the data set and put together as the loader does.
 
-    They are read once, under a fixed seed and in this process: the loader, its sampler, its workers and the random
-    states do not notice.  Where examples are augmented, one version of each is taken.
+    They are read once, under a fixed seed, in this process and from a copy: the loader, its data set, its sampler, its
+    workers and the random states do not notice.  Where examples are augmented, one version of each is taken.  Of a data
+    set without indices the first batches are taken.
     """
-    size = _batch_size(loader)
-    count = len(loader.dataset)
-    n = min(size * batches, count)
-    spread = Subset(loader.dataset, [i * count // n for i in range(n)])
-    return head(DataLoader(spread, size, collate_fn=lambda examples: convert(loader.collate_fn(examples))), n)
+    loader = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+    stream = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
+    size = 0 if stream else _batch_size(loader)
+    with fresh_copy(loader) as twin:
+        if stream:
+            vars(twin).update(num_workers=0, prefetch_factor=None, timeout=0)
+            return [convert(batch) for batch in islice(iter(twin), batches)]
+        count = len(twin.dataset)
+        n = min(size * batches, count)
+        spread = Subset(twin.dataset, [i * count // n for i in range(n)])
+        return [convert(batch) for batch in DataLoader(spread, size, collate_fn=twin.collate_fn)]
 
 
 def _batch_size(loader: Any) -> int:
@@ -32,8 +40,8 @@ def _batch_size(loader: Any) -> int:
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) if plain else None
     if not isinstance(size, int):
         raise InvalidValue(
-            f"no probe can be picked from a {type(loader).__name__} that is not a DataLoader with batches of one size"
-            " from a data set with indices; pass a few fixed batches: SharpnessCallback(data=[...])"
+            f"no probe can be picked from a {type(loader).__name__} that is not a DataLoader with batches of one size;"
+            " pass a few fixed batches: SharpnessCallback(data=[...])"
         )
     return size
 

@@ -42,6 +42,7 @@ class SharpnessCallback(Callback):
             is a dict, which goes to ``forward`` as keywords, the target is the batch.
         data: a few fixed batches to measure on; otherwise examples spread evenly over the training data are taken.
         batches: how many batches of these.
+        batch, examples: of an `Objective`: what is input and what target in a batch of another form, and its weight.
         model: the part to measure, where that is not the whole module: ``lambda module: module.net``.
         report: where a report is written at the end, also if the training fails.
         sinks: functions that get every measurement; the trainer's loggers do in any case.
@@ -61,6 +62,8 @@ class SharpnessCallback(Callback):
         data: Iterable[Any] | None = None,
         *,
         batches: int = 4,
+        batch: Callable[[Any], Any] | None = None,
+        examples: Callable[[Any], Any] | None = None,
         model: Callable[[Any], nn.Module] = _itself,
         report: str | Path | None = None,
         sinks: Sequence[Sink] = (),
@@ -69,6 +72,8 @@ class SharpnessCallback(Callback):
         self.loss = loss
         self.data = data
         self.batches = batches
+        self.batch = batch
+        self.examples = examples
         self.model = model
         self.report = report
         self.sinks = tuple(sinks)
@@ -88,7 +93,8 @@ class SharpnessCallback(Callback):
         if not trainer.is_global_zero:
             return
         data = probe(trainer.train_dataloader, self.batches, _sent(trainer)) if self.data is None else self.data
-        objective = Objective(self.model(_uncompiled(pl_module)), self.loss, data, without_dropout=True)
+        model = self.model(_uncompiled(pl_module))
+        objective = Objective(model, self.loss, data, batch=self.batch, examples=self.examples, without_dropout=True)
         planned = trainer.estimated_stepping_batches
         options = {"steps": planned if isinstance(planned, int) and planned > 0 else None} | self.options
         sinks = (*self.sinks, *(_logged(logger) for logger in trainer.loggers))

@@ -9,7 +9,7 @@ print(callback.monitor.diagnosis())
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class SharpnessCallback(TrainerCallback):
             taken and collated as in training.
         loss: ``loss(output, batch)``, the mean over a batch; as a rule what the model returns as its loss.
         batches: how many batches of the training data.
+        batch, examples: of an `Objective`: what is input and what target in a batch of another form, and its weight,
+            such as ``examples=lambda b: int((b["labels"][:, 1:] != -100).sum())`` for a mean over tokens.
         report: where a report is written at the end.
         sinks: functions that get every measurement with all its columns; the trainer's log leaves those of groups out.
         options: those of `Monitor`, such as every, budget, k, point, rule, directory.
@@ -61,6 +63,8 @@ class SharpnessCallback(TrainerCallback):
         *,
         loss: Loss = output_loss,
         batches: int = 4,
+        batch: Callable[[Any], Any] | None = None,
+        examples: Callable[[Any], Any] | None = None,
         report: str | Path | None = None,
         sinks: Sequence[Sink] = (),
         **options: Any,
@@ -69,6 +73,8 @@ class SharpnessCallback(TrainerCallback):
         self.data = data
         self.loss = loss
         self.batches = batches
+        self.batch = batch
+        self.examples = examples
         self.report = report
         self.sinks = tuple(sinks)
         self.options = options
@@ -83,7 +89,8 @@ class SharpnessCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         data = probe(parts["train_dataloader"], self.batches, dict) if self.data is None else self.data
-        objective = Objective(_without_autocast(parts["model"]), self.loss, data, without_dropout=True)
+        model = _without_autocast(parts["model"])
+        objective = Objective(model, self.loss, data, batch=self.batch, examples=self.examples, without_dropout=True)
         options = {"steps": state.max_steps if state.max_steps > 0 else None} | self.options
         saved = _load(_checkpoint(args, state) / FILE)
         optimizer = parts["optimizer"].optimizer  # accelerate wraps it

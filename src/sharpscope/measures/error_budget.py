@@ -10,7 +10,7 @@ It falls like ``1/n`` where the noise is small and more slowly, at least like ``
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..autodiff.curvature import hessian
-from ..autodiff.data import examples, map_tensors
+from ..autodiff.data import BatchForm
 from ..autodiff.objective import Objective
 from ..errors import InvalidValue
 from ..linalg.lanczos import lanczos
@@ -46,7 +46,7 @@ class ErrorBudget:
     standard_error: float
     bias: float
     rounding: float
-    examples: int
+    examples: float
     groups: int
     means: Mapping[float, float]
     advice: str
@@ -100,8 +100,9 @@ def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, s
     """
     w = f.weights() if w is None else w.detach()
     batches = [batch.raw for batch in f.batches(w.device)]
-    pieces, note = _pieces(batches)
-    n = sum(map(examples, pieces))
+    weight = f.form.weight
+    pieces, note = _pieces(batches, f.form)
+    n = sum(map(weight, pieces))
     whole = f.on(batches)
     a = hessian(whole, w)
     top = lanczos(a, min(2, a.size), rtol=rtol, seed=seed)
@@ -111,7 +112,7 @@ def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, s
     solver = min(residual, residual**2 / gap if gap > 0 else residual, max(top.upper - value, 0.0))
 
     groups = _dealt(pieces, min(len(pieces), MAX_GROUPS))
-    sizes = torch.tensor([sum(map(examples, group)) for group in groups], dtype=torch.float64)
+    sizes = torch.tensor([sum(map(weight, group)) for group in groups], dtype=torch.float64)
     curvatures = torch.tensor([_curvature(hessian(f.on(group), w), v) for group in groups], dtype=torch.float64)
     fractions, k = sizes / n, len(groups)
     centre = (fractions * curvatures).sum()
@@ -122,9 +123,9 @@ def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, s
         total = 0.0
         for group in _dealt(pieces, parts):
             found = lanczos(hessian(f.on(group), w), rtol=rtol, seed=seed)
-            weight = sum(map(examples, group)) / n
-            total += weight * found.values[0].item()
-            spent += weight * found.num_matvecs
+            fraction = sum(map(weight, group)) / n
+            total += fraction * found.values[0].item()
+            spent += fraction * found.num_matvecs
         means[n / parts] = total
     bias = _bias(*means.values())
     rounding = _rounding(whole, a, w, v, value, seed)
@@ -173,17 +174,17 @@ def _rounding(f: Objective, a: SymmetricOperator, w: Tensor, v: Tensor, value: f
     return abs(((u @ (a @ v)) - (v @ (a @ u))) / u.norm()).item()
 
 
-def _pieces(batches: list[Any]) -> tuple[list[Any], str]:
+def _pieces(batches: list[Any], form: BatchForm) -> tuple[list[Any], str]:
     """Return the batches as they are, or (with a note) cut by examples where they are fewer than four."""
-    counts = [examples(batch) for batch in batches]
+    counts = [form.size(batch) for batch in batches]
     if sum(counts) < QUARTERS:
         raise InvalidValue(f"an error by sampling needs at least {QUARTERS} examples; the data hold {sum(counts)}")
     if len(batches) >= QUARTERS:
         return batches, ""
     pieces = []
     for batch, count in zip(batches, counts, strict=True):
-        parts = min(count, math.ceil(2 * QUARTERS / len(batches)))
-        pieces += [map_tensors(batch, _rows(count, i, parts)) for i in range(parts)]
+        parts = min(count, math.ceil(2 * QUARTERS / len(batches))) if form.can_be_cut(batch) else 1
+        pieces += [form.cut(batch, slice(i, None, parts)) for i in range(parts)]
     if len(pieces) < QUARTERS:
         raise InvalidValue(f"{len(batches)} batches of {counts} examples cannot be cut into {QUARTERS} parts")
     return pieces, (
@@ -192,17 +193,13 @@ def _pieces(batches: list[Any]) -> tuple[list[Any], str]:
     )
 
 
-def _rows(count: int, i: int, parts: int) -> Callable[[Tensor], Tensor]:
-    return lambda t: t[i::parts] if t.dim() > 0 and len(t) == count else t
-
-
 def _dealt(batches: list[Any], parts: int) -> list[list[Any]]:
     """Deal the batches to `parts` groups in turn, so that an order in the data reaches all of them."""
     return [batches[i::parts] for i in range(parts)]
 
 
 def _advice(
-    value: float, solver: float, sample: float, rounding: float, *, examples: int, rtol: float, dtype: torch.dtype
+    value: float, solver: float, sample: float, rounding: float, *, examples: float, rtol: float, dtype: torch.dtype
 ) -> str:
     worst = max(solver, sample, rounding)
     size = f"{worst / abs(value):.1%}" if value else f"{worst:.2g}"

@@ -26,7 +26,7 @@ from ..measures import measures
 from ..measures.iterate import Iterate, midpoint
 from ..measures.row import Setting, angles, curvature
 from ..optimizers.base import UpdateRule
-from ..optimizers.from_torch import wrapped
+from ..optimizers.from_torch import unwrapped, wrapped
 from ..records.history import History
 from ..report.html import write_page
 from ..symmetry.scale_groups import ScaleGroups, find_groups
@@ -110,7 +110,7 @@ class Monitor:
             )
         began = perf_counter()
         self.objective = objective
-        self.optimizer = optimizer
+        self.optimizer = optimizer = unwrapped(optimizer)
         self.point = point
         self.k = k
         self._every = 20 if every is None else every

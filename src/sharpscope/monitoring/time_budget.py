@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..autodiff.data import examples, head
+from ..autodiff.data import head
 from ..autodiff.expansion import Expansion
 from ..autodiff.objective import Expand, Objective
 from ..errors import InvalidValue, OutOfTime
@@ -163,8 +163,8 @@ def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: 
     seconds = {n: _gradient_seconds(f, w, n) for n in (4, 16)}
     slope = max(seconds[16] - seconds[4], 0.0) / 12
     fixed = max(seconds[4] - 4 * slope, 0.0)
-    largest = head(f.data, MAX_EXAMPLES)
-    total = sum(map(examples, largest))
+    largest = head(f.source, MAX_EXAMPLES, f.form)
+    total = sum(map(f.form.size, largest))
     allowed = budget.planned(ledger)
 
     def cost(pairs: int) -> tuple[float, float]:
@@ -184,13 +184,13 @@ def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: 
     first, all_of_them = (c * (fixed + slope * n) for c in cost(_pairs(full, pairs, solves)))
     groups_examples = min(GROUPS_EXAMPLES, total)
     return ProbePlan(
-        objective=f.on(head(largest, n)),
+        objective=f.on(head(largest, n, f.form)),
         examples=n,
         full=full,
         k=pairs,
         first_seconds=first,
         usual_seconds=(all_of_them - first) / PLANNED_MEASUREMENTS,
-        groups_objective=f.on(head(largest, groups_examples)),
+        groups_objective=f.on(head(largest, groups_examples, f.form)),
         groups_seconds=GROUPS_COST * (12 + len(f.slices)) * (fixed + slope * groups_examples),
     )
 
@@ -245,7 +245,7 @@ def _pairs(full: bool, k: int, solves: int) -> int:
 
 def _gradient_seconds(f: Objective, w: Tensor, n: int) -> float:
     """Time the second of two gradients on n examples."""
-    small = f.on(head(f.data, n))
+    small = f.on(head(f.source, n, f.form))
     small.grad(w)
     began = perf_counter()
     small.grad(w).sum().item()  # waits for the device

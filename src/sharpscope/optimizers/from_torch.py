@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 from ..errors import InvalidType
 from .base import Stability, State, UpdateRule, demand
 
+WRAPPERS = {"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"}
+"""Classes that hold an optimizer and take its steps; others, such as Lookahead, take steps of their own."""
+
 
 def rule_of(optimizer: Optimizer) -> UpdateRule:
     """The update rule of a live torch optimizer, with its present hyper-parameters.
@@ -19,6 +22,7 @@ def rule_of(optimizer: Optimizer) -> UpdateRule:
         TypeError: no subclass of UpdateRule reads this optimizer, or it has several parameter groups (`rules_of`).
         ValueError: its hyper-parameters make no rule, such as a learning rate of zero.
     """
+    optimizer = unwrapped(optimizer)
     rules = {kind: rule for rule in _leaves(UpdateRule) for kind in _kinds(rule)}
     kind = type(optimizer)
     if kind not in rules:
@@ -33,9 +37,17 @@ def rule_of(optimizer: Optimizer) -> UpdateRule:
     return rules[kind].read(optimizer)
 
 
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that accelerate or Lightning handed out in a wrapper, which takes the same steps."""
+    while type(optimizer).__name__ in WRAPPERS and isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    return optimizer
+
+
 def parts_of(optimizer: Optimizer) -> list[Optimizer]:
     """Split an optimizer into one for each of its parameter groups; state and groups are shared."""
     parts = []
+    optimizer = unwrapped(optimizer)
     for group in optimizer.param_groups:
         part = object.__new__(type(optimizer))
         part.__dict__ = {**optimizer.__dict__, "param_groups": [group]}

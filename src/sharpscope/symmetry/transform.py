@@ -65,7 +65,15 @@ def _copied(model: nn.Module | Objective, loss: Loss | None, data: Iterable[Any]
 
 def _rebuilt(f: Objective, model: nn.Module) -> Objective:
     """Make the objective anew, for a model whose parameters have changed in number."""
-    return Objective(model, f.loss, f.data, memory_budget=f.memory_budget, without_dropout=not f.dropout)
+    return Objective(
+        model,
+        f.loss,
+        f.data,
+        batch=f.form.split,
+        examples=f.form.weigh,
+        memory_budget=f.memory_budget,
+        without_dropout=not f.dropout,
+    )
 
 
 def _without_null(f: Objective, groups: ScaleGroups, changes: list[str]) -> Objective:
