@@ -220,11 +220,11 @@ class _AnalysisLog:
         self.groups = None if there.get("invariant") is None else _groups_from_ranges(there["invariant"], self.path)
         with self.explained():
             self.log = RunLog(out, RUN)
+            self._save()  # before anything else: it says whose directory this is
             remove_drafts(out)
             self.state = self.log.last_checkpoint()
             if not self.state:
                 self.log.drop_damaged()
-            self._save()
             self.known: dict[str, Mapping[str, Any]] = {row["digest"]: row for row in self.log.rows}
 
     @contextmanager
@@ -254,7 +254,8 @@ class _AnalysisLog:
     def end(self) -> None:
         """Drop what only an analysis that is cut short needs; the rows are brought to the disk before."""
         with self.explained():
-            sync(self.log.path)
+            if self.log.path.exists():
+                sync(self.log.path)
             self.log.state.unlink(missing_ok=True)
 
     def _save(self) -> None:
@@ -315,7 +316,7 @@ class _Probe:
         self.buffers = {name: id(parts[name]) for name in f.model.state_dict() if name in self.first}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Where the solvers are, as tensors for a checkpoint."""
+        """Return where the solvers are, as tensors for a checkpoint."""
         parts = {f"{solver}:{key}": t for solver, m in self.memories.items() for key, t in m.tensors().items()}
         return {"calls": torch.tensor(self.calls), **parts}
 

@@ -18,7 +18,7 @@ def from_fields(kind: type[Kind], values: object) -> Kind:
         ValueError: a name that the class does not have, a value of another type, or one that the class refuses.
     """
     if not isinstance(values, Mapping):
-        raise InvalidValue(f"there should be values by name, and is {_told(values)}")
+        raise InvalidValue(f"there should be values by name, and is {_shown(values)}")
     hints = get_type_hints(kind)
     known: dict[str, Any] = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
     for name, value in values.items():
@@ -26,7 +26,7 @@ def from_fields(kind: type[Kind], values: object) -> Kind:
             near = difflib.get_close_matches(name, known, 1, 0.4)
             raise InvalidValue(f"there is no field '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
         if not _fits(value, hints[name]):
-            raise InvalidValue(f"{name} is {_told(value)}; it should be {_named(hints[name])}")
+            raise InvalidValue(f"{name} is {_shown(value)}; it should be {_named(hints[name])}")
     try:
         return kind(**{name: _tuples(value) for name, value in values.items()})
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -56,7 +56,7 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _told(value: object) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

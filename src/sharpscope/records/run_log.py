@@ -6,7 +6,6 @@ and the end of a run before its checkpoint is dropped.  After a kill the log is 
 goes on: its rows are those of an uninterrupted run, to the last bit.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -93,7 +92,7 @@ class RunLog:
     def drop_damaged(self) -> None:
         """Take away the lines that are damaged or cut short."""
         lines, damaged = self._read()
-        if damaged or not self._content().endswith(b"\n"):
+        if damaged or self._content()[-1:] not in (b"", b"\n"):
             write_whole(self.path, b"".join(map(_line, lines)))
 
     def replace_rows(self, rows: Iterable[Mapping[str, Value]]) -> None:
@@ -131,8 +130,8 @@ class RunLog:
         with self.path.open("ab", buffering=0) as file:
             before = file.tell()
             try:
-                if file.write(content) < len(content):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                while content:
+                    content = content[file.write(content) :]
             except OSError:
                 with suppress(OSError):  # the next line, if there is room again, begins on a line of its own
                     os.truncate(self.path, before)
