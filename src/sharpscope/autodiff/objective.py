@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import InvalidValue, NoSecondDerivative
+from ..errors import InvalidType, InvalidValue, NoSecondDerivative
 from .checks import check_deterministic, check_loss, check_parameters, check_sparse, droppers
 from .data import Batch, check_data, read
 from .expansion import BatchLoss, Expansion, counting_saved_bytes, kept
@@ -74,6 +74,10 @@ class Objective:
         memory_budget: int = 2 << 30,
         without_dropout: bool = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise InvalidType(
+                f"this {type(model).__name__} is no torch module; an objective is Objective(model, loss, batches)"
+            )
         self.model = model
         self.loss = loss
         self.data = data
@@ -264,3 +268,12 @@ def without_second_derivative(f: Objective) -> list[str]:
     """Name the innermost modules whose output on the first batch has no second derivative, or a wrong one."""
     w = f.weights()
     return modules_without_second_derivative(f.model, lambda: next(f.losses(f.unflatten(w.requires_grad_()))))
+
+
+def require_objective(f: object) -> None:
+    """Raise InvalidType unless `f` is an Objective."""
+    if not isinstance(f, Objective):
+        raise InvalidType(
+            f"this {type(f).__name__} is no Objective; make one of a model, its loss and a few fixed batches:"
+            " Objective(model, loss, batches). Of an Iterate it is .objective"
+        )

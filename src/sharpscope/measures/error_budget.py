@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..autodiff.curvature import hessian
 from ..autodiff.data import examples, map_tensors
-from ..autodiff.objective import Objective
+from ..autodiff.objective import Objective, require_objective
 from ..autodiff.precision import in_double
 from ..errors import InvalidValue
 from ..linalg.lanczos import lanczos
@@ -99,6 +99,7 @@ def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, s
         NotConverged: a solve did not reach rtol.
         ValueError: fewer than four examples.
     """
+    require_objective(f)
     w = f.weights() if w is None else w.detach()
     batches = [batch.raw for batch in f.batches(w.device)]
     pieces, note = _pieces(batches)
