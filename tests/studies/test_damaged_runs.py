@@ -17,9 +17,10 @@ from sharpscope.cli import _watch, main
 from sharpscope.errors import SharpscopeError
 from sharpscope.records.history import History
 from sharpscope.records.run_log import RunLog
-from sharpscope.studies._framework import study
+from sharpscope.studies._framework import batch, study
 
 FOLDER = str(Path(__file__).parents[1] / "brief_studies")
+OTHERS = str(Path(__file__).parents[1] / "tiny_studies")
 
 
 def run(out: Path) -> int:
@@ -29,7 +30,7 @@ def run(out: Path) -> int:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The study is found, the disk is not waited for, and all runs take the same time."""
-    monkeypatch.setattr(sharpscope.studies, "__path__", [*sharpscope.studies.__path__, FOLDER])
+    monkeypatch.setattr(sharpscope.studies, "__path__", [*sharpscope.studies.__path__, FOLDER, OTHERS])
     monkeypatch.setattr(study, "entry_points", lambda group: ())  # to look for them takes longer than a run
     simulated_disk.undisturbed(monkeypatch)
     monkeypatch.setattr(time, "process_time", lambda: 0.0)
@@ -284,3 +285,29 @@ def test_a_directory_of_an_earlier_version_has_no_checksums_and_is_taken_as_it_i
     (out / "history.parquet").unlink()
     assert run(out) == 0
     assert contents(out, "history.parquet", "verdicts.json") == contents(whole, "history.parquet", "verdicts.json")
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("file", ["all.json", "seeds.json"])
+def test_a_batch_with_a_damaged_description_goes_on_or_is_named(
+    file: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(batch, "known", lambda: ["small"])
+    monkeypatch.setattr(small := study.find("small"), "CHARTS", ())
+    out = tmp_path / "out"
+    monkeypatch.setattr(small, "QUICK", small.Config(steps=3, walks=1))
+    command = ["run", "all", "--quick"] if file == "all.json" else ["run", "small", "--quick", "--seeds", "2"]
+    command += ["--workers", "1", "--out", str(out)]
+    assert main(command) == 0
+    whole = contents(out, "**/history.parquet")
+    damage(out / file, kind)
+    capsys.readouterr()
+    for again in (["report", str(out)], command):
+        status = main(again)
+        said = capsys.readouterr().err
+        if status == 2:
+            assert str(out) in said and said.count("\n") == 1 and len(said) > 40 and "Error" not in said
+        else:
+            assert (status, said) == (0, "")
+    assert status == 0 or kind == "missing"
+    assert contents(out, "**/history.parquet") == whole

@@ -18,7 +18,7 @@ def from_fields(kind: type[Kind], values: object) -> Kind:
         ValueError: a name that the class does not have, a value of another type, or one that the class refuses.
     """
     if not isinstance(values, Mapping):
-        raise InvalidValue(f"there should be values by name, and is {_shown(values)}")
+        raise InvalidValue(f"there should be values by name, but there is {_shown(values)}")
     hints = get_type_hints(kind)
     known: dict[str, Any] = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
     for name, value in values.items():
