@@ -21,7 +21,7 @@ from sharpscope import errors
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/sharpscope"
 WINGS = (
-    *("report", "linalg", "autodiff", "symmetry", "records", "optimizers", "measures", "flows", "monitoring"),
+    *("linalg", "autodiff", "symmetry", "records", "report", "optimizers", "measures", "flows", "monitoring"),
     *("integrations", "studies", "cli"),
 )
 """From the ground up: a wing imports those before it, and `errors`, which knows nobody."""

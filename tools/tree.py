@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/sharpscope"
 BLOCK = re.compile(r"(?<=^```\n)src/sharpscope/\n.*?(?=^```$)", re.MULTILINE | re.DOTALL)
-WINGS = ("report", "linalg", "autodiff", "symmetry", "records", "optimizers", "measures", "flows", "monitoring")
+WINGS = ("linalg", "autodiff", "symmetry", "records", "report", "optimizers", "measures", "flows", "monitoring")
 BESIDE = {
     "tests/": "the same wings: known spectra, identities, second ways to compute; browser/ the pages in Chromium",
     "benchmarks/": "comparisons with other packages, in one run; costs of the monitor and of sweeps",

@@ -55,11 +55,11 @@ __all__ = [
 
 _WINGS = (
     "errors",
-    "report",
     "linalg",
     "autodiff",
     "symmetry",
     "records",
+    "report",
     "optimizers",
     "measures",
     "flows",

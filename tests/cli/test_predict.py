@@ -119,3 +119,20 @@ def test_the_reference_run_is_predicted() -> None:
     jobs = {job.name: job for job in lyu2022.jobs(lyu2022.Config())}
     forecast = jobs["forecast of digits BN"].arguments["forecast"]
     assert (forecast.start, forecast.steps) == (1000, 1000)
+
+
+def test_a_prediction_that_was_cut_short_starts_again(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["predict", "lyu2022", "BN", "--step", "3", "--steps", "5", "--points", "5"]
+
+    def interrupted(self: RunLog, **row: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "append", interrupted)
+        assert main(command) == 130
+    assert capsys.readouterr().err.strip() == "sharpscope: stopped; the same command starts again"
+    assert list((here / "runs/prediction").iterdir())
+    assert main(command) == 0
+    assert {path.name for path in (here / "runs/prediction").iterdir()} == {"history.parquet", "report.html"}

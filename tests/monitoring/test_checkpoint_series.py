@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -342,7 +343,7 @@ def test_a_line_cut_short_is_cut_away(folder: Path, tmp_path: Path) -> None:
     again = measured(tmp_path)
     assert again.measured == 3
     assert [json.loads(line)["digest"] for line in log.read_bytes().splitlines()] == whole.columns["digest"]
-    for name in ("loss", "sharpness", "spherical_sharpness"):
+    for name in ("loss", "sharpness", "spherical_sharpness"):  # measured after another one: the solvers start elsewhere
         assert again.history.columns[name] == pytest.approx(whole.columns[name], rel=1e-5)  # RTOL², over the gap
 
 
@@ -513,23 +514,38 @@ def test_a_foreign_analysis_is_left_alone(here: Path, capsys: pytest.CaptureFixt
         assert [path.name for path in (here / "out").iterdir()] == ["analysis.json"]
 
 
-def test_a_killed_analysis_loses_the_checkpoint_in_work_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_analysis_goes_on_to_the_last_bit(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It loses the checkpoint in work alone."""
     command = ["analyze", "w", "--task", "atask:slow", "--out", "out"]
     code = f"import sys; from sharpscope.cli import main; sys.exit(main({command!r}))"
     settings = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    log = here / "out" / RunLog(here / "elsewhere", "training").path.name
+    state = here / "out" / RunLog(here / "elsewhere", "training").state.name
+
+    def kept() -> bytes:
+        """The part of the log that the checkpoint counts."""
+        if not state.exists():
+            return b""
+        with safe_open(state, framework="pt") as file:
+            return state.with_suffix(".jsonl").read_bytes()[: int(file.metadata()["log_bytes"])]
+
+    before = b""
     for sign, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        before = log.read_bytes() if log.exists() else b""
         process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | settings, stderr=subprocess.PIPE)
         end = time.monotonic() + 60
-        while not log.exists() or log.stat().st_size == len(before):
+        while len(kept()) <= len(before):
             assert time.monotonic() < end and process.poll() is None, process.communicate()
             time.sleep(0.005)
         process.send_signal(sign)
-        process.communicate(timeout=60)
+        _, said = process.communicate(timeout=60)
         assert process.returncode == status
-        assert log.read_bytes().startswith(before)
-    done = log.read_bytes().count(b"\n")
+        assert kept().startswith(before)
+        before = kept()
+    assert said.decode().strip() == "sharpscope: stopped; the same command goes on from the last one that was measured"
+    done = before.count(b"\n")
     assert 2 <= done < 6
     assert main(command) == 0
     assert f"{6 - done} measured now, {done} known from before" in capsys.readouterr().out
+    assert not state.exists()
+    assert main([*command[:-1], "whole"]) == 0
+    for name in ("history.parquet", "analysis.json", state.with_suffix(".jsonl").name):
+        assert (here / "out" / name).read_bytes() == (here / "whole" / name).read_bytes()

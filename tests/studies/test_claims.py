@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sharpscope.records.files import _finite
 from sharpscope.records.history import History
 from sharpscope.studies._framework.claims import (
     KINDS,
@@ -21,7 +22,6 @@ from sharpscope.studies._framework.claims import (
     within,
 )
 from sharpscope.studies._framework.observe import run
-from sharpscope.studies._framework.run import _finite
 
 CRITERIA = [at_most(2.0), at_least(2.0), within(1.9, 2.5)]
 

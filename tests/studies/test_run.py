@@ -236,14 +236,15 @@ def full_after(lines: int) -> Callable[[RunLog, dict[str, Any]], None]:
     return limited
 
 
-def half(self: Path, content: str, **more: Any) -> int:
-    self.write_bytes(content.encode()[: len(content) // 2])
+def half(self: Path, content: bytes) -> int:
+    with self.open("wb") as file:
+        file.write(content[: len(content) // 2])
     full()
     return 0
 
 
 FULL = {
-    "at once": (Path, "write_text", half),
+    "at once": (Path, "write_bytes", half),
     "at the first row": (RunLog, "_write", full_after(0)),
     "at some row": (RunLog, "_write", full_after(7)),
     "at a checkpoint": (RunLog, "checkpoint", full),

@@ -3,13 +3,16 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from sharpscope.records.run_log import RunLog
 from sharpscope.studies._shared import toys
+from sharpscope.studies._shared import walk as walk_module
 
 NAMES = ("A1", "A2", "A3", "A4")
 FAMILY = toys.named(*NAMES)
@@ -187,3 +190,32 @@ def test_portrait_shows_three_curves_on_the_sphere() -> None:
         assert len({len(column) for column in columns.values()}) == 1
         assert columns["x"] ** 2 + columns["y"] ** 2 + columns["z"] ** 2 == pytest.approx(1)
     assert curves["gd"]["eta_lambda"][0] < 2 < curves["gd"]["eta_lambda"].max()
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_a_walk_that_is_killed_goes_on_to_the_last_bit(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk_module, "INTERVAL", 0.0)
+    process = toys.descent(toys.named("A1", "A3"), 1.0, 0.1, 1e-2)
+
+    def walked(folder: str) -> RunLog:
+        log = RunLog(tmp_path / folder, "toys")
+        walk_module.walk(log, lambda fraction: None, process, ["A1", "A3"], range(0, 50, 10))
+        return log
+
+    append = RunLog.append
+
+    def killed(self: RunLog, **row: Any) -> None:
+        append(self, **row)
+        if len(self.rows) == rows:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunLog, "append", killed)
+        walked("killed")
+    assert walked("killed").path.read_bytes() == walked("whole").path.read_bytes()

@@ -5,12 +5,13 @@ from torch import Tensor
 from ..errors import NotSymmetric
 from ..linalg.operators import SymmetricOperator
 from .expansion import Expansion
-from .objective import Objective
+from .objective import Objective, require_objective
 
 
 def _expand(f: Objective | Expansion, w: Tensor | None) -> Expansion:
     if isinstance(f, Expansion):
         return f
+    require_objective(f)
     return f.at(f.weights() if w is None else w)
 
 

@@ -483,3 +483,12 @@ def without_second_derivative(f: Objective) -> list[str]:
     """Name the innermost modules whose output on the first batch has no second derivative, or a wrong one."""
     w = f.weights()
     return modules_without_second_derivative(f.model, lambda: next(f.losses(f.unflatten(w.requires_grad_()))))
+
+
+def require_objective(f: object) -> None:
+    """Raise InvalidType unless `f` is an Objective."""
+    if not isinstance(f, Objective):
+        raise InvalidType(
+            f"this {type(f).__name__} is no Objective; make one of a model, its loss and a few fixed batches:"
+            " Objective(model, loss, batches). Of an Iterate it is .objective"
+        )

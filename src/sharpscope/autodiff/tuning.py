@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import InvalidValue
 from .expansion import kept
 from .hvp import Calibrated, CentralDifferences, compiled, differences, forward_over_reverse, linearized, rebuilt
-from .objective import Expand, Objective, without_second_derivative
+from .objective import Expand, Objective, require_objective, without_second_derivative
 from .tracing import first_line
 
 COLUMNS = 4
@@ -94,6 +94,7 @@ def tune(f: Objective, *, products: int = 20, points: int = 1000, repeats: int =
     >>> [t.name for t in tune(f, products=3, points=1).trials]
     ['kept', 'rebuilt', 'forward over reverse', 'linearized', 'differences', 'compiled']
     """
+    require_objective(f)
     if min(products, points, repeats) < 1:
         raise InvalidValue(f"products={products}, points={points}, repeats={repeats}: each is at least 1")
     case = _Case(f)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidValue
+from ..errors import InvalidType, InvalidValue
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -119,8 +119,8 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def check_model(model: object) -> nn.Module:
     """Refuse what is no module."""
     if not isinstance(model, nn.Module):
-        raise InvalidValue(
-            f"the model is a {type(model).__name__}, not a torch module; pass Objective(model, loss, data), with the"
+        raise InvalidType(
+            f"this {type(model).__name__} is no torch module; an objective is Objective(model, loss, batches), with the"
             " function that the model computes as an nn.Module"
         )
     return model

@@ -19,8 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for chapter in (_studies, _tasks, _watch):
         chapter.add(commands)
+    again = "the same command starts again"
     try:
         args, rest = parser.parse_known_args(argv)
+        again = getattr(args, "again", again)
         if rest and args.command != "run":
             parser.error(f"unknown argument {rest[0]}")
         args.rest = rest
@@ -39,5 +41,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        print("\nsharpscope: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"\nsharpscope: stopped; {again}", file=sys.stderr)
         return 130

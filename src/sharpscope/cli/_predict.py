@@ -14,6 +14,7 @@ from ..measures import label_of
 from ..optimizers import GD
 from ..records import History, RunLog
 from ..records.checkpoints import load_task, load_weights
+from ..records.files import is_draft
 from ..report import Chart, write_report
 from ..studies._framework.run import environment
 from ..studies._framework.study import find
@@ -56,7 +57,7 @@ def predict_study(name: str, config: Any, job: str, start: int, steps: int, poin
     variant: Variant = known[job]
     if variant.batch is not None or variant.rmsprop:
         raise Unusable(f"'{job}' is not full-batch gradient descent, which the flow describes; choose another run")
-    log = RunLog(_fresh_directory(out), "prediction")
+    log = _log(_fresh_directory(out))
     run_forecast(log, progress(), "", Forecast(variant, start, steps, points))
     if log.note:
         raise Unusable(log.note)
@@ -115,8 +116,14 @@ def _write(out: Path, outcome: str, history: History, config: dict[str, Any]) ->
     return f"{outcome}\n\n{table(history)}"
 
 
+def _log(out: Path) -> RunLog:
+    return RunLog(out, "prediction")
+
+
 def _fresh_directory(out: Path) -> Path:
-    if out.exists() and any(out.iterdir()) and not (out / "history.parquet").exists():
+    """Make the directory; that of an earlier prediction, also of one that was cut short, is written over."""
+    begun = out.exists() and ((out / "history.parquet").exists() or _log(out).path.exists())
+    if out.exists() and not begun and any(not is_draft(file) for file in out.iterdir()):
         raise Unusable(f"{out} is not empty and holds no prediction; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     return out

@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
     run.add_argument("--seeds", type=int, metavar="N", help="repeat under N seeds, from that of the configuration on")
     run.add_argument("--out", type=Path, help="directory of the run (default: runs/NAME or runs/NAME-quick)")
     run.add_argument("--workers", type=int, default=WORKERS, help="processes (default: one per core, up to 8)")
-    run.set_defaults(act=_run)
+    run.set_defaults(act=_run, again="the same command goes on from the last checkpoint")
     report = commands.add_parser("report", help="write the report of a finished run, or of a run of all, again")
     report.add_argument("directory", type=Path)
     report.set_defaults(act=_report)

@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
     _add_rule(analyze)
     analyze.add_argument("--k", type=int, default=1, help="eigenvalues to find (default: 1)")
     analyze.add_argument("--out", type=Path, default=Path("runs/analysis"), help="directory of measurements and report")
-    analyze.set_defaults(act=_analyze)
+    analyze.set_defaults(act=_analyze, again="the same command goes on from the last one that was measured")
 
 
 def _add_rule(parser: argparse.ArgumentParser) -> None:

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from ..autodiff import third_order
 from ..autodiff.curvature import hessian
-from ..autodiff.objective import Objective
+from ..autodiff.objective import Objective, require_objective
 from ..errors import InvalidValue
 from ..linalg import complementarity
 from ..linalg.memory import Memory
 from ..linalg.operators import SymmetricOperator, preconditioned, scaled, shifted
 from ..linalg.warm_start import warm_started
-from ..optimizers.base import State, UpdateRule
+from ..optimizers.base import State, UpdateRule, require_rule
 from ..optimizers.gd import GD
 
 MAX_MODES = 20
@@ -74,6 +74,10 @@ class Flow:
     rule: UpdateRule
     band: float | None = 0.1
     third_derivatives: third_order.Slopes | None = None
+
+    def __post_init__(self) -> None:
+        require_objective(self.objective)
+        require_rule(self.rule)
 
     def verified(self, w: Tensor) -> "Flow":
         """Choose the method for third derivatives by a check along ``∇²L ∇²L ∇L(w)``.
@@ -261,6 +265,8 @@ def gradient(f: Objective, rule: UpdateRule) -> Flow:
     Raises:
         ValueError: P moves (RMSprop, Adam): that flow is `stable`.
     """
+    require_objective(f)
+    require_rule(rule)
     if rule.averages(rule.init(f.weights())):
         raise InvalidValue(f"{type(rule).__name__} rescales its gradient as it goes; its flow is stable(f, rule)")
     return stable(f, rule)

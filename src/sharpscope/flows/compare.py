@@ -16,10 +16,10 @@ import numpy as np
 from torch import Tensor
 
 from ..autodiff.curvature import hessian
-from ..autodiff.objective import Objective
+from ..autodiff.objective import Objective, require_objective
 from ..errors import InvalidValue
 from ..linalg.warm_start import warm_started
-from ..optimizers.base import State, UpdateRule
+from ..optimizers.base import State, UpdateRule, require_rule
 from ..records.history import History
 from .central import Flow
 from .integrate import integrate
@@ -107,6 +107,8 @@ def compare(
         ValueError: fewer steps than measurements.
         FlowStuck, WrongThirdDerivative: from the flow.
     """
+    require_objective(f)
+    require_rule(rule)
     if steps < max(points, 1):
         raise InvalidValue(f"{points} measurements do not fit into {steps} steps; ask for fewer points")
     measured = [round(i * steps / points) for i in range(points + 1)]

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..errors import FlowStuck, InvalidValue, Unsolvable
+from ..errors import FlowStuck, InvalidType, InvalidValue, Unsolvable
 from ..optimizers.base import State
 from .central import Flow
 from .explicit import multirate
@@ -49,6 +49,8 @@ def integrate(
         FlowStuck: it cannot go on; the message says why.
         WrongThirdDerivative: third derivatives of this model cannot be trusted.
     """
+    if not isinstance(flow, Flow):
+        raise InvalidType(f"this {type(flow).__name__} is no flow; of an objective and a rule it is central(f, rule)")
     if not steps > 0:
         raise InvalidValue(f"a path of {steps} steps has no length; steps must be positive")
     if averages is None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..autodiff import third_order
 from ..autodiff.curvature import hessian
-from ..autodiff.objective import Objective
+from ..autodiff.objective import Objective, require_objective
 from ..errors import InvalidType, InvalidValue, NoMinimizer
 from ..linalg import complementarity
 from ..linalg.eigenbasis import Basis, eigenbasis
@@ -61,6 +61,9 @@ class ReductionFlow:
     k: int = 1
     tol: float = 1e-11
     floor: float = 1e-6
+
+    def __post_init__(self) -> None:
+        require_objective(self.objective)
 
     def minimizer(self, w: Tensor) -> Tensor:
         """Find the point of Γ near w/‖w‖ (P,), by Gauss-Newton steps ``θ ← θ - H⁺ ∇L(θ)`` in the range of H = ∇²L.

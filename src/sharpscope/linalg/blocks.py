@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidValue
+from ..errors import InvalidType, InvalidValue
 from .eigenpairs import Eigenpairs
 from .lanczos import lanczos
-from .operators import SymmetricOperator, restricted
+from .operators import SymmetricOperator, require_operator, restricted
 
 
 def block_eigenpairs(
@@ -29,6 +29,7 @@ def block_eigenpairs(
     >>> {name: round(pairs.values.item(), 3) for name, pairs in found.items()}
     {'low': 1.0, 'high': 3.0}
     """
+    require_operator(a)
     blocks = {name: restricted(a, indices) for name, indices in _indices(a.size, slices).items()}
     return {name: lanczos(block, min(k, block.size), **options) for name, block in blocks.items()}
 
@@ -39,6 +40,8 @@ def group_fractions(v: Tensor, slices: Mapping[str, slice | Tensor]) -> dict[str
     >>> group_fractions(torch.tensor([3.0, 0.0, 4.0]), {"weight": slice(2), "bias": slice(2, 3)})
     {'weight': 0.36, 'bias': 0.64}
     """
+    if not isinstance(v, Tensor):
+        raise InvalidType(f"this {type(v).__name__} is no vector; pass one, such as top_eigenpairs(f).vectors[:, 0]")
     size = v.abs().max().item() if v.numel() else 0.0
     if v.dim() != 1 or not 0 < size < math.inf:
         raise InvalidValue(f"fractions are those of a finite vector (P,) that is not zero; got shape {tuple(v.shape)}")

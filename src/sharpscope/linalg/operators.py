@@ -98,6 +98,7 @@ def require_operator(a: object) -> None:
 
 def preconditioned(a: SymmetricOperator, p: Tensor) -> SymmetricOperator:
     """Measure an operator in a diagonal metric: ``P^-1/2 A P^-1/2`` with ``P = diag(p)``, p positive ``(P,)``."""
+    require_operator(a)
     if p.shape != a.like.shape or not bool((p > 0).all()):
         raise InvalidValue(
             f"a preconditioner for size {a.size} has {a.size} positive entries; got {int((p > 0).sum())} among"
@@ -113,6 +114,7 @@ def preconditioned(a: SymmetricOperator, p: Tensor) -> SymmetricOperator:
 
 def restricted(a: SymmetricOperator, indices: Tensor) -> SymmetricOperator:
     """Restrict an operator to the coordinates `indices` ``(n,)``: one of its diagonal blocks."""
+    require_operator(a)
     indices = indices.to(a.like.device)
 
     def padded(v: Tensor) -> Tensor:
@@ -126,16 +128,19 @@ def projected(a: SymmetricOperator, project: Callable[[Tensor], Tensor]) -> Symm
 
     Π is an orthogonal projection, given as a function.
     """
+    require_operator(a)
     return SymmetricOperator(lambda v: project(a.matvec(project(v))), a.like, cost=a.cost)
 
 
 def scaled(a: SymmetricOperator, c: float) -> SymmetricOperator:
     """Multiply an operator by a number."""
+    require_operator(a)
     return a.sandwiched(a.like, lambda v: c * v, lambda v: v)
 
 
 def shifted(a: SymmetricOperator, c: float | Tensor) -> SymmetricOperator:
     """Add ``c I`` for a number c, or ``diag(c)`` for c of shape ``(P,)``."""
+    require_operator(a)
     if not isinstance(c, Tensor):
         if c == 0:
             return a

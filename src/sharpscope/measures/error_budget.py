@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..autodiff.curvature import hessian
-from ..autodiff.data import BatchForm
-from ..autodiff.objective import Objective
+from ..autodiff.data import BatchForm, map_tensors
+from ..autodiff.objective import Objective, require_objective
 from ..errors import InvalidValue
 from ..linalg.lanczos import lanczos
 from ..linalg.operators import SymmetricOperator
@@ -98,6 +98,7 @@ def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, s
         NotConverged: a solve did not reach rtol.
         ValueError: fewer than four examples.
     """
+    require_objective(f)
     w = f.weights() if w is None else w.detach()
     batches = [batch.raw for batch in f.batches(w.device)]
     weight = f.form.weight

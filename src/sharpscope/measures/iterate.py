@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..autodiff.curvature import hessian
 from ..autodiff.expansion import Expansion
-from ..autodiff.objective import Objective
+from ..autodiff.objective import Objective, require_objective
 from ..errors import InvalidType, InvalidValue
 from ..linalg.eigenpairs import Eigenpairs
 from ..linalg.memory import Memory
@@ -26,6 +26,8 @@ from ..symmetry.sphere import on_sphere
 
 def midpoint(before: Tensor, now: Tensor) -> Tensor:
     """Average two iterates, ``(w_{t-1} + w_t)/2``, which cancels their oscillation at the edge of stability."""
+    if not isinstance(before, Tensor):
+        raise InvalidType(f"this {type(before).__name__} is no vector of weights; of an objective f it is f.weights()")
     return (before + now) / 2
 
 
@@ -47,6 +49,9 @@ class Iterate:
     rtol: float = 1e-4
     start: Mapping[str, Memory] = field(default_factory=dict)
     stability: Stability | None = None
+
+    def __post_init__(self) -> None:
+        require_objective(self.objective)
 
     @classmethod
     def of(cls, at: "Objective | Iterate") -> "Iterate":

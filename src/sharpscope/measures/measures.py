@@ -53,26 +53,29 @@ def product_sphere_sharpness(at: Objective | Iterate) -> float:
     return Iterate.of(at).product_sphere_top.values[0].item()
 
 
-def effective_learning_rate(at: Iterate) -> float:
+def effective_learning_rate(at: Objective | Iterate) -> float:
     """Step size of the rule seen on the unit sphere [N8]."""
-    return at.required_rule.effective_learning_rate(radius(at), at.state)
+    it = Iterate.of(at)
+    return it.required_rule.effective_learning_rate(radius(it), it.state)
 
 
-def eta_lambda(at: Iterate) -> float:
+def eta_lambda(at: Objective | Iterate) -> float:
     """Effective learning rate times spherical sharpness, ``η̃ λ1``: 2 at the edge of gradient descent."""
-    return effective_learning_rate(at) * spherical_sharpness(at)
+    it = Iterate.of(at)
+    return effective_learning_rate(it) * spherical_sharpness(it)
 
 
-def stability_ratio(at: Iterate) -> float:
+def stability_ratio(at: Objective | Iterate) -> float:
     """Sharpness over its threshold, ``λ1(∇²L(w)) / threshold``: 1 at the edge of stability of any rule.
 
     Where no one threshold exists (a learning rate for every weight, parameter groups that differ) it is
     ``λ1(M^-½ (∇²L + D) M^-½)``, in the metric of the steps [N34].
     """
-    threshold = at.criterion.threshold
-    if threshold is None and not at.objective.follows_gradient:
-        return at.effective_rightmost.value.real
-    return at.effective_top.values[0].item() if threshold is None else sharpness(at) / threshold
+    it = Iterate.of(at)
+    threshold = it.criterion.threshold
+    if threshold is None and not it.objective.follows_gradient:
+        return it.effective_rightmost.value.real
+    return it.effective_top.values[0].item() if threshold is None else sharpness(it) / threshold
 
 
 def top_eigenpairs(at: Objective | Iterate, k: int = 1) -> Eigenpairs:

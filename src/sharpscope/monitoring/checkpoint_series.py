@@ -4,17 +4,18 @@ The directory holds ``analysis.json`` (task, k and number of parameters), an app
 under the digest of its content), ``history.parquet`` and ``report.html``.  What is in the log is not measured again: a
 kill loses at most the checkpoint in work, and a later call measures what is new or has changed.  The log holds what
 depends on the weights alone; what the optimizer adds (threshold, ratio) is computed from it, so that another learning
-rate costs nothing.
+rate costs nothing.  While measurements are taken, a checkpoint of the log has the vectors that the eigenvalue solvers
+start from (about six times k + 5 times the weights): an analysis that is cut short goes on to the numbers of an
+uninterrupted one, to the last bit.
 
 P parameters.
 """
 
 import copy
 import hashlib
-import json
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from ..autodiff.objective import Loss, Objective
-from ..errors import NoSecondDerivative, NotConverged, Unusable
+from ..errors import InvalidValue, NoSecondDerivative, NotConverged, Unusable
 from ..linalg.memory import Memory
 from ..measures import measures
 from ..measures.iterate import Iterate
 from ..optimizers.gd import GD
 from ..records import checkpoints
+from ..records.fields import from_fields
+from ..records.files import is_draft, read_json, remove_drafts, sync, write_json
 from ..records.history import History, Value
 from ..records.run_log import RunLog
 from ..report.html import write_report
@@ -37,6 +40,8 @@ from ..symmetry.scale_groups import ScaleGroups, find_groups
 from .diagnosis import AT_THE_EDGE
 from .page import CHARTS
 from .recorder import RUN
+
+ANALYSIS = "that of an analysis"
 
 RTOL = 1e-3
 """Bound on the residuals relative to λ1: eigenvalues are then right to about RTOL² λ1/gap (seen: 1e-6 to 2e-5)."""
@@ -167,7 +172,7 @@ def analyze(
     name = name or type(model).__name__
     f = Objective(_copied(model), loss, data)
     log = _AnalysisLog(out, {"task": name, "k": k, "parameters": f.size})
-    probe = _Probe(f, k, log.groups)
+    probe = _Probe(f, k, log.groups, log.state)
     digests = {path: _digest(path) for path in files}
     known = next((path for path in files if log.known.get(digests[path], {}).get("loss") is not None), None)
     if known is not None:
@@ -203,7 +208,7 @@ def _history(rows: Mapping[Path, Mapping[str, Value]], labels: Mapping[Path, str
 
 
 class _AnalysisLog:
-    """The analysis that a directory holds, and the measurements in it by digest."""
+    """The analysis that a directory holds, the measurements in it by digest, and where the solvers were."""
 
     def __init__(self, out: Path, analysis: Mapping[str, Any]) -> None:
         self.path, self.analysis = out / "analysis.json", analysis
@@ -212,30 +217,50 @@ class _AnalysisLog:
             if there and there.get(key) != value:
                 mismatch = f"{key} {there.get(key)}, not {value}"
                 raise Unusable(f"{out} holds a different analysis ({mismatch}); choose another --out")
-        self.groups = None if there.get("invariant") is None else _groups_from_ranges(there["invariant"])
-        try:
+        self.groups = None if there.get("invariant") is None else _groups_from_ranges(there["invariant"], self.path)
+        with self.explained():
             self.log = RunLog(out, RUN)
-            _cut_to_whole_lines(self.log.path)
-            self._save()
-        except OSError as error:
-            raise _unwritten(out, error) from error
-        self.known: dict[str, Mapping[str, Any]] = {row["digest"]: row for row in self.log.rows}
+            self._save()  # before anything else: it says whose directory this is
+            remove_drafts(out)
+            self.state = self.log.last_checkpoint()
+            if not self.state:
+                self.log.drop_damaged()
+            self.known: dict[str, Mapping[str, Any]] = {row["digest"]: row for row in self.log.rows}
 
-    def append(self, digest: str, row: Mapping[str, Value], groups: ScaleGroups | None) -> None:
-        self.known[digest] = {"digest": digest, **row}
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn an error of the operating system into a sentence."""
         try:
-            if self.groups is None and groups is not None:
-                self.groups = groups
-                self._save()
-            self.log.append(**self.known[digest])
+            yield
         except OSError as error:
             raise _unwritten(self.path.parent, error) from error
 
+    def append(self, digest: str, row: Mapping[str, Value], probe: "_Probe") -> None:
+        """Add a measurement, and then where the solvers are after it."""
+        self.known[digest] = {"digest": digest, **row}
+        with self.explained():
+            if self.groups is None and probe.groups is not None:
+                self.groups = probe.groups
+                self._save()
+            self.log.append(**self.known[digest])
+            self.log.checkpoint(**probe.tensors())
+
+    def begin(self, probe: "_Probe") -> None:
+        """Note where the solvers are before the first measurement of a call, unless it goes on from an earlier one."""
+        if not self.state:
+            with self.explained():
+                self.log.checkpoint(**probe.tensors())
+
+    def end(self) -> None:
+        """Drop what only an analysis that is cut short needs; the rows are brought to the disk before."""
+        with self.explained():
+            if self.log.path.exists():
+                sync(self.log.path)
+            self.log.state.unlink(missing_ok=True)
+
     def _save(self) -> None:
-        draft = self.path.with_suffix(".tmp")
-        analysis = {**self.analysis, "invariant": None if self.groups is None else _ranges(self.groups)}
-        draft.write_text(json.dumps(analysis) + "\n", encoding="utf-8")
-        os.replace(draft, self.path)
+        invariant = None if self.groups is None else _ranges(self.groups)
+        write_json(self.path, {**self.analysis, "invariant": invariant})
 
 
 def _unwritten(out: Path, error: OSError) -> Unusable:
@@ -246,16 +271,10 @@ def _unwritten(out: Path, error: OSError) -> Unusable:
 def _read_analysis(out: Path, path: Path) -> dict[str, Any]:
     """Read analysis.json; the result is empty for a directory that is empty or not there yet."""
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(file.name != "analysis.tmp" for file in out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(not is_draft(file) for file in out.iterdir())):
             raise Unusable(f"{out} is not empty and holds no analysis; choose another --out")
         return {}
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        there = None
-    if not isinstance(there, dict) or "task" not in there:
-        raise Unusable(f"{path} is not that of an analysis; choose another --out")
-    return there
+    return read_json(path, {"task"}, ANALYSIS, "choose another --out")
 
 
 def _ranges(groups: ScaleGroups) -> dict[str, Any]:
@@ -266,31 +285,40 @@ def _ranges(groups: ScaleGroups) -> dict[str, Any]:
     return {"ranges": [[part[0].item(), part[-1].item() + 1] for part in parts], "cosine": groups.joint_defect}
 
 
-def _groups_from_ranges(invariant: Mapping[str, Any]) -> ScaleGroups:
-    parts = [torch.arange(start, stop) for start, stop in invariant["ranges"]]
-    return ScaleGroups({}, {}, {}, torch.cat([torch.empty(0, dtype=torch.long), *parts]), invariant["cosine"])
+def _groups_from_ranges(invariant: object, path: Path) -> ScaleGroups:
+    try:
+        found = from_fields(_Invariant, invariant)
+    except InvalidValue as error:
+        raise Unusable(f"{path} is not {ANALYSIS}: {error}; choose another --out") from error
+    parts = [torch.arange(start, stop) for start, stop in found.ranges]
+    return ScaleGroups({}, {}, {}, torch.cat([torch.empty(0, dtype=torch.long), *parts]), found.cosine)
 
 
-def _cut_to_whole_lines(log: Path) -> None:
-    """Take away the line that a kill left unfinished."""
-    content = log.read_bytes() if log.exists() else b""
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(log, whole)
+@dataclass(frozen=True)
+class _Invariant:
+    """The invariant weights as they stand in ``analysis.json``."""
+
+    ranges: tuple[tuple[int, int], ...]
+    cosine: float
 
 
 class _Probe:
     """A model into which one checkpoint after another is put, and what makes the next measurement cheap."""
 
-    def __init__(self, f: Objective, k: int, groups: ScaleGroups | None) -> None:
+    def __init__(self, f: Objective, k: int, groups: ScaleGroups | None, state: Mapping[str, Tensor]) -> None:
         self.f = f
         self.k = k
         self.groups = groups
-        self.calls = 0
-        self.memories: Mapping[str, Memory] = {}
+        self.calls = int(state.get("calls", 0))  # measurements since the solvers started from nothing
+        self.memories: Mapping[str, Memory] = _memories_of(state, f.weights())
         parts = checkpoints.constituents(f.model)
         self.first = {name: t.detach().clone() for name, t in parts.items() if not t.requires_grad}
         self.buffers = {name: id(parts[name]) for name in f.model.state_dict() if name in self.first}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return where the solvers are, as tensors for a checkpoint."""
+        parts = {f"{solver}:{key}": t for solver, m in self.memories.items() for key, t in m.tensors().items()}
+        return {"calls": torch.tensor(self.calls), **parts}
 
     def load(self, content: bytes, name: str) -> tuple[Tensor, list[str]]:
         """The weights ``(P,)``, and which buffers are not in the file; those that are go into the model."""
@@ -348,6 +376,7 @@ def _measure_new(
     """
     refused: dict[Path, str] = {}
     measured = 0
+    log.begin(probe)
     for i, path in enumerate(digests):
         if digests[path] not in log.known:
             try:
@@ -355,10 +384,21 @@ def _measure_new(
             except Unusable as error:
                 refused[path] = str(error)
             else:
-                log.append(digests[path], row, probe.groups)
+                log.append(digests[path], row, probe)
                 measured += 1
         progress((i + 1) / len(digests))
+    log.end()
     return refused, measured
+
+
+def _memories_of(state: Mapping[str, Tensor], like: Tensor) -> dict[str, Memory]:
+    """The memories of the solvers that `_Probe.tensors` wrote."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, t in state.items():
+        solver, _, key = name.partition(":")
+        if key:
+            parts.setdefault(solver, {})[key] = t
+    return {solver: Memory.of(tensors).to(like) for solver, tensors in parts.items()}
 
 
 def _with_rule(row: Mapping[str, Any], rule: GD | None) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidValue
+from ..errors import InvalidValue, Unusable
+from ..records.fields import from_fields
+from ..records.files import read_json, write_json
 from ..records.history import History, Value
 from ..records.run_log import RunLog
 from .diagnosis import Facts
@@ -19,6 +21,11 @@ RUN = "training"
 
 DESCRIPTION = "monitor.json"
 """The file that says what a page of the run needs beside the rows."""
+
+KIND, MONITORED = "monitor", "that of a monitored run"
+
+OLD_FACTS = {"asked": "groups_known"}
+"""Names of facts in directories of earlier versions."""
 
 Sink = Callable[[int, Mapping[str, float]], None]
 """A function that gets the numbers of every measurement, ``sink(step, values)``."""
@@ -36,8 +43,7 @@ class Recorder:
     def append(self, step: int, row: Mapping[str, Value]) -> None:
         """Add a row to the history and to the log, and send its numbers to the sinks."""
         self.history.append(run=RUN, step=step, **row)
-        if self._log is not None:
-            self._log.append(step=step, **row)
+        self._on_disk(lambda log: log.append(step=step, **row))
         numbers = {name: float(v) for name, v in row.items() if isinstance(v, float) and math.isfinite(v)}
         for sink in self.sinks:
             try:
@@ -46,34 +52,44 @@ class Recorder:
                 self.sinks = tuple(s for s in self.sinks if s is not sink)
                 warnings.warn(f"a sink of the monitor failed, and gets no more measurements: {error!r}", stacklevel=4)
 
+    def _on_disk(self, write: Callable[[RunLog], None]) -> None:
+        """Write into the directory, if there is one; where that fails, warn, and write no more: the run goes on."""
+        if self._log is None:
+            return
+        try:
+            write(self._log)
+        except OSError as error:
+            where = self._log.path.parent
+            self._log, self.described = None, True
+            warnings.warn(
+                f"the monitor cannot write into {where} ({error.strerror or error}), and writes no more there; its rows"
+                " stay in memory, and monitor.report(path) makes a page of them",
+                stacklevel=5,
+            )
+
     def outdate_description(self) -> None:
         """Have the description written again: more is known now, such as which weights are scale-invariant."""
         self.described = self._log is None
 
     def describe(self, title: str, facts: Facts, config: Mapping[str, object]) -> None:
         """Write the description, whole or not at all."""
-        assert self._log is not None
         self.described = True
         written = asdict(replace(facts, overhead=None))  # that of the latest row
-        written["asked"] = written.pop("groups_known")  # its name on disk
-        text = json.dumps({"kind": "monitor", "title": title, "facts": written, "config": config}, default=str)
-        temporary = self._log.path.with_name(f".monitor.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self._log.path.with_name(DESCRIPTION))
+        described = {"kind": KIND, "title": title, "facts": written, "config": config}
+        plain = json.loads(json.dumps(described, default=str))
+        self._on_disk(lambda log: write_json(log.path.with_name(DESCRIPTION), plain))
 
     def restore(self, rows: Sequence[Mapping[str, Value]]) -> None:
         """Replace the rows, in memory and on disk."""
         self.history = History(rows)
-        if self._log is not None:
-            self._log.path.write_bytes(b"")
-            for row in rows:
-                self._log.append(**{name: value for name, value in row.items() if name != "run"})
+        own = [{name: value for name, value in row.items() if name != "run"} for row in rows]
+        self._on_disk(lambda log: log.replace_rows(own))
         self.outdate_description()
 
     def close(self, note: str) -> None:
         """Mark a run on disk as finished."""
         if self._log is not None and not self._log.finished:
-            self._log.finish(note)
+            self._on_disk(lambda log: log.finish(note))
 
 
 def read_description(directory: Path) -> tuple[Facts, dict[str, Any]]:
@@ -81,16 +97,22 @@ def read_description(directory: Path) -> tuple[Facts, dict[str, Any]]:
 
     Raises:
         ValueError: no monitored run is there.
+        Unusable: the file is damaged, or somebody else's.
     """
     path = directory / DESCRIPTION
     if not path.exists():
         raise InvalidValue(
             f"{directory} holds no monitored run (there is no {DESCRIPTION}); pass directory= to Monitor"
         )
-    description = json.loads(path.read_text(encoding="utf-8"))
-    facts = description["facts"]
-    facts["groups_known"] = facts.pop("asked")
-    return Facts(**facts), description["config"]
+    advice = "give the directory of a Monitor; one that is running writes the file again with new groups"
+    found = read_json(path, {"kind", "facts", "config"}, MONITORED, advice)
+    if found["kind"] != KIND or not isinstance(found["config"], dict) or not isinstance(found["facts"], dict):
+        raise Unusable(f"{path} is not {MONITORED}; {advice}")
+    try:
+        facts = from_fields(Facts, {OLD_FACTS.get(name, name): value for name, value in found["facts"].items()})
+    except InvalidValue as error:
+        raise Unusable(f"{path} is not {MONITORED}: {error}; {advice}") from error
+    return facts, found["config"]
 
 
 def _fresh_log(directory: Path) -> RunLog:

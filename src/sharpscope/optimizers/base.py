@@ -156,3 +156,11 @@ def described(optimizer: Optimizer, *refused: str) -> Mapping[str, Any]:
 def demand(ok: bool, sentence: str) -> None:
     if not ok:
         raise InvalidValue(sentence)
+
+
+def require_rule(rule: object) -> None:
+    """Raise InvalidType unless `rule` is an UpdateRule."""
+    if not isinstance(rule, UpdateRule):
+        raise InvalidType(
+            f"this {type(rule).__name__} is no update rule; pass one, such as GD(0.1) or rule_of(optimizer)"
+        )

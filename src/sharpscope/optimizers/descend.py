@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..autodiff.batched import BatchedRuns, GradientFunction
 from ..autodiff.objective import Objective
@@ -80,6 +80,11 @@ def descend(
     Raises:
         TypeError, ValueError: rules of several kinds, or a rule whose step mixes runs.
     """
+    if not callable(gradients) or isinstance(gradients, nn.Module):
+        raise InvalidType(
+            f"this {type(gradients).__name__} gives no losses and gradients of several runs; pass a function of step"
+            " and weights (R, P), such as BatchedRuns(losses).slope"
+        )
     rule, step = (rules, rules.step) if isinstance(rules, UpdateRule) else (rules[0], stacked(rules, W))
     state = rule.init(W)
     first = W.norm(dim=1)

@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..errors import InvalidValue
+from ..errors import InvalidType, InvalidValue
 from ..symmetry import sphere
-from .base import State, UpdateRule, demand
+from .base import State, UpdateRule, demand, require_rule
 from .gd import GD
 from .scalar import SphericalRMSprop
 
@@ -166,6 +166,7 @@ def as_decayed(rule: SphericalRMSprop | ExponentialRate, w: Tensor) -> tuple[GD,
     ``il = 1 - β^¼``, ``lr = (1-il) η̃₀ ‖w‖²``.  The inverse of `as_rmsprop`, whose w has unit norm, and of
     `as_exponential`.
     """
+    _require(rule, SphericalRMSprop, ExponentialRate)
     if isinstance(rule, ExponentialRate):
         return GD(rule.learning_rate, rule.intrinsic_rate / rule.learning_rate), w
     demand(rule.exact, "without exact=True this rule is weight decay only up to a term of higher order")
@@ -183,10 +184,19 @@ def rescaled(rule: GD, w: Tensor, c: float) -> tuple[GD, Tensor]:
     >>> rescaled(GD(0.5, 0.25), torch.tensor([3.0, 4.0]), 2.0)
     (GD(learning_rate=2.0, weight_decay=0.0625, momentum=0.0, nesterov=False, dampening=0.0), tensor([6., 8.]))
     """
+    _require(rule, GD)
     demand(0 < c < math.inf, f"weights are rescaled by c = {c}; it must be positive")
     return replace(rule, learning_rate=c**2 * rule.learning_rate, weight_decay=rule.weight_decay / c**2), c * w
 
 
 def _check_plain(rule: GD) -> None:
+    _require(rule, GD)
     if rule.momentum:
         raise InvalidValue(f"momentum is {rule.momentum}: only plain gradient descent has this equivalent")
+
+
+def _require(rule: object, *kinds: type[UpdateRule]) -> None:
+    require_rule(rule)
+    if not isinstance(rule, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise InvalidType(f"this {type(rule).__name__} has no such equivalent; pass a rule of the kind {names}")

@@ -24,6 +24,7 @@ def rule_of(optimizer: Optimizer) -> UpdateRule:
     """
     optimizer = unwrapped(optimizer)
     rules = {kind: rule for rule in _leaves(UpdateRule) for kind in _kinds(rule)}
+    _require_optimizer(optimizer)
     kind = type(optimizer)
     if kind not in rules:
         known = ", ".join(sorted(k.__name__ for k in rules))
@@ -46,6 +47,7 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
 
 def parts_of(optimizer: Optimizer) -> list[Optimizer]:
     """Split an optimizer into one for each of its parameter groups; state and groups are shared."""
+    _require_optimizer(optimizer)
     parts = []
     optimizer = unwrapped(optimizer)
     for group in optimizer.param_groups:
@@ -142,3 +144,10 @@ def _kinds(rule: type[UpdateRule]) -> tuple[type[Optimizer], ...]:
 
 def _leaves(cls: type[Any]) -> list[type[UpdateRule]]:
     return [leaf for sub in cls.__subclasses__() for leaf in [sub, *_leaves(sub)]]
+
+
+def _require_optimizer(optimizer: object) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise InvalidType(
+            f"this {type(optimizer).__name__} is no torch optimizer, of which an update rule could be read"
+        )

@@ -32,6 +32,8 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
 SAFE = (2, 6)
 """First version of torch whose weights-only reader cannot be made to run code (CVE-2025-32434)."""
 
+DAMAGED = "it may have been cut short; write or copy it again, or leave it out"
+
 WRAPPING = {"module", "model", "_orig_mod", "net"}
 """Parts of a prefix that mean just "the model"; any other, such as ``ema``, tells models from each other."""
 
@@ -120,8 +122,8 @@ def _safetensors(content: bytes, name: str) -> Mapping[str, Any]:
 
     try:
         return load(content)
-    except SafetensorError as error:
-        raise Unusable(f"{name} is not a safetensors file that can be read: {error}") from error
+    except (SafetensorError, ValueError, KeyError) as error:  # of a kind of numbers that torch does not have
+        raise Unusable(f"{name} is not a safetensors file that can be read ({error}): {DAMAGED}") from error
 
 
 def _state_dict(content: bytes, name: str) -> Mapping[str, Any]:
@@ -137,7 +139,9 @@ def _state_dict(content: bytes, name: str) -> Mapping[str, Any]:
             raise Unusable(
                 f"{name} holds a pickled {kind[1]}, which only running code could load; save model.state_dict() alone"
             ) from error
-        raise Unusable(f"{name} is not a safetensors file, nor a state dict of torch that can be read") from error
+        raise Unusable(
+            f"{name} is not a safetensors file, nor a state dict of torch that can be read: {DAMAGED}"
+        ) from error
     if not isinstance(state, Mapping):
         raise Unusable(f"{name} is not a state dict but a {type(state).__name__}; save model.state_dict()")
     return state

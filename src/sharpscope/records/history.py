@@ -1,15 +1,17 @@
 """Columns of runs in memory, and as a Parquet file once a run is done."""
 
-import os
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import NoSuchColumn
+from ..errors import NoSuchColumn, Unusable
+from .files import SEAL, replacing
 
 Value = float | int | str | None
+DAMAGED = "restore it from a copy, or delete it and repeat the command that writes it"
 
 
 class History:
@@ -64,20 +66,38 @@ class History:
         return self.table(run, name)[0]
 
     def save(self, path: Path) -> None:
-        """Write all columns as Parquet, atomically."""
+        """Write all columns as Parquet, atomically, with a checksum."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        temporary = path.with_suffix(".tmp")
-        pq.write_table(pa.table(self.columns), temporary)
-        os.replace(temporary, path)
+        table = pa.table(self.columns)
+        with replacing(path) as draft:
+            pq.write_table(table.replace_schema_metadata({SEAL: _checksum(table.to_pydict())}), draft)
 
     @classmethod
     def load(cls, path: Path) -> "History":
-        """Read a history that `save` wrote."""
+        """Read a history that `save` wrote.
+
+        Raises:
+            Unusable: the file is missing or damaged.
+        """
         import pyarrow.parquet as pq
 
+        try:
+            table = pq.read_table(path)
+            columns = table.to_pydict()
+        except FileNotFoundError as error:
+            raise Unusable(f"there is no {path}: repeat the command that writes it") from error
+        except Exception as error:  # a damaged file may raise anything
+            raise Unusable(f"{path} is damaged, or no Parquet file: {DAMAGED}") from error
+        seal = (table.schema.metadata or {}).get(SEAL.encode())
+        if seal is not None and seal.decode() != _checksum(columns):
+            raise Unusable(f"{path} was changed after it was written (its checksum does not fit): {DAMAGED}")
         history = cls()
-        history.columns = pq.read_table(path).to_pydict()
-        history._length = len(next(iter(history.columns.values()), []))
+        history.columns = columns
+        history._length = len(next(iter(columns.values()), []))
         return history
+
+
+def _checksum(columns: Mapping[str, list[Any]]) -> str:
+    return f"{zlib.crc32(repr(columns).encode()):08x}"

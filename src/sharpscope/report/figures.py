@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidType, MissingExtra
+from ..records.files import replacing
 from .charts import (
     COLORS,
     DASHES,
@@ -134,7 +135,8 @@ def save_figures(charts: Iterable[Chart | SphereChart], columns: Columns, folder
     paths = []
     for chart in charts:
         paths.append(folder / f"{chart.name}.png")
-        figure(chart, columns).savefig(paths[-1], dpi=150)
+        with replacing(paths[-1]) as draft:
+            figure(chart, columns).savefig(draft, dpi=150, format="png")
     return paths
 
 

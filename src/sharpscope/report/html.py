@@ -6,7 +6,6 @@ its charts as JSON; `assets/report.js` draws them, with the plotting library uPl
 
 import json
 import math
-import os
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -15,6 +14,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, TypeVar
 
+from ..records.files import write_whole
 from .charts import Chart, Columns, SphereChart, Trace, graticule, missing, traces, viewpoint
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -34,12 +34,7 @@ def write_page(path: str | Path, html: str) -> Path:
     """Write a page to the path, whole or not at all; folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(html, encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_whole(path, html.encode())
     return path
 
 

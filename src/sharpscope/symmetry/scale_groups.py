@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..autodiff.objective import Objective
+from ..autodiff.objective import Objective, require_objective
 from ..errors import InvalidValue
 from .candidates import Candidates, module_grids, modules, parts, remaining, row_grids, tensors, thirds, units
 from .relations import Sample, Sums, blocks, euler_cosine, joint_groups, rescaled_pairs, row_products
@@ -101,6 +101,7 @@ def find_groups(f: Objective, w: Tensor | None = None, *, candidates: Candidates
     Raises:
         ValueError: the gradient there is not finite.
     """
+    require_objective(f)
     search = _Search(f, f.weights() if w is None else w)
     pairs: dict[str, float] = {}
     search.take((candidates or tensors)(f))

@@ -10,14 +10,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ...errors import Unusable
+from ...errors import InvalidValue, Unusable
+from ...records.fields import from_fields
+from ...records.files import is_draft, read_json, write_json, write_whole
 from ...report.html import write_page
 from .claims import Verdict
 from .pages import StudyRow, overview, seeds_page
 from .pool import KILLED, Failed, failed, work_off
-from .run import ERROR, SEEDS, Run, explained, run_in, stopped, unfinished, write_json
+from .run import (
+    CONFIG,
+    ENVIRONMENT,
+    ERROR,
+    HISTORY,
+    RUNS,
+    SEEDS,
+    Run,
+    damage,
+    explained,
+    run_in,
+    stopped,
+    unfinished,
+    unfinished_jobs,
+)
 from .seeds import Repeated, repeated_claims
 from .study import find, headings
 from .study import known as known
@@ -133,14 +149,24 @@ def all_entries(out: Path, *, quick: bool, seeds: int | None) -> list[Entry]:
     size = "quick" if quick else "full"
     with explained(out):
         if (out / ALL).exists():
-            there = _stored(out / ALL, "size", "studies")["size"]
+            there = _size_there(out, size)
             if there != size:
                 raise Unusable(f"{out} holds the {there} studies, not the {size} ones; choose another --out")
-        elif out.exists() and any(file.name != "all.tmp" for file in out.iterdir()):
+        elif out.exists() and any(not is_draft(file) for file in out.iterdir()):
             raise Unusable(f"{out} is not empty and holds no run of sharpscope; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / ALL, {"size": size, "studies": {e.study: list(e.runs) for e in entries}})
     return entries
+
+
+def _size_there(out: Path, size: str) -> object:
+    """The size of the studies in `out`; where that is damaged but there are runs, each is compared by itself."""
+    try:
+        return _stored(out / ALL, _All).size
+    except Unusable:
+        if not any((out / name / CONFIG).exists() for name in known()):
+            raise
+        return size
 
 
 def stored_entries(out: Path) -> list[Entry]:
@@ -150,11 +176,11 @@ def stored_entries(out: Path) -> list[Entry]:
         Unusable, LookupError: `out` holds none.
     """
     if (out / ALL).exists():
-        studies = _stored(out / ALL, "size", "studies")["studies"]
+        studies = _stored(out / ALL, _All).studies
         return [_stored_entry(name, out / name, seeds) for name, seeds in studies.items()]
-    if (out / SEEDS).exists() and not (out / "config.json").exists():
-        stored = _stored(out / SEEDS, "study", "seeds", "claims")
-        return [_stored_entry(stored["study"], out, stored["seeds"])]
+    if (out / SEEDS).exists() and not (out / CONFIG).exists():
+        stored = _stored(out / SEEDS, _Seeds)
+        return [_stored_entry(stored.study, out, stored.seeds)]
     return [_stored_entry(run_in(out).study, out, [None])]
 
 
@@ -202,8 +228,9 @@ def _unusable(failure: Failed, out: Path) -> Unusable:
     if not failure.trace and failure.sentence != KILLED:
         return Unusable(failure.sentence)
     where = ""
-    if failure.trace and (out / "config.json").exists():
-        (out / ERROR).write_text(failure.trace, encoding="utf-8")
+    if failure.trace and (out / CONFIG).exists():
+        with suppress(OSError):  # the sentence is what matters
+            write_whole(out / ERROR, failure.trace.encode())
         where = f" (see {out / ERROR})"
     return Unusable(f"{failure.sentence}{where}; what is in {out} is kept, and the same command goes on from it")
 
@@ -215,8 +242,8 @@ def _announce(e: Entry) -> None:
     try:
         with explained(e.out):
             e.out.mkdir(parents=True, exist_ok=True)
-            there = {file.name for file in e.out.iterdir()} - {"seeds.tmp"}
-            if there and not there & {SEEDS, "config.json"}:
+            there = {file.name for file in e.out.iterdir() if not is_draft(file)}
+            if there and not there & {SEEDS, CONFIG}:
                 raise Unusable(f"{e.out} is not empty and holds no run of sharpscope; choose another --out")
         if not (e.out / SEEDS).exists():
             _write_seeds(e)
@@ -290,8 +317,8 @@ def _label(e: Entry, seed: int | None) -> str:
 
 def _seconds(out: Path) -> float:
     try:
-        return float(json.loads((out / "environment.json").read_text())["seconds"])
-    except (OSError, ValueError, KeyError):
+        return float(json.loads((out / ENVIRONMENT).read_bytes())["seconds"])
+    except (OSError, ValueError, LookupError, TypeError):  # it only says how long
         return 0.0
 
 
@@ -303,24 +330,54 @@ def _stored_entry(study: str, out: Path, seeds: Sequence[int | None]) -> Entry:
         place = out if seed is None else out / f"seed-{seed}"
         try:
             runs[seed] = run_in(place)
-            if not (place / "history.parquet").exists():
-                raise Unusable(UNFINISHED.format(place))
+            _demand_whole(runs[seed])
         except (Unusable, LookupError) as error:
-            runs.setdefault(seed, Run(study, None, place))
             outcomes[seed] = Unusable(str(error))
+        except Exception as error:
+            outcomes[seed] = Unusable(failed(f"the study {study}", error).sentence)
+        runs.setdefault(seed, Run(study, None, place))
     return Entry(study, out, runs, "", outcomes)
 
 
-def _stored(path: Path, *keys: str) -> dict[str, Any]:
+def _demand_whole(run: Run) -> None:
+    """Raise Unusable unless a run is finished, and what is damaged in it can be made again from its rows."""
+    if not (run.out / HISTORY).exists():
+        raise Unusable(UNFINISHED.format(run.out))
+    if (why := damage(run.out)) and unfinished_jobs(run):
+        raise Unusable(
+            f"{why}. The rows in {run.out / 'log'} are not whole either; its `sharpscope run` command goes on"
+        )
+
+
+@dataclass(frozen=True)
+class _All:
+    """The content of ``all.json``."""
+
+    size: str
+    studies: Mapping[str, tuple[int | None, ...]]
+
+
+@dataclass(frozen=True)
+class _Seeds:
+    """The content of ``seeds.json``."""
+
+    study: str
+    seeds: tuple[int, ...]
+    claims: tuple[Any, ...]
+
+
+Stored = TypeVar("Stored", _All, _Seeds)
+
+
+def _stored(path: Path, kind: type[Stored]) -> Stored:
     """Read a file of a batch.
 
     Raises:
-        Unusable: it does not hold these keys.
+        Unusable: it is none.
     """
+    advice = "give another directory, or repeat the `sharpscope run` command, which writes it again"
+    found = read_json(path, {f.name for f in dataclasses.fields(kind)}, RUNS, advice)
     try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or found.keys() != set(keys):
-        raise Unusable(f"{path} is not that of a run of sharpscope; give another directory")
-    return found
+        return from_fields(kind, found)
+    except InvalidValue as error:
+        raise Unusable(f"{path} is not {RUNS}: {error}; {advice}") from error

@@ -3,23 +3,28 @@
 A run directory holds ``config.json`` (study and configuration), ``log/`` (rows as they come, and the seconds of each
 job), ``history.parquet`` (every row), ``verdicts.json``, ``figures/``, ``environment.json`` and ``report.html``.  Where
 a study raised, ``error.txt`` has the traceback.
+
+What a run needs from earlier files is checked when it is read.  What is damaged and follows from the rows is made
+again; rows that are damaged are computed again; a configuration that is damaged is refused.
 """
 
 import dataclasses
 import json
-import math
 import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ...errors import InvalidValue
 from ...errors import Unusable as Unusable
+from ...records.fields import from_fields
+from ...records.files import is_draft, read_json, remove_drafts, write_json, write_whole
 from ...records.history import History
 from ...records.run_log import RunLog
 from ...report.figures import save_figures
@@ -30,8 +35,10 @@ from .pages import claims_section
 from .pool import Group, WorkItem
 from .study import Job, Progress, Study, elsewhere, find, headings
 
+CONFIG, HISTORY, ENVIRONMENT = "config.json", "history.parquet", "environment.json"
 PACKAGES = ("sharpscope", "torch", "numpy", "scikit-learn", "pyarrow", "matplotlib", "safetensors")
 ERROR = "error.txt"
+RUNS = "that of a run of sharpscope"
 
 SEEDS = "seeds.json"
 """Name of the file that describes repeats under several seeds, in the directory above theirs."""
@@ -55,18 +62,52 @@ def unfinished(run: Run, locks: ExitStack) -> Group:
     Raises:
         Unusable: the directory cannot be written, holds another run, or is being written by another process.
     """
-    study, log = find(run.study), run.out / "log"
+    study = find(run.study)
     with explained(run.out):
         _claim_directory(run.out, {"study": run.study, "config": dataclasses.asdict(run.config)})
         (run.out / ERROR).unlink(missing_ok=True)
         tasks: list[WorkItem] = []
-        if not (run.out / "history.parquet").exists():
+        if _gathered(run.out) is None:
             locks.enter_context(_alone(run.out))
-            jobs = [job for job in study.jobs(run.config) if not RunLog(log, job.name).finished]
-            tasks = [WorkItem(job.name, _work, (job, run.out), job.cost) for job in jobs]
+            for folder in (run.out, run.out / "log", run.out / "figures"):
+                remove_drafts(folder)
+            tasks = [WorkItem(job.name, _work, (job, run.out), job.cost) for job in unfinished_jobs(run)]
     return Group(
         tuple(tasks), WorkItem("verdicts and figures", _close, (run,), 1 + SECONDS_PER_CHART * len(study.CHARTS))
     )
+
+
+def unfinished_jobs(run: Run) -> list[Job]:
+    """The jobs of a run whose rows are not all there."""
+    jobs: Sequence[Job] = find(run.study).jobs(run.config)
+    log = run.out / "log"
+    return [job for job in jobs if not (log.exists() and RunLog(log, job.name).finished)]
+
+
+def damage(out: Path) -> str:
+    """The sentence on a missing or damaged file of a finished run in `out`; empty where all is there."""
+    try:
+        History.load(out / HISTORY)
+        _environment(out)
+    except Unusable as error:
+        return str(error)
+    return ""
+
+
+def _gathered(out: Path) -> tuple[History, dict[str, Any]] | None:
+    """The rows of a finished run, and what is known of how it was made; None where either is missing or damaged."""
+    try:
+        return History.load(out / HISTORY), _environment(out)
+    except Unusable:
+        return None
+
+
+def _environment(out: Path) -> dict[str, Any]:
+    advice = "repeat the `sharpscope run` command of this run, which writes it again"
+    found = read_json(out / ENVIRONMENT, {"stopped"}, "that of a finished run", advice)
+    if not isinstance(found["stopped"], dict):
+        raise Unusable(f"{out / ENVIRONMENT} is not that of a finished run: 'stopped' names no jobs; {advice}")
+    return found
 
 
 def _work(progress: Progress, job: Job, out: Path) -> None:
@@ -76,7 +117,7 @@ def _work(progress: Progress, job: Job, out: Path) -> None:
         job.work(log, progress, **job.arguments)
         if not log.finished:
             log.finish()
-        _spent(log).write_text(f"{time.process_time() - began:.2f}\n")
+        write_whole(_spent(log), f"{time.process_time() - began:.2f}\n".encode())
         progress(1.0)
 
 
@@ -89,53 +130,74 @@ def _close(progress: Progress, run: Run) -> list[Verdict]:
     """Gather the rows of all jobs, if need be, and conclude."""
     study = find(run.study)
     with explained(run.out):
-        if not (run.out / "history.parquet").exists():
-            logs = [RunLog(run.out / "log", job.name) for job in study.jobs(run.config)]
-            spent = [float(_spent(t).read_text() or 0) for t in logs if _spent(t).exists()]
-            stopped = {log.run: log.note for log in logs if log.note}
-            facts = environment(run.study) | {"seconds": round(sum(spent), 1), "stopped": stopped}
-            write_json(run.out / "environment.json", facts)
-            History(row for log in logs for row in log.rows).save(run.out / "history.parquet")
+        if _gathered(run.out) is None:
+            _gather(run, [RunLog(run.out / "log", job.name) for job in study.jobs(run.config)])
         return conclude(study, run.study, run.config, run.out, progress)
+
+
+def _gather(run: Run, logs: Sequence[RunLog]) -> None:
+    """Write the rows of all jobs as one table, after what is known of how they were made."""
+    rows = History(row for log in logs for row in log.rows)
+    stopped = {log.run: log.note for log in logs if log.note}
+    seconds = round(sum(_seconds_of(log) for log in logs), 1)
+    write_json(run.out / ENVIRONMENT, environment(run.study) | {"seconds": seconds, "stopped": stopped})
+    rows.save(run.out / HISTORY)
+    for log in logs:
+        log.state.unlink(missing_ok=True)  # where a kill came between the end of a job and this
+
+
+def _seconds_of(log: RunLog) -> float:
+    with suppress(OSError, ValueError):
+        return float(_spent(log).read_text())
+    return 0.0
 
 
 def conclude(
     study: Study, name: str, config: Any, out: Path, progress: Progress = lambda fraction: None
 ) -> list[Verdict]:
     """Verdicts, figures and report from the history in `out`."""
-    history = columns_of_today(study, History.load(out / "history.parquet"))
-    ran = set(history.runs)
-    verdicts = [c.decide(name, history, config) for c in study.CLAIMS if set(c.runs) <= ran]
-    left_out = [c.sentence for c in study.CLAIMS if not set(c.runs) <= ran]
+    history = columns_of_today(study, History.load(out / HISTORY))
+    verdicts, page = _report(study, name, config, history, _environment(out))
     write_json(out / "verdicts.json", [dataclasses.asdict(v) for v in verdicts])
-    environment = json.loads((out / "environment.json").read_text())
-    charts = [chart for chart in study.CHARTS if _has_runs(chart, ran)]
-    for i, chart in enumerate(charts, 1):
+    for i, chart in enumerate(page["charts"], 1):
         save_figures([chart], history.columns, out / "figures")
-        progress(i / (1 + len(charts)))
-    title, lead = headings(study)
-    write_report(
-        out / "report.html",
-        title=title,
-        subtitle=study.PAPER,
-        lead=lead,
-        sections=[("Claims", claims_section(verdicts))],
-        charts=charts,
-        columns=history.columns,
-        config={k: v for k, v in dataclasses.asdict(config).items()}
-        | ({"claims that need other sizes": left_out} if left_out else {}),
-        environment=environment,
-    )
+        progress(i / (1 + len(page["charts"])))
+    write_report(out / "report.html", **page)
     return verdicts
 
 
+def _report(
+    study: Study, name: str, config: Any, history: History, environment: Mapping[str, Any]
+) -> tuple[list[Verdict], dict[str, Any]]:
+    """The verdicts on a history, and the parts of its page."""
+    ran = set(history.runs)
+    verdicts = [c.decide(name, history, config) for c in study.CLAIMS if set(c.runs) <= ran]
+    left_out = [c.sentence for c in study.CLAIMS if not set(c.runs) <= ran]
+    title, lead = headings(study)
+    return verdicts, {
+        "title": title,
+        "subtitle": study.PAPER,
+        "lead": lead,
+        "sections": [("Claims", claims_section(verdicts))],
+        "charts": [chart for chart in study.CHARTS if _has_runs(chart, ran)],
+        "columns": history.columns,
+        "config": dataclasses.asdict(config) | ({"claims that need other sizes": left_out} if left_out else {}),
+        "environment": environment,
+    }
+
+
 def page(out: Path) -> str | None:
-    """The report of a finished run as HTML; before that the charts of the rows so far, or None while there are none."""
-    if (out / "history.parquet").exists() and (out / "report.html").exists():
-        return (out / "report.html").read_text(encoding="utf-8")
-    request = stored_request(out)
-    study = find(request["study"])
-    jobs = study.jobs(config_from(study, request["config"]))
+    """The report of a finished run as HTML; before that the charts of the rows so far, or None while there are none.
+
+    Raises:
+        Unusable: a file of the run is damaged.
+    """
+    run = run_in(out)
+    study = find(run.study)
+    if (out / HISTORY).exists() and (out / "report.html").exists():
+        history = columns_of_today(study, History.load(out / HISTORY))
+        return render(**_report(study, run.study, run.config, history, _environment(out))[1])
+    jobs = study.jobs(run.config)
     logs = [RunLog(out / "log", job.name) for job in jobs] if (out / "log").exists() else []
     history = History(row for log in logs for row in log.rows)
     if not len(history):
@@ -147,7 +209,7 @@ def page(out: Path) -> str | None:
         lead=f"So far {done} of {len(jobs)} jobs are done. The verdicts come at the end.",
         charts=[chart for chart in study.CHARTS if _has_runs(chart, set(history.runs))],
         columns=history.columns,
-        config=request["config"],
+        config=dataclasses.asdict(run.config),
         environment={},
     )
 
@@ -156,28 +218,31 @@ def run_in(out: Path) -> Run:
     """The run that `out` holds.
 
     Raises:
-        Unusable: none.
+        Unusable: none, or its configuration does not fit the study.
+        LookupError: there is no such study.
     """
-    if not (out / "config.json").exists():
-        raise Unusable(f"{out} holds no run: there is no config.json; give the directory of a `sharpscope run`")
+    if not (out / CONFIG).exists():
+        raise Unusable(f"{out} holds no run: there is no {CONFIG}; give the directory of a `sharpscope run`")
     request = stored_request(out)
     name, study = request["study"], find(request["study"])
-    return Run(name, config_from(study, fields_of_today(study, request["config"])), out)
+    try:
+        config: Any = from_fields(study.Config, fields_of_today(study, request["config"]))
+    except InvalidValue as error:
+        raise Unusable(
+            f"{out / CONFIG} does not fit the study {name}: {error}. Put it back as it was, or run the study again"
+            " into another --out"
+        ) from error
+    return Run(name, config, out)
 
 
 def stopped(out: Path) -> dict[str, str]:
     """The jobs of a finished run that ended early, and why."""
-    notes: dict[str, str] = json.loads((out / "environment.json").read_text())["stopped"]
+    notes: dict[str, str] = _environment(out)["stopped"]
     return notes
 
 
-def config_from(study: Study, values: Mapping[str, Any]) -> Any:
-    """The study's Config with these values, lists turned back into tuples."""
-    return study.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
 def _claim_directory(out: Path, request: Mapping[str, Any]) -> None:
-    path = out / "config.json"
+    path = out / CONFIG
     request = json.loads(json.dumps(request))
     if path.exists():
         there = stored_request(out)
@@ -194,7 +259,7 @@ def _claim_directory(out: Path, request: Mapping[str, Any]) -> None:
 def _ours(file: Path, out: Path) -> bool:
     """Tell whether a file is left by a run cut short at its start, or by repeats under other seeds beside it."""
     beside = (out / SEEDS).exists() and (file.name in (SEEDS, "index.html") or file.name.startswith("seed-"))
-    return file.name == "config.tmp" or beside
+    return is_draft(file) or beside
 
 
 def stored_request(out: Path) -> dict[str, Any]:
@@ -203,12 +268,11 @@ def stored_request(out: Path) -> dict[str, Any]:
     Raises:
         Unusable: what stands there is not that of a run.
     """
-    try:
-        request = json.loads((out / "config.json").read_text())
-    except ValueError:
-        request = None
-    if not isinstance(request, dict) or request.keys() != {"study", "config"}:
-        raise Unusable(f"{out / 'config.json'} is not that of a run of sharpscope; give another directory")
+    request = read_json(out / CONFIG, {"study", "config"}, RUNS, "give another directory")
+    if request.keys() != {"study", "config"} or not isinstance(request["study"], str):
+        raise Unusable(f"{out / CONFIG} is not {RUNS}: it names no study; give another directory")
+    if not isinstance(request["config"], dict):
+        raise Unusable(f"{out / CONFIG} is not {RUNS}: its 'config' has no fields; give another directory")
     return request
 
 
@@ -258,23 +322,6 @@ def environment(study: str = "") -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **versions,
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for NaN and infinity: they become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value
 
 
 @contextmanager

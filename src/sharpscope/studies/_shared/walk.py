@@ -1,5 +1,6 @@
 """Runs of many replicas side by side, whose steps are known in closed form."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -8,6 +9,9 @@ import torch
 from ...records.run_log import RunLog
 from .._framework.study import Progress
 from .toys import ProcessState, ToyColumns
+
+INTERVAL = 0.5
+"""Seconds between two checkpoints: each is brought to the disk, which takes longer than a step."""
 
 
 class Process(Protocol):
@@ -23,12 +27,15 @@ def walk(log: RunLog, progress: Progress, process: Process, names: Sequence[str]
     saved = log.resume()
     done = int(saved["step"]) if saved else -1
     state = {name: t.numpy() for name, t in saved.items()} or process.start()
+    kept = time.monotonic()
     for i, step in enumerate(steps):
         if step <= done:
             continue
         state = process.advance(state, step - int(state["step"]))
         write(log, names, process.measure(state))
-        log.checkpoint(**{name: torch.as_tensor(value) for name, value in state.items()})
+        if time.monotonic() - kept > INTERVAL:
+            log.checkpoint(**{name: torch.as_tensor(value) for name, value in state.items()})
+            kept = time.monotonic()
         progress((i + 1) / len(steps))
 
 
