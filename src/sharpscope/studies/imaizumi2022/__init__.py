@@ -161,13 +161,13 @@ def _change(weights: Array, gap: Array) -> float:
     return gap.max() / gap.min() if weights.max() >= 20 * weights.min() else np.nan
 
 
-def _left(share: Array) -> Array:
-    """Squared displacement outside of the curved directions over that inside, from the share inside."""
-    return (1 - share) / share
+def _outside_over_inside(fraction: Array) -> Array:
+    """Squared displacement outside of the curved directions over that inside, from the fraction inside."""
+    return (1 - fraction) / fraction
 
 
 MINIMUM, NOISY = run("minimum"), run(GRADIENT_NOISE)
-LEFT, LEFT_WEAKLY = (run(name)["share"].reduce(_left) for name in (LABEL_NOISE, WEAK_LABEL_NOISE))
+DRIFT, WEAK_DRIFT = (run(name)["share"].reduce(_outside_over_inside) for name in (LABEL_NOISE, WEAK_LABEL_NOISE))
 LARGE_ISOTROPIC = run(ISOTROPIC).where("weights", lambda weights: weights >= 320)
 
 CLAIMS = under(
@@ -213,7 +213,7 @@ CLAIMS = under(
     ),
     scaling(
         "This drift is of second order (squared displacement outside over inside: exponent in the noise, each minimum)",
-        (LEFT / LEFT_WEAKLY).reduce(lambda factor: np.log(factor) / np.log(WEAKER)).within(1.8, 2.2),
+        (DRIFT / WEAK_DRIFT).reduce(lambda factor: np.log(factor) / np.log(WEAKER)).within(1.8, 2.2),
     ),
     comparison(
         "With that drift they stay, too, at every minimum (share of the squared displacement, least over widths)",
