@@ -95,8 +95,11 @@ WITHOUT_DECAY = (("BN", "BN"), ("Convolutions with BN", "conv BN"), ("LN", "LN")
 
 
 def late_fall(name: str) -> Quantity:
-    """Factor by which the spherical sharpness of a run falls over its second half."""
-    late = run(name)["spherical_sharpness"].second_half()
+    """Factor by which the spherical sharpness of a run falls over the second half of its steps.
+
+    Rows are dense at the start, so that half of them are not half of the steps.
+    """
+    late = run(name).where("step", lambda step: step >= step.max() / 2)["spherical_sharpness"]
     return late.first() / late.last()
 
 
