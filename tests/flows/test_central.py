@@ -38,9 +38,9 @@ def settled(f: Objective, rule: UpdateRule, steps: int) -> Tensor:
 class Quadratic(nn.Module):
     """``½ Σ h_i w_i²``."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.w = nn.Parameter(torch.ones(4, dtype=torch.float64))
+        self.w = nn.Parameter(torch.ones(size, dtype=torch.float64))
 
     def forward(self, h: Tensor) -> Tensor:
         return 0.5 * (h * self.w.square()).sum()
@@ -49,8 +49,8 @@ class Quadratic(nn.Module):
 CURVED = torch.tensor([5.0, 1.0, 1e-3, 0.0], dtype=torch.float64)
 
 
-def quadratic() -> Objective:
-    return Objective(Quadratic(), lambda output, target: output, [(CURVED, torch.zeros(1))])
+def quadratic(h: Tensor = CURVED) -> Objective:
+    return Objective(Quadratic(len(h)), lambda output, target: output, [(h, torch.zeros(1))])
 
 
 @pytest.mark.parametrize("norm", ["BN", "LN", "RMSNorm", "GN", "WN", "torch BN", "torch LN"])
@@ -209,6 +209,17 @@ def test_weight_decay_of_what_nothing_holds() -> None:
     f, rule = quadratic(), GD(0.1, 1e-2)
     path = ss.flows.integrate(ss.flows.stable(f, rule), f.weights(), 500, method=ss.flows.implicit())
     assert path.weights[-1][3].item() == pytest.approx(math.exp(-0.5), rel=1e-3)
+
+
+@pytest.mark.parametrize("reach", [10.0, 1e-6])
+def test_an_implicit_step_however_short_knows_all_modes_near_the_edge(reach: float) -> None:
+    """A basis that gets coarser as steps get shorter would miss modes, err, and make them shorter still."""
+    near = torch.tensor([19.5, 19, 18.2, 17.9, 17.1, 16.4], dtype=torch.float64)  # the bound is 2/lr = 20, the band .2
+    f = quadratic(torch.cat([near, torch.linspace(0, 5, 394, dtype=torch.float64)]))
+    after, row = ss.flows.implicit()(ss.flows.central(f, GD(0.1)), Point(0.0, f.weights(), {}, reach=reach), 20.0)
+    assert row is not None and row["modes"] == len(near)
+    assert after.predicted is not None  # third derivatives vanish: they stay; to second order in what is left, .03²
+    assert after.predicted.tolist() == pytest.approx((near / 10).tolist(), abs=2e-3)
 
 
 def test_relaxation_function() -> None:

@@ -10,7 +10,7 @@ import torch
 from sharpscope.autodiff.batched import BatchedRuns
 from sharpscope.studies._shared.minimize import minimize
 from sharpscope.studies._shared.oracles import least_nuclear_norm
-from sharpscope.studies.gatmiry2023 import Config
+from sharpscope.studies.gatmiry2023 import SHOWN, TOO_FEW, Config
 from sharpscope.studies.gatmiry2023.factors import (
     MATRICES,
     MatrixSensing,
@@ -95,6 +95,29 @@ def test_the_flat_solution_is_the_convex_one_and_with_few_measurements_is_not() 
         assert nuclear(other) > 1.05 * nuclear(convex)
         found[n] = distance(m, convex)
     assert found[15] < 0.02 and found[4] > 0.05  # the penalty leaves an error in proportion to 1e-3
+
+
+def test_enough_measurements_are_more_than_the_statistical_dimension() -> None:
+    """The mean squared distance of a Gaussian matrix from the cone of subgradients of ‖·‖_* at a matrix of rank one.
+
+    Beyond so many measurements the convex problem recovers the matrix in most draws (Amelunxen et al. 2014).
+    """
+    g = np.random.default_rng(8).standard_normal((1000, 10, 10))
+    rest = np.linalg.svd(g[:, 1:, 1:], compute_uv=False)
+    edges = np.square(g[:, 0, 1:]).sum(1) + np.square(g[:, 1:, 0]).sum(1)
+
+    def distance_at(t: float) -> float:
+        return float((edges + (g[:, 0, 0] - t) ** 2 + np.square((rest - t).clip(0)).sum(1)).mean())
+
+    dimension = min(distance_at(t) for t in np.linspace(2, 5, 61))
+    assert TOO_FEW < dimension < SHOWN and dimension == pytest.approx(36, abs=1)
+    missed = {n: sum(_convex_error(n, seed) > 1e-2 for seed in range(3)) for n in (TOO_FEW, 60)}
+    assert missed == {TOO_FEW: 3, 60: 0}
+
+
+def _convex_error(n: int, seed: int) -> float:
+    p = gaussian(n, 10, 2, seed)
+    return distance(least_nuclear_norm(p.a.numpy(), p.labels.numpy(), (10, 10), iterations=1000), p.truth.numpy())
 
 
 def test_what_is_solved_comes_in_rows_by_the_names_of_matrices() -> None:

@@ -75,6 +75,22 @@ def test_at_a_minimum_the_hessian_has_no_more_directions_than_examples_and_label
     assert labels[1]["share"] > 0.8 and isotropic[1]["share"] < 10 / p.size
 
 
+def test_what_leaves_the_curved_directions_is_of_second_order_in_the_noise_on_labels() -> None:
+    p = FittedNet.draw(width=5, examples=10, seed=1)
+    found = Minimum.near(p, p.start(1), below=1e-20)
+    ends = [
+        descend(p.with_noisy_labels(s, 0), found.weights.repeat(32, 1), GD(found.rate), 200).weights
+        for s in (8e-3, 2e-3)
+    ]
+    inside, outside = [], []
+    for moved in (end - found.weights for end in ends):
+        along = moved @ found.curved
+        inside.append(along.norm().item())
+        outside.append((moved - along @ found.curved.T).norm().item())
+    assert inside[0] / inside[1] == pytest.approx(4, rel=0.02)  # the same noise, four times as large
+    assert outside[0] / outside[1] == pytest.approx(16, rel=0.05)
+
+
 def test_little_noise_raises_the_loss_as_predicted_and_much_noise_drives_runs_out() -> None:
     p = FittedNet.draw(width=5, examples=10, seed=1)
     progress: list[float] = []

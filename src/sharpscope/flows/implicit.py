@@ -10,8 +10,15 @@ from ..autodiff import third_order
 from ..errors import FlowStuck, InvalidValue
 from ..linalg import complementarity
 from ..linalg.eigenbasis import Basis, eigenbasis
-from .central import Flow, LocalModel, Motion, column
+from .central import Flow, LocalModel, Motion, column, eased
 from .path import Point, Row, next_reach, prediction_error, row_of
+
+COARSEST = 0.015
+"""Curvature outside of the eigenbasis, over the bound, however short the step.
+
+A coarser basis misses modes near the edge.  Their prediction then errs, so that steps get shorter and, if the basis got
+coarser with them, shorter again, down to nothing.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class implicit:
             flow = replace(flow, band=max(flow.band, 4 * self.longest))
         inverse = flow.inverse(w, point.averages)
         a, shift = flow.curvature(w, inverse)
-        basis = eigenbasis(a, 0.1 / reach, self.max_vectors, seed=point.refreshes)
+        floor = min(0.1 / reach, COARSEST * flow.rule.bound)
+        basis = eigenbasis(a, floor, self.max_vectors, seed=point.refreshes)
         local = flow.around(w, inverse, basis.values + shift, basis.vectors)
         cost = point.cost + local.cost + basis.num_matvecs * a.cost + 2
         refreshes = point.refreshes + 1
@@ -106,7 +114,7 @@ def _exponential_step(
     if len(C):
         A, images = G @ spread(force[:, None])[:, 0], spread(G.T).T
         gap = rule.bound * torch.eye(len(C)).to(C) - C
-        X = complementarity.solve(gap + third_order.unpacked(A), third_order.gram(G, images) / 2).x
+        X = complementarity.solve(eased(gap, dt) + third_order.unpacked(A), third_order.gram(G, images) / 2).x
     push = 0.5 * local.push(X)
     new = w - spread((force + push)[:, None])[:, 0]
     stiff = dt * values > 3
