@@ -4,6 +4,7 @@ import gc
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import problems
 import pytest
@@ -284,3 +285,14 @@ def test_every_product_is_counted(helps: bool, verify: int, monkeypatch: pytest.
         monkeypatch.setattr(warm_start, "_converged", lambda *_: None)
     counted[0] = 0
     assert warm_started(a, first, 1, verify=verify).num_matvecs == counted[0]
+
+
+def test_a_bound_from_above_is_at_least_the_value() -> None:
+    """A solve to a looser tolerance bounds λ1 lower, in one of a thousand cases, than the value found since then."""
+    _, a = symmetric(outliers(1.0, 1.2))
+    solved = warm_started(a)
+    low = replace(solved, upper=0.5)
+    assert low.memory is not None
+    v = solved.vectors.T
+    found = warm_start._Converged(solved.values, v, 0 * v, solved.residuals, 0.0, 1)
+    assert found.eigenpairs(3, math.nan, low, low.memory).upper >= solved.values[0]

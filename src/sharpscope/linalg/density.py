@@ -1,20 +1,26 @@
 """The distribution of an operator's eigenvalues by Lanczos quadrature, with bands of known coverage.
 
-A Gaussian probe of unit norm sees the eigenvalue λ_i with weight ``(u_iᵀv)²``, on average 1/P.  After m Lanczos steps
-its weights are known by m nodes θ_j with weights τ_j, exactly for polynomials of degree 2m - 1.  Two errors remain:
+A Gaussian probe v sees the eigenvalue λ_i with weight ``(u_iᵀv)²``.  The weights of n probes, added up and divided by
+their sum, have the mean 1/P and a Dirichlet distribution with parameters n/2.  After m Lanczos steps the weights of a
+probe are known by m nodes θ_j with weights τ_j, exactly for polynomials of degree 2m - 1.  Three errors remain:
 
-    spread over probes: the weights are Dirichlet, so a mean of f over n probes has variance
-        2 (mean f² - (mean f)²) / (n (P + 2))
+    spread over probes: a mean of f over the eigenvalues is seen with variance 2 (mean f² - (mean f)²) / (n P + 2)
     quadrature: Σ_{j<k} τ_j ≤ weight below θ_k ≤ weight up to θ_k ≤ Σ_{j≤k} τ_j  (Chebyshev, Markov, Stieltjes)
+    rounding: of nodes by eps ‖A‖, and of weights by eps √τ
 
-The first is turned into an interval by solving it for the mean.  For a fraction, f is 0 or 1 and nothing else is needed
-(Wilson's interval).  For a density two things more: where few eigenvalues count the mean of f is skewed, like a gamma
-variable of the same mean and variance; and the ratio ``mean f² / mean f`` in that variance is seen by the same probes,
-low where the mean is.  So the ratio is taken at its upper 98.75 %, and so are the gamma quantiles: together 95 %.
+The first is turned into an interval by solving it for the mean.  For a fraction, f is 0 or 1 and what is seen has a
+beta distribution: nothing else is needed.  For a density f is a Gaussian, and there are two approximations by a
+variable of two values, of which the band holds both intervals.  The values 0 and ``r = mean f² / mean f`` have the
+variance: this is right where few eigenvalues count.  The same probes see r, low where the mean is; so r is taken at its
+upper 98.75 %, and so are the quantiles, together 95 %.  The two values of Gauss quadrature have three
+moments: this is right where all count, nearly alike.
+
+Where all P steps were taken, the nodes are the eigenvalues, and only rounding is left.
 
 P parameters, n probes, m steps.
 """
 
+import math
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import NamedTuple
@@ -29,8 +35,11 @@ from .units import Unit
 
 Band = tuple[Tensor, Tensor]
 
-BOTH = NormalDist().inv_cdf(1 - 0.05 / 4)
-"""Normal quantile for two intervals that hold together with 95 %."""
+BOTH = 0.05 / 4
+"""Probability of each of the two ends of two intervals that hold together with 95 %."""
+
+ROUNDING = 64
+"""Errors of nodes and of roots of weights, in units of the last place."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,8 @@ class Density:
     ``density`` is broadened, ``1/P Σ_i N(t; λ_i, width²)``, and its band covers the broadened truth.  ``cumulative``
     is the fraction of eigenvalues ``λ_i ≤ t`` with no broadening, and so is what its band covers (points closer to an
     eigenvalue than rounding count on either side).  Bands hold the spread over probes and the error of the
-    quadrature.  On the spectra of the tests they hold at least 96 times in 100 at every point; misses at nearby points
-    come together.
+    quadrature, and always the estimate.  On the spectra of the tests they hold at least 95 times in 100 at every point;
+    misses at nearby points come together.
     """
 
     points: Tensor = field(repr=False)  # (n,), as all of these
@@ -54,10 +63,13 @@ class Density:
 
 
 class _Rule(NamedTuple):
+    """The quadrature of one probe."""
+
     nodes: Tensor  # (m,), ascending
     weights: Tensor  # (m,), sum 1
     reach: tuple[float, float]  # the outermost nodes, each moved out by its residual
     exact: bool  # the Krylov space is invariant: no error of the quadrature
+    portion: float  # the probe's part of all weights: its squared norm
 
 
 def density(
@@ -89,46 +101,103 @@ def density(
     steps = min(steps, a.size)
     generator = torch.Generator().manual_seed(seed)
     unit = Unit()
-    v = torch.randn((a.size, probes), generator=generator, dtype=torch.float64).to(a.like)
+    v = torch.randn((a.size, probes), generator=generator, dtype=torch.float64)
+    squares = v.square().sum(dim=0)
+    v = (v / squares.sqrt()).to(a.like)
     blocks = v.split(1 if a.matmat is None else probes, dim=1)
-    rules = [rule for block in blocks for rule in _rules(unit.applied(a), block / block.norm(dim=0), steps)]
-    within = None if width is None else width / unit.size
-    at = None if points is None else points.detach().double().cpu() / unit.size
-    return _evaluated(rules, at, within, steps, a, unit.size)
-
-
-def _evaluated(
-    rules: list[_Rule], points: Tensor | None, width: float | None, steps: int, a: SymmetricOperator, unit: float
-) -> Density:
-    """Evaluate what the rules say, in multiples of a unit, in which points and width are given."""
-    probes = len(rules)
-    low, high = min(r.reach[0] for r in rules), max(r.reach[1] for r in rules)
-    scale = max(-low, high, torch.finfo(torch.float64).tiny)
-    slack = 64 * torch.finfo(a.like.dtype).eps * scale
-    span = high - low + 2 * slack
-    sigma = 1.2 * span / steps if width is None else width
+    rules = [rule for block in blocks for rule in _rules(unit.applied(a), block, steps)]
+    rules = [rule._replace(portion=part) for rule, part in zip(rules, (squares / squares.sum()).tolist(), strict=True)]
+    found = _Spectrum(rules, a.size, steps, ROUNDING * torch.finfo(a.like.dtype).eps)
+    sigma = 1.2 * found.span / steps if width is None else width / unit.size
     if points is None:
-        points = torch.linspace(low - 3 * sigma, high + 3 * sigma, 256, dtype=torch.float64)
-
-    means = torch.stack([_mean(rules, points, sigma, power) for power in (1, 2, 3, 4)])
-    part = sum(not r.exact for r in rules) / probes
-    error = part * _tail(points, sigma, (low - 0.01 * span, high + 0.01 * span), 2 * steps)
-    ratio = _ratio(means, _normal(points.new_zeros(1), sigma), probes * (a.size + 2))
-    below, above = (means[0] - error).clamp(min=0), means[0] + error
-    band = tuple(_gamma(x, ratio, probes * (a.size + 2), side) for x, side in ((below, 1), (above, -1)))
-
-    sides = [_bracket(r, points, slack) for r in rules]
-    under, over = (torch.stack(side).mean(dim=0) for side in zip(*sides, strict=True))
-    cumulative_band = _wilson(under, probes * (a.size + 2))[0], _wilson(over, probes * (a.size + 2))[1]
+        points = torch.linspace(found.low - 3 * sigma, found.high + 3 * sigma, 256, dtype=torch.float64)
+    else:
+        points = points.detach().double().cpu() / unit.size
+    height, height_band = found.density(points, sigma)
+    fraction, fraction_band = found.cumulative(points)
     return Density(
-        points=unit * points,
-        width=unit * sigma,
-        density=means[0] / unit,
-        density_band=(band[0] / unit, band[1] / unit),
-        cumulative=(under + over) / 2,
-        cumulative_band=cumulative_band,
+        points=unit.size * points,
+        width=unit.size * sigma,
+        density=height / unit.size,
+        density_band=(height_band[0] / unit.size, height_band[1] / unit.size),
+        cumulative=fraction,
+        cumulative_band=fraction_band,
         num_matvecs=probes * steps,
     )
+
+
+class _Spectrum:
+    """The rules of all probes, and what they say with which bands."""
+
+    def __init__(self, rules: list[_Rule], size: int, steps: int, eps: float) -> None:
+        complete = [rule for rule in rules if len(rule.nodes) == size and rule.exact]
+        if complete:  # all eigenvalues are known, each has the same weight
+            rules = [complete[0]._replace(weights=torch.full_like(complete[0].nodes, 1 / size), portion=1.0)]
+        self.rules, self.steps, self.eps = rules, steps, 0.0 if complete else eps
+        self.count = math.inf if complete else len(rules) * size / 2  # Dirichlet parameters in all
+        self.low, self.high = min(r.reach[0] for r in rules), max(r.reach[1] for r in rules)
+        self.slack = eps * max(-self.low, self.high)  # of a node
+        self.span = max(self.high - self.low, 2 * self.slack, torch.finfo(torch.float64).tiny)
+        self.inexact = sum(r.portion for r in rules if not r.exact)
+        self.nodes = torch.cat([r.nodes for r in rules])
+        self.weights = torch.cat([r.portion * r.weights for r in rules])
+
+    def density(self, t: Tensor, sigma: float) -> tuple[Tensor, Band]:
+        """Return the broadened density at t, and its band."""
+        distance = (t[:, None] - self.nodes).abs()
+        estimate = _normal(distance, sigma) @ self.weights
+        error = self.eps * self.weights.sqrt()
+        least = _normal(distance + self.slack, sigma) @ (self.weights - error).clamp(min=0)
+        most = _normal((distance - self.slack).clamp(min=0), sigma) @ (self.weights + error + self.eps**2)
+        interval = self.low - 0.01 * self.span, self.high + 0.01 * self.span
+        missing = self.inexact * _tail(t, sigma, interval, 2 * self.steps)
+        least, most = (least - missing).clamp(min=0), most + missing
+        if math.isinf(self.count):
+            return estimate, (least, most)
+        nearest = distance.min(dim=1).values
+        f = torch.exp((nearest[:, None] ** 2 - distance**2) / (2 * sigma**2))
+        unit = _normal((nearest - self.slack).clamp(min=0), sigma).clamp(min=torch.finfo(t.dtype).tiny)  # of f
+        ratio = torch.minimum(unit * self.ratio(f), _normal(t.new_zeros(1), sigma))
+        lower, upper, portion = self.two_values(f)
+        low, high = _means(
+            torch.stack([least / ratio, portion]), torch.stack([most / ratio, portion]), self.count, BOTH
+        )
+        spread = unit * (upper - lower)
+        low = torch.minimum(ratio * low[0], unit * lower + spread * low[1] - (estimate - least))
+        high = torch.maximum(ratio * high[0], unit * lower + spread * high[1] + (most - estimate))
+        low = torch.where(unit > torch.finfo(t.dtype).tiny, low, 0)
+        return estimate, (torch.minimum(low, least).clamp(min=0), torch.maximum(high, most))
+
+    def ratio(self, f: Tensor) -> Tensor:
+        """Bound ``mean f² / mean f`` from above with 98.75 %, from the means of f, f², f³ and f⁴.
+
+        To first order its logarithm has the variance ``2/(nP) E (f²/E f² - f/E f)²``.
+        """
+        f1, f2, f3, f4 = (f**power @ self.weights for power in (1, 2, 3, 4))
+        spread = ((f4 / f2.square() - 2 * f3 / (f1 * f2) + f2 / f1.square()).clamp(min=0) / self.count).sqrt()
+        return f2 / f1 * torch.exp(NormalDist().inv_cdf(1 - BOTH) * spread)
+
+    def two_values(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Find two values, and the fraction of the upper one, that have the mean, variance and skewness of f."""
+        mean = f @ self.weights
+        deviation = f - mean[:, None]
+        spread = (deviation.square() @ self.weights).sqrt()
+        skewness = (deviation**3 @ self.weights) / spread.clamp(min=1e-100) ** 3
+        s = (1 + skewness.square() / 4).sqrt() + skewness.abs() / 2
+        above = torch.where(skewness > 0, s, 1 / s)  # the mean, in units of the spread
+        return mean - spread / above, mean + spread * above, 1 / (1 + above.square())
+
+    def cumulative(self, t: Tensor) -> tuple[Tensor, Band]:
+        """Return the fraction of eigenvalues up to t, and its band."""
+        sides = [_bracket(r, t, self.slack) for r in self.rules]
+        portions = torch.tensor([r.portion for r in self.rules], dtype=torch.float64)
+        least, most = (portions @ torch.stack(side) for side in zip(*sides, strict=True))
+        estimate = (least + most) / 2
+        least, most = (least - self.eps).clamp(min=0), (most + self.eps).clamp(max=1)
+        if math.isinf(self.count):
+            return estimate, (least, most)
+        low, high = _means(least, most, self.count, 0.025)
+        return estimate, (torch.minimum(low, estimate), torch.maximum(high, estimate))
 
 
 def _rules(a: SymmetricOperator, v: Tensor, steps: int) -> list[_Rule]:
@@ -162,13 +231,8 @@ def _rules(a: SymmetricOperator, v: Tensor, steps: int) -> list[_Rule]:
         weights = s[0, kept].square()
         nodes, left = nodes[kept], left[kept]
         reach = (nodes[0] - left[0]).item(), (nodes[-1] + left[-1]).item()
-        rules.append(_Rule(nodes, weights, reach, exact))
+        rules.append(_Rule(nodes, weights, reach, exact, 1.0))
     return rules
-
-
-def _mean(rules: list[_Rule], t: Tensor, sigma: float, power: int) -> Tensor:
-    """Average ``Σ_j τ_j N(t; θ_j, σ²)^power`` over the probes."""
-    return torch.stack([_normal(t[:, None] - r.nodes, sigma) ** power @ r.weights for r in rules]).mean(dim=0)
 
 
 def _normal(x: Tensor, sigma: float) -> Tensor:
@@ -183,13 +247,14 @@ def _tail(t: Tensor, sigma: float, interval: tuple[float, float], degree: int) -
     """
     low, high = interval
     centre = (low + high) / 2
-    half = max((high - low) / 2, 1e-300)
+    half = (high - low) / 2
     n = min(max(4 * degree, int(24 * half / sigma)), 4096)
     angle = (torch.arange(n, dtype=torch.float64) + 0.5) * torch.pi / n
-    cosines = torch.cos(angle * torch.arange(degree, n, dtype=torch.float64)[:, None])
-    series = 2 / n * _normal(t[:, None] - centre - half * torch.cos(angle), sigma) @ cosines.T
+    heights = _normal(t[:, None] - centre - half * torch.cos(angle), sigma)
+    turn = torch.exp(-0.5j * torch.pi * torch.arange(n, dtype=torch.float64) / n)
+    series = (torch.fft.rfft(torch.cat([heights, heights.flip(1)], dim=1))[:, :n] * turn).real / n  # a cosine transform
     nearest = (t - centre).abs().sub(half).clamp(min=0)
-    return torch.minimum(2 * series.abs().sum(dim=1), _normal(nearest, sigma))
+    return torch.minimum(2 * series[:, degree:].abs().sum(dim=1), _normal(nearest, sigma))
 
 
 def _bracket(rule: _Rule, t: Tensor, slack: float) -> Band:
@@ -201,39 +266,43 @@ def _bracket(rule: _Rule, t: Tensor, slack: float) -> Band:
     return total[(before - step).clamp(min=0)], total[(after + step).clamp(max=len(rule.nodes))].clamp(max=1)
 
 
-def _wilson(x: Tensor, n: int) -> Band:
-    """Return the 95 % interval around an observed fraction x, with n for n (P + 2).
+def _means(least: Tensor, most: Tensor, count: float, p: float) -> Band:
+    """Find the means of which observed fractions `least` are the upper and `most` the lower `p`-quantile.
 
-    The fractions p with ``(x - p)² ≤ z² 2 (p - p²)/n``.
+    A fraction has a beta distribution of parameters that add up to `count`.
     """
-    kappa = 2 * NormalDist().inv_cdf(0.975) ** 2 / n
-    middle = 2 * x + kappa
-    root = (middle.square() - 4 * (1 + kappa) * x.square()).clamp(min=0).sqrt()
-    return (middle - root) / (2 * (1 + kappa)), (middle + root) / (2 * (1 + kappa))
+    x = torch.stack([least, most]).clamp(max=1)
+    limit = x.new_tensor([1 - p, p]).view(2, *(1 for _ in least.shape))
+    low, high = torch.zeros_like(x), torch.ones_like(x)
+    for _ in range(44):  # to 1e-13
+        mean = (low + high) / 2
+        beyond = _beta(x, count * mean, count * (1 - mean)) > limit
+        low, high = torch.where(beyond, mean, low), torch.where(beyond, high, mean)
+    return low[0], high[1]
 
 
-def _ratio(means: Tensor, highest: Tensor, n: int) -> Tensor:
-    """Bound ``E f² / E f`` from the means of f, f², f³ and f⁴, at the upper end of its 97.5 % interval.
+def _beta(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Approximate the distribution function of a beta variable (to .5 % of either tail for ``a + b ≥ 4``).
 
-    It is at most max f.  To first order the relative variance of the ratio is ``2/n E (f²/E f² - f/E f)²``.
+    By the normal one (Peizer & Pratt, 1968) where both parameters exceed one, else by a gamma variable of the smaller
+    parameter, of which the other one makes little difference (Wise, 1950).
     """
-    f1, f2, f3, f4 = means
-    spread = (2 / n * (f4 / f2.square() - 2 * f3 / (f1 * f2) + f2 / f1.square()).clamp(min=0)).sqrt()
-    ratio = torch.minimum(f2 / f1 * (1 + BOTH * spread), highest)
-    return torch.where(means[3] > 1e-200 * highest**4, ratio, highest)  # no eigenvalue seen near enough to tell
+    y, n = 1 - x, a + b - 1
+    shift = a - 1 / 3 - (n + 1 / 3) * x + 0.02 * (y / a - x / b + (y - 0.5) / (a + b))
+    bend = 1 + y * _bend((a - 0.5) / (n * x)) + x * _bend((b - 0.5) / (n * y))
+    normal = torch.special.ndtr(-shift * (bend / ((n + 1 / 6) * x * y)).sqrt())
+    near = (torch.minimum(a, b) <= 1) | (x <= 0) | (x >= 1)
+    left, right = near & (a <= b), near & (a > b)
+    u, v, z = a[left], b[left], x[left]
+    normal[left] = torch.special.gammainc(u, -torch.log1p(-z) * (v + (u - 1) / 2))
+    u, v, z = a[right], b[right], x[right]
+    normal[right] = torch.special.gammaincc(v, -torch.log(z) * (u + (v - 1) / 2))
+    return normal
 
 
-def _gamma(x: Tensor, ratio: Tensor, n: int, side: int) -> Tensor:
-    """Find the mean p of which the observed x is the quantile.
-
-    x is taken for a gamma variable of variance ``2 (ratio p - p²)/n``.
-
-    Quantiles by Wilson and Hilferty; `side` is 1 for the lower end of the interval of p and -1 for the upper one.
-    """
-    low, high = torch.zeros_like(x), torch.maximum(ratio, x)
-    for _ in range(60):
-        p = (low + high) / 2
-        shape = (n * p / (2 * (ratio - p).clamp(min=1e-15 * ratio))).clamp(min=1e-9)
-        quantile = p * (1 - 1 / (9 * shape) + side * BOTH / (3 * shape.sqrt())).clamp(min=0) ** 3
-        low, high = torch.where(quantile > x, low, p), torch.where(quantile > x, p, high)
-    return high
+def _bend(x: Tensor) -> Tensor:
+    """Return ``(1 - x² + 2 x log x) / (1 - x)²``, near x = 1 by its series."""
+    e = x - 1
+    near = e.abs() < 1e-3
+    far = torch.where(near, 2.0, x)
+    return torch.where(near, -e / 3 + e**2 / 6, (1 - far**2 + 2 * far * far.log()) / (1 - far) ** 2)
