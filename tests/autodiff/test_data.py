@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from sharpscope import Objective, hessian
 from sharpscope.autodiff.data import BatchForm, head, map_tensors
 from sharpscope.autodiff.hvp import linearized
-from sharpscope.autodiff.precision import in_double
 from sharpscope.measures import error_budget
 from sharpscope.symmetry.scale_groups import find_groups
 
@@ -153,7 +152,7 @@ def test_batches_of_any_form_in_double_precision(form: str) -> None:
     build, batch = FORMS[form]
     single = [build(*(t.float() for t in parts)) for parts in TRIPLES]
     f = Objective(made(Two).float(), mse, single, batch=batch)
-    double = in_double(f)
+    double = f.in_double()
     twin = made(Two)
     twin.load_state_dict(f.model.state_dict())
     written = Objective(twin, mse, [tuple(t.float().double() for t in p) for p in TRIPLES], batch=FORMS["a triple"][1])
@@ -167,7 +166,7 @@ def test_objects_of_the_user_are_left_where_they_are() -> None:
     before = dict(vars(graph))
     map_tensors(graph, lambda t: t + 1)
     map_tensors(Changing(*TRIPLES[0]), lambda t: t + 1)
-    in_double(Objective(made(Two), mse, [graph], batch=lambda b: (b, b.y))).grad(made_weights())
+    Objective(made(Two), mse, [graph], batch=lambda b: (b, b.y)).in_double().grad(made_weights())
     assert all(vars(graph)[name] is t for name, t in before.items())
 
 
@@ -285,7 +284,7 @@ def test_the_weights_stay_with_the_objective() -> None:
     twin = made(lambda: nn.Linear(3, 4))
     twin.load_state_dict(classes.state_dict())
     exact = cross_entropy(twin(C.float().double()), LABELS, CLASS_WEIGHTS)
-    double = in_double(f)
+    double = f.in_double()
     assert double.value(double.weights()).item() == pytest.approx(exact.item(), rel=EXACT)
     part = torch.cat([LABELS[0::3], LABELS[2::3]]), torch.cat([C[0::3], C[2::3]]).float().double()
     exact = cross_entropy(twin(part[1]), part[0], CLASS_WEIGHTS)

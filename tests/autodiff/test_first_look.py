@@ -47,7 +47,7 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "noise": lambda h: h + torch.randn_like(h),
     "a rectifier": lambda h: F.rrelu(h, training=True),
     "Gumbel": lambda h: F.gumbel_softmax(h),
-    "numpy": lambda h: h * np.random.rand(),  # noqa: NPY002 - models do
+    "numpy": lambda h: h * np.random.rand(),
     "python": lambda h: h * random.random(),
     "a generator of its own": lambda h: h + torch.randn(h.shape, generator=OWN),
 }
@@ -56,7 +56,7 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("kind", DRAWS)
 def test_a_random_model_is_refused_and_measured_without_it(kind: str) -> None:
     net = Noisy(DRAWS[kind]).double()
-    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), OWN.get_state()  # noqa: NPY002
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), OWN.get_state()
     with pytest.raises(Random, match=r"the loss is random: the model \(Noisy\) draws random numbers"):
         Objective(net, F.mse_loss, [(X, Y)])
     f = Objective(net, F.mse_loss, [(X, Y)], without_dropout=True)
@@ -65,7 +65,7 @@ def test_a_random_model_is_refused_and_measured_without_it(kind: str) -> None:
     net.eval()
     assert found == pytest.approx(sharpness(Objective(net, F.mse_loss, [(X, Y)])), rel=1e-9)
     assert torch.equal(torch.get_rng_state(), states[0]) and torch.equal(OWN.get_state(), states[3])
-    assert np.random.get_state()[1].tolist() == states[1] and random.getstate() == states[2]  # noqa: NPY002
+    assert np.random.get_state()[1].tolist() == states[1] and random.getstate() == states[2]
 
 
 def test_noise_that_eval_mode_does_not_stop_is_refused() -> None:

@@ -142,7 +142,9 @@ class _Looking:
             return found, torch.autograd.grad(found.loss, list(leaves.values()), create_graph=True, allow_unused=True)
 
         try:
-            with counting_saved_bytes([*leaves.values(), *self.f.parameters().values(), *self.f.constants().values()]) as saved:
+            with counting_saved_bytes(
+                [*leaves.values(), *self.f.parameters().values(), *self.f.constants().values()]
+            ) as saved:
                 found, grads = gradient()
             return found, grads, saved()
         except RuntimeError as error:
@@ -405,7 +407,9 @@ def _global_randomness_put_back() -> Iterator[None]:
 def _named(modules: Mapping[str, nn.Module]) -> str:
     if not modules:
         return "the loss function, or the model outside of its modules, draws"
-    named = (f"'{name}' ({type(m).__name__})" if name else f"the model ({type(m).__name__})" for name, m in modules.items())
+    named = (
+        f"'{name}' ({type(m).__name__})" if name else f"the model ({type(m).__name__})" for name, m in modules.items()
+    )
     return f"{', '.join(named)} draw{'s' if len(modules) == 1 else ''}"
 
 

@@ -105,4 +105,6 @@ def _chosen(present: Mapping[int, Any], chosen: Collection[Callable[..., Any]]) 
 
 
 def _belongs(hook: Any) -> bool:
-    return type(hook).__module__.startswith(BELONGING) or (getattr(hook, "__module__", "") or "").startswith(__package__)
+    return type(hook).__module__.startswith(BELONGING) or (getattr(hook, "__module__", "") or "").startswith(
+        __package__
+    )

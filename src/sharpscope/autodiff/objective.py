@@ -10,7 +10,6 @@ carries (`Objective.using`): by default one batch at a time, and on graphs of th
 P parameters.
 """
 
-import copy
 import math
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -30,7 +29,7 @@ from .expansion import BatchLoss, Expansion, jacobian_of_field, kept
 from .first_look import Look, first_look
 from .neutral import plainly, quiet
 from .reach import Surroundings
-from .second_order import differentiating, ordinary, modules_without_second_derivative
+from .second_order import differentiating, modules_without_second_derivative, ordinary
 from .smooth import is_lower, smooth
 from .weighting import check_mean, check_weights
 from .whole import Loss, LossAlone, Whole, check_model, unwrapped

@@ -194,7 +194,12 @@ class Surroundings:
         self._globals += [(space, name) for name in used if not isinstance(space[name], type | FunctionType)]
         self._cells += function.__closure__ or ()
         inside = [c.cell_contents for c in function.__closure__ or () if _filled(c)]
-        return [*inside, *(space[n] for n in used), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        return [
+            *inside,
+            *(space[n] for n in used),
+            *(function.__defaults__ or ()),
+            *(function.__kwdefaults__ or {}).values(),
+        ]
 
     def _inside_container(self, value: Any) -> list[Any]:
         if len(value) > LARGEST_CONTAINER:

@@ -80,7 +80,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        elif type(model).__name__ == "OptimizedModule" and isinstance(model.__dict__["_modules"].get("_orig_mod"), nn.Module):
+        elif type(model).__name__ == "OptimizedModule" and isinstance(
+            model.__dict__["_modules"].get("_orig_mod"), nn.Module
+        ):
             model = model.get_submodule("_orig_mod")
         else:
             break
@@ -103,7 +105,9 @@ def _refuse_kinds(model: nn.Module) -> None:
         )
     for name, t in _named_tensors(model):
         if isinstance(t, nn.parameter.UninitializedTensorMixin):
-            raise InvalidValue(f"'{name}' is lazy and has no shape yet; run the model once on a batch before measuring it")
+            raise InvalidValue(
+                f"'{name}' is lazy and has no shape yet; run the model once on a batch before measuring it"
+            )
         if t.is_meta:
             raise InvalidValue(
                 f"'{name}' is on the meta device and has no values; load the weights, for example by"

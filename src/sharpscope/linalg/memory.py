@@ -90,5 +90,6 @@ class Memory:
             counts: dict[str, Any] = {part: int(t) for part, t in parts.items() if t.dim() == 0}
             return Pool(**parts | counts)
 
-        lag, unverified, k, drift, unit = tensors["counts"].tolist()
+        lag, unverified, k, drift, *units = tensors["counts"].tolist()
+        unit = units[0] if units else 1.0  # of a memory that was kept before there were units
         return cls(pool("last"), pool("before"), int(lag), unverified, int(k), drift, unit)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..autodiff.curvature import hessian
-from ..autodiff.data import BatchForm, map_tensors
+from ..autodiff.data import BatchForm
 from ..autodiff.objective import Objective, require_objective
 from ..errors import InvalidValue
 from ..linalg.lanczos import lanczos

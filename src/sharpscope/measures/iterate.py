@@ -16,8 +16,8 @@ from ..autodiff.objective import Objective, require_objective
 from ..errors import InvalidType, InvalidValue
 from ..linalg.eigenpairs import Eigenpairs
 from ..linalg.memory import Memory
-from ..linalg.rightmost import Rightmost, rightmost
 from ..linalg.operators import SymmetricOperator, preconditioned, restricted, shifted
+from ..linalg.rightmost import Rightmost, rightmost
 from ..linalg.warm_start import warm_started
 from ..optimizers.base import Stability, State, UpdateRule
 from ..symmetry.scale_groups import ScaleGroups, find_groups

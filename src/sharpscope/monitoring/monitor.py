@@ -391,7 +391,9 @@ class Monitor:
             if self._failures == MOST_FAILURES:
                 self._give_up(error)
             else:
-                warnings.warn(f"a measurement at step {self.steps} failed: {type(error).__name__}: {error}", stacklevel=4)
+                warnings.warn(
+                    f"a measurement at step {self.steps} failed: {type(error).__name__}: {error}", stacklevel=4
+                )
 
     def _plan(self, budget: Budget) -> ProbePlan:
         stability = self.optimizer_state.stability()
