@@ -523,7 +523,7 @@ def test_a_killed_analysis_goes_on_to_the_last_bit(here: Path, capsys: pytest.Ca
 
     def kept() -> bytes:
         """The part of the log that the checkpoint counts."""
-        if not state.exists():
+        if not state.with_suffix(".jsonl").exists() or not state.exists():
             return b""
         with safe_open(state, framework="pt") as file:
             return state.with_suffix(".jsonl").read_bytes()[: int(file.metadata()["log_bytes"])]

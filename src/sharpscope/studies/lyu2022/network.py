@@ -23,8 +23,8 @@ BURSTING_SEEDS = 3
 
 BURSTING_LATE = "WN"
 AFTER_A_BURST = (
-    "A burst away from the edge, which comes between τ = 2.7 and 3.8, leaves the law for a while: what is left of it at"
-    " τ = 4 is chance.  At τ = 2, before it, the claim is decided on."
+    "A burst away from the edge, which comes to most runs between τ = 2.5 and 3.8, leaves the law for a while: what is"
+    " left of it at τ = 4 is chance.  At τ = 2, before it, the claim is decided on."
 )
 
 
