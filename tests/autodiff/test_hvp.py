@@ -13,10 +13,10 @@ from test_objective import DATA, EXACT, assert_same, state
 from torch import Tensor, nn
 
 from sharpscope import Objective, hessian
+from sharpscope.autodiff.differences import CentralDifferences
 from sharpscope.autodiff.expansion import kept
 from sharpscope.autodiff.hvp import (
     Calibrated,
-    CentralDifferences,
     batched,
     compiled,
     differences,

@@ -53,7 +53,9 @@ class MeanLoss(Protocol):
     """A mean of losses over batches, as far as this file needs to know it; an `Objective` is one."""
 
     memory_budget: int
-    graph_bytes_per_example: float
+
+    @property
+    def graph_bytes_per_example(self) -> float: ...
 
     def unflatten(self, w: Tensor) -> Mapping[str, Tensor]: ...
 

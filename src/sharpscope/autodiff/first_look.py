@@ -1,8 +1,8 @@
 """The first look at a loss: what evidence says about it before anything is measured.
 
-One gradient of the first batch, and another value of it, tell whether the loss is a function of the weights at all: that
-it draws no random numbers, keeps no state that could not be put back, and reaches every weight by a road on which it
-can be replaced.  Where gradients are stopped on the way, or a function brings its own backward, a product with the
+One gradient of the first batch, and another value of it, tell whether the loss is a function of the weights at all:
+that it draws no random numbers, keeps no state that could not be put back, and reaches every weight by a road on which
+it can be replaced.  Where gradients are stopped on the way, or a function brings its own backward, a product with the
 Hessian is held against differences of gradients.  At most six gradients of one batch in all.
 """
 
@@ -47,8 +47,8 @@ class Look:
 class Seen(Protocol):
     """An objective, as far as this file needs to know it."""
 
-    dropout: bool
-
+    @property
+    def dropout(self) -> bool: ...
     def weights(self) -> Tensor: ...
     def unflatten(self, w: Tensor) -> dict[str, Tensor]: ...
     def parameters(self) -> Mapping[str, Tensor]: ...
@@ -107,7 +107,8 @@ class _Looking:
         """Evaluate loss and gradient on a copy of the batch, seeing what is written, drawn, reached and kept."""
         before = _randomness(self.w.device)
         leaves = {n: part.clone().requires_grad_() for n, part in self.f.unflatten(self.w).items()}
-        own = Batch(*_cloned(self.batch[:3]), self.batch.examples)
+        args, kwargs, target = _cloned(self.batch[:3])
+        own = self.batch._replace(args=args, kwargs=kwargs, target=target)
         self.spy = _Spy(tensors(list(leaves.values())))
         with self.around.watched():
             batch, grads, size = self._differentiated(own, leaves)
@@ -180,8 +181,8 @@ class _Looking:
             return
         if not self.found.draws:
             raise InvalidValue(
-                f"two evaluations at the same weights gave losses {loss.item():.8g} and {again.item():.8g}: the model or"
-                " the loss keeps state from one to the next (a queue, a counter, an average) where it cannot be put"
+                f"two evaluations at the same weights gave losses {loss.item():.8g} and {again.item():.8g}: the model"
+                " or the loss keeps state from one to the next (a queue, a counter, an average) where it cannot be put"
                 " back; keep it in buffers or attributes of a module, and pass a loss with state as an nn.Module"
             )
         names = self._drawing()

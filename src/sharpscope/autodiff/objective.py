@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import InvalidValue, NoSecondDerivative, Random
+from ..errors import InvalidType, InvalidValue, NoSecondDerivative, Random
 from .checks import check_deterministic, check_parameters, droppers, work_dtype
 from .data import Batch, BatchForm, Source, first_batch, map_tensors, read
 from .expansion import BatchLoss, Expansion, jacobian_of_field, kept
@@ -177,9 +177,9 @@ class Objective:
         """Say how the trainable parameters differ from those when this objective was made; empty if not at all."""
         now = self.parameters()
         here = list(now.values())
-        if len(here) == len(self._planned) and all(map(_is, here, self._planned)):
-            if all(_real_shape(p) == shape for p, shape in zip(here, self.shapes.values(), strict=True)):
-                return "" if work_dtype(here) == self.dtype else "their precision has changed"
+        same = len(here) == len(self._planned) and all(map(_is, here, self._planned))
+        if same and all(_real_shape(p) == shape for p, shape in zip(here, self.shapes.values(), strict=True)):
+            return "" if work_dtype(here) == self.dtype else "their precision has changed"
         parts = {
             "unfrozen or new": [name for name in now if name not in self.shapes],
             "frozen or gone": [name for name in self.shapes if name not in now],
@@ -237,10 +237,10 @@ class Objective:
         return other
 
     def in_double(self) -> "Objective":
-        """Return the same function in double precision: weights, constants, buffers and data are converted as they are read.
+        """Return the same function in double precision.
 
-        Model and data stay in memory once, and as they are; integers stay integers.  Conversions to single precision
-        inside the model are left out.
+        Weights, constants, buffers and data are converted as they are read.  Model and data stay in memory once, and as
+        they are; integers stay integers.  Conversions to single precision inside the model are left out.
         """
         double = self._copy()
         double.dtype = torch.float64
@@ -402,7 +402,8 @@ class Objective:
         """Bring flat parameters and buffers into the form in which the modules hold them."""
         level = self._raised_to
         fixed = {} if level is None else {**self.constants(), **self.buffers()}
-        called = {**{name: t.detach() for name, t in fixed.items() if is_lower(t, level)}, **tensors}
+        lower = {name: t.detach() for name, t in fixed.items() if level is not None and is_lower(t, level)}
+        called = {**lower, **tensors}
         for name in self._complex:
             called[name] = torch.complex(*called[name].unbind(-1))
         if self._look.writes_weights:

@@ -256,10 +256,9 @@ def _plain(value: Any) -> bool:
 
 def _filled(cell: CellType) -> bool:
     try:
-        cell.cell_contents
+        return cell.cell_contents is not cell
     except ValueError:
         return False
-    return True
 
 
 def _copied(container: Any) -> Any:
@@ -275,7 +274,11 @@ def _restore(container: Any, before: Any) -> None:
             container.update(before)
     elif len(container) != len(before) or list(map(id, container)) != list(map(id, before)):
         container.clear()
-        container.update(before) if isinstance(container, MutableSet) else container.extend(before)
+        if isinstance(container, MutableSet):
+            for value in before:
+                container.add(value)
+        else:
+            container.extend(before)
 
 
 def _restore_space(space: dict[str, Any], before: dict[str, Any]) -> None:

@@ -303,10 +303,10 @@ class smooth(TorchFunctionMode):
             args = tuple(self._replaced(a) for a in args)
             kwargs = {name: self._replaced(a) for name, a in kwargs.items()} if kwargs else kwargs
         out = self._table.get(func, func)(*args, **(kwargs or {}))
-        if self._lowest is not None and func in CONVERSIONS and isinstance(out, Tensor):
-            if is_lower(out, self._lowest):
-                return args[0].to(out.device, self._lowest.to_complex() if out.is_complex() else self._lowest)
-        return out
+        level = self._lowest
+        if level is None or func not in CONVERSIONS or not isinstance(out, Tensor) or not is_lower(out, level):
+            return out
+        return args[0].to(out.device, level.to_complex() if out.is_complex() else level)
 
     def _replaced(self, argument: Any) -> Any:
         if type(argument) in (list, tuple):

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
+from .differences import CentralDifferences
 from .expansion import kept
-from .hvp import Calibrated, CentralDifferences, compiled, differences, forward_over_reverse, linearized, rebuilt
+from .hvp import Calibrated, compiled, differences, forward_over_reverse, linearized, rebuilt
 from .objective import Expand, Objective, require_objective, without_second_derivative
 from .tracing import first_line
 

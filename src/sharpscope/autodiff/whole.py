@@ -40,10 +40,9 @@ class Whole(nn.Module):
 
     def key(self, name: str) -> str:
         """Return the key in this module of a parameter or buffer of that name."""
-        for inside, prefix in sorted(self._prefixes.items(), key=lambda item: item[1], reverse=True):
-            if name.startswith(prefix):
-                return inside + name.removeprefix(prefix)
-        raise AssertionError(name)  # the last prefix is empty
+        prefixes = {prefix: inside for inside, prefix in self._prefixes.items() if prefix}
+        prefix = next((p for p in prefixes if name.startswith(p)), "")
+        return prefixes.get(prefix, "model.") + name.removeprefix(prefix)
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """All parameters, tied ones once, under their names."""
@@ -104,7 +103,7 @@ def _refuse_kinds(model: nn.Module) -> None:
             " measure a checkpoint of the gathered model, or train with DistributedDataParallel"
         )
     for name, t in _named_tensors(model):
-        if isinstance(t, nn.parameter.UninitializedTensorMixin):
+        if isinstance(t, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise InvalidValue(
                 f"'{name}' is lazy and has no shape yet; run the model once on a batch before measuring it"
             )

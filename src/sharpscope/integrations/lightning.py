@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..autodiff import Objective
-from ..autodiff.objective import Loss
+from ..autodiff.whole import Loss
 from ..errors import InvalidValue
 from ..monitoring import Monitor, Sink
 from . import named

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..autodiff import Objective
-from ..autodiff.objective import Loss
+from ..autodiff.whole import Loss
 from ..errors import InvalidType
 from ..monitoring import Monitor, Sink
 from . import named

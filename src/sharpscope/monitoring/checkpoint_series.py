@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..autodiff.objective import Loss, Objective
+from ..autodiff.objective import Objective
+from ..autodiff.whole import Loss
 from ..errors import InvalidValue, NoSecondDerivative, NotConverged, Unusable
 from ..linalg.memory import Memory
 from ..measures import measures

@@ -294,9 +294,9 @@ class Monitor:
         """Why there is nothing to say about the steps of this run, where none was seen, or where none was reported."""
         if self.steps == 0 and self._unseen > 0:
             text = (
-                f"No step of {type(self.optimizer).__name__} was counted, though the weights have changed {self._unseen}"
-                " times: pass the optimizer whose step() is called. Of a wrapper with steps of its own, such as one of"
-                " two phases, this is the optimizer inside."
+                f"No step of {type(self.optimizer).__name__} was counted, though the weights have changed"
+                f" {self._unseen} times: pass the optimizer whose step() is called. Of a wrapper with steps of its own,"
+                " such as one of two phases, this is the optimizer inside."
             )
             return Finding("no steps", text, {"changes of the weights": float(self._unseen)})
         if self._steps_handled == 0 and self.steps >= UNREPORTED_STEPS:

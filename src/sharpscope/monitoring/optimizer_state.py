@@ -123,6 +123,6 @@ def _check_trains(optimizer: Optimizer, objective: Objective) -> None:
     others = sum(id(p) in trained for p in objective.captured)
     if others:
         raise InvalidValue(
-            f"the optimizer also trains {others} parameters that the loss depends on and that belong neither to the model"
-            " nor to a loss that is a module; make them part of one of these: Objective(model, loss_module, data)"
+            f"the optimizer also trains {others} parameters that the loss depends on and that belong neither to the"
+            " model nor to a loss that is a module; make them part of one of these: Objective(model, loss_module, data)"
         )

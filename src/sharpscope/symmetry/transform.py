@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..autodiff.objective import Loss, Objective
+from ..autodiff.objective import Objective
+from ..autodiff.whole import Loss
 from ..errors import InvalidType, InvalidValue
 from .scale_groups import ScaleGroups, find_groups
 

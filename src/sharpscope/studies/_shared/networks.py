@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from ...autodiff.objective import Loss
+from ...autodiff.whole import Loss
 from ...optimizers.base import UpdateRule
 from ...optimizers.gd import GD
 from ...optimizers.scalar import SphericalRMSprop
