@@ -37,6 +37,10 @@ class Noisy(nn.Module):
         return self.b(self.draw(h) if self.training else h)
 
 
+def numpy_state() -> list[int]:
+    return list(np.random.get_state(legacy=True)[1])  # type: ignore[index]
+
+
 def drop_path(h: Tensor) -> Tensor:
     return h * h.new_empty(len(h), 1).bernoulli_(0.5)
 
@@ -56,7 +60,7 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("kind", DRAWS)
 def test_a_random_model_is_refused_and_measured_without_it(kind: str) -> None:
     net = Noisy(DRAWS[kind]).double()
-    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate(), OWN.get_state()
+    states = torch.get_rng_state(), numpy_state(), random.getstate(), OWN.get_state()
     with pytest.raises(Random, match=r"the loss is random: the model \(Noisy\) draws random numbers"):
         Objective(net, F.mse_loss, [(X, Y)])
     f = Objective(net, F.mse_loss, [(X, Y)], without_dropout=True)
@@ -65,7 +69,7 @@ def test_a_random_model_is_refused_and_measured_without_it(kind: str) -> None:
     net.eval()
     assert found == pytest.approx(sharpness(Objective(net, F.mse_loss, [(X, Y)])), rel=1e-9)
     assert torch.equal(torch.get_rng_state(), states[0]) and torch.equal(OWN.get_state(), states[3])
-    assert np.random.get_state()[1].tolist() == states[1] and random.getstate() == states[2]
+    assert numpy_state() == states[1] and random.getstate() == states[2]
 
 
 def test_noise_that_eval_mode_does_not_stop_is_refused() -> None:
@@ -73,9 +77,9 @@ def test_noise_that_eval_mode_does_not_stop_is_refused() -> None:
         def forward(self, input: Tensor) -> Tensor:
             return super().forward(input + torch.randn_like(input))
 
-    for option in ({}, {"without_dropout": True}):
+    for without in (False, True):
         with pytest.raises(Random, match="the loss is random"):
-            Objective(Sampler(4, 1).double(), F.mse_loss, [(X, Y)], **option)
+            Objective(Sampler(4, 1).double(), F.mse_loss, [(X, Y)], without_dropout=without)
 
 
 def test_draws_that_make_no_difference_are_accepted() -> None:
@@ -107,10 +111,12 @@ def test_the_innermost_module_that_draws_is_named() -> None:
 class Counting(nn.Module):
     """Keeps state of many kinds beside parameters and buffers."""
 
+    centre: Tensor
+
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.net, self.kind = nn.Linear(4, 1), kind
-        self.calls, self.average, self.queue = 0, torch.ones((), dtype=torch.float64), deque(maxlen=3)
+        self.calls, self.average, self.queue = 0, torch.ones((), dtype=torch.float64), deque[Tensor](maxlen=3)
         self.seen: dict[str, Any] = {"n": 0, "t": torch.ones((), dtype=torch.float64)}
         self.generator = torch.Generator().manual_seed(0)
         self.register_buffer("centre", torch.zeros((), dtype=torch.float64))
@@ -144,8 +150,10 @@ class Counting(nn.Module):
         return out * scale
 
 
-KINDS = ("a counter", "an average that is replaced", "an average in place", "a queue", "a dictionary")
-KINDS += ("a buffer that is replaced", "a mode")
+KINDS = [
+    *("a counter", "an average that is replaced", "an average in place", "a queue", "a dictionary"),
+    *("a buffer that is replaced", "a mode"),
+]
 
 
 def state_of(net: Counting) -> list[Any]:
@@ -205,7 +213,7 @@ def captured_losses() -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Cal
         "an argument bound to the loss": (partial(weighted, given), lambda: list(given)),
         "a network in a closure": (
             lambda out, y: F.softplus(-norm(out)).mean(),
-            lambda: (norm.running_mean.tolist(), norm.num_batches_tracked.item()),
+            lambda: {name: t.tolist() for name, t in norm.state_dict().items()},
         ),
     }
 
@@ -366,7 +374,7 @@ class Rounded(torch.autograd.Function):
         return (w * 4).round() / 4
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
         return g
 
 
@@ -380,8 +388,8 @@ def test_straight_through_products_follow_the_backward_and_say_so() -> None:
         f = Objective(net, F.mse_loss, [(X, Y)])
     rounded = nn.Sequential(nn.Linear(4, 1), nn.Tanh()).double()
     with torch.no_grad():
-        rounded[0].weight.copy_((net.weight * 4).round() / 4)
-        rounded[0].bias.copy_(net.bias)
+        rounded.get_parameter("0.weight").copy_((net.weight * 4).round() / 4)
+        rounded.get_parameter("0.bias").copy_(net.bias)
     assert sharpness(f) == pytest.approx(sharpness(Objective(rounded, F.mse_loss, [(X, Y)])), rel=1e-9)
 
 

@@ -3,7 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -247,9 +247,11 @@ def test_gauss_newton_cuts_outputs_off_from_each_other(reads: str) -> None:
 
     tangents = torch.func.jvp(outputs, (w,), (v,))[1]
     z = outputs(w)
-    curve = torch.func.jvp(
-        torch.func.grad(lambda z: loss({"hidden": z[0], "logits": z[1]}, labels)), (z,), (tangents,)
-    )[1]
+
+    def of_outputs(z: tuple[Tensor, Tensor]) -> Tensor:
+        return loss({"hidden": z[0], "logits": z[1]}, labels)
+
+    curve = torch.func.jvp(torch.func.grad(of_outputs), (z,), (tangents,))[1]
     expected = torch.func.vjp(outputs, w)[1](curve)[0]
     assert relative(f.gauss_newton(w, v), expected) < EXACT
 
@@ -275,7 +277,7 @@ def test_gauss_newton_of_a_loss_that_the_model_computes_is_that_of_the_last_outp
 def test_weights_that_the_forward_would_write_are_not_written() -> None:
     net = nn.Sequential(nn.Embedding(7, 4, max_norm=1.0), nn.Flatten(), nn.Linear(8, 1)).double()
     with torch.no_grad():
-        net[0].weight.mul_(3)
+        net.get_parameter("0.weight").mul_(3)
     x, y = torch.arange(24).view(12, 2) % 7, normal(12, 1, seed=1)
     f = Objective(net, F.mse_loss, [(x, y)])
     w, before = f.weights(), f.weights()
@@ -427,11 +429,21 @@ def test_low_precision_is_measured_in_single(kind: str) -> None:
     assert {p.dtype for p in net.parameters()} == {p.dtype for p in copy.deepcopy(net).parameters()}
 
 
+def compiled_part(net: nn.Module) -> nn.Module:
+    first, middle, last = net.children()
+    return nn.Sequential(first, cast(nn.Module, torch.compile(middle, backend="aot_eager")), last)
+
+
+def compiled_in_place(net: nn.Module) -> nn.Module:
+    net.compile(backend="aot_eager")
+    return net
+
+
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "DataParallel": nn.DataParallel,
-    "compiled": lambda net: torch.compile(net, backend="aot_eager"),
-    "compiled in place": lambda net: (net.compile(backend="aot_eager"), net)[1],
-    "a compiled part": lambda net: nn.Sequential(net[0], torch.compile(net[1], backend="aot_eager"), net[2]),
+    "compiled": lambda net: cast(nn.Module, torch.compile(net, backend="aot_eager")),
+    "compiled in place": compiled_in_place,
+    "a compiled part": compiled_part,
 }
 
 
@@ -540,7 +552,11 @@ def hooked(kind: str) -> tuple[nn.Module, list[Any]]:
     if kind == "forward":
         net[1].register_forward_hook(record)
     elif kind == "backward":
-        net[1].register_full_backward_hook(lambda module, before, after: log.append(after[0].mean().item()))
+
+        def note(module: nn.Module, before: Any, after: Any) -> None:
+            log.append(after[0].mean().item())
+
+        net[1].register_full_backward_hook(note)
     elif kind == "every module":
         for m in net.modules():
             m.register_forward_hook(record)
@@ -570,7 +586,11 @@ def test_hooks_that_change_the_output_are_part_of_the_function() -> None:
 
 def test_hooks_that_change_gradients_are_said() -> None:
     net = small()
-    net[1].register_full_backward_hook(lambda module, before, after: (0.5 * before[0],))
+
+    def halve(module: nn.Module, before: Any, after: Any) -> tuple[Tensor, ...]:
+        return (0.5 * before[0],)
+
+    net[1].register_full_backward_hook(halve)
     with pytest.warns(UserWarning, match="a backward hook of the model changes its gradients"):
         Objective(net, F.mse_loss, [(X, Y)])
 

@@ -7,6 +7,7 @@ P parameters.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def setting_of(
     if rule is None or stability is None or not stability.uniform:
         return Setting(rule, stability, rate, decay, None, norm)
     state = state_of(optimizer, group["params"], rule)
-    return Setting(rule, stability, rate, decay, lambda r: rule.effective_learning_rate(r, state), norm)
+    return Setting(rule, stability, rate, decay, partial(rule.effective_learning_rate, state=state), norm)
 
 
 def curvature(it: Iterate, at: Setting, row: dict[str, Any], *, full: bool) -> None:
