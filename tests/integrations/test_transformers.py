@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from traces import differing, go_offline, seed_all, traces
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from sharpscope.autodiff.objective import Objective
-from sharpscope.integrations.transformers import SharpnessCallback
+from sharpscope.integrations.transformers import SharpnessCallback, _load, _save
 from sharpscope.monitoring.monitor import Monitor
 from sharpscope.optimizers.from_torch import rule_of, rules_of
 
@@ -255,3 +256,16 @@ def test_a_prepared_optimizer_is_the_one_inside() -> None:
 def test_what_cannot_be_watched_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bfloat16"):
         train(tmp_path, gpt2().to(torch.bfloat16), Text())
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "no state"])
+def test_a_damaged_state_is_named(damage: str, tmp_path: Path) -> None:
+    file = tmp_path / "sharpscope.safetensors"
+    _save({"steps": 3, "memory": {"x": torch.ones(3)}}, file)
+    assert _load(file) is not None
+    if damage == "no state":
+        save_file({"x": torch.ones(2)}, file)
+    else:
+        file.write_bytes(b"" if damage == "empty" else file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"sharpscope.safetensors is damaged .* remove it"):
+        _load(file)

@@ -145,3 +145,14 @@ def test_measuring_changes_nothing() -> None:
     assert all(t.equal(state[name]) for name, t in net.state_dict().items()) and net.training
     assert all(p.grad is None and p.dtype == torch.float32 for p in net.parameters())
     assert first == second
+
+
+def test_batch_normalization_is_given_two_examples_at_least() -> None:
+    net = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1)).double()
+    x, y = normal(12, 5, seed=0), normal(12, 1, seed=1)
+    budget = error_budget(Objective(net, nn.functional.mse_loss, [(x, y)]))
+    assert budget.groups == 6 and budget.standard_error > 0
+    with pytest.raises(ValueError, match="cannot be cut into 4 parts"):
+        error_budget(Objective(net, nn.functional.mse_loss, [(x[:6], y[:6])]))
+    with pytest.raises(ValueError, match="needs more than one value per channel"):
+        Objective(net, nn.functional.mse_loss, [(x[:1], y[:1])])

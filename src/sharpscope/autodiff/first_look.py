@@ -57,7 +57,7 @@ class Seen(Protocol):
     def modules(self) -> list[nn.Module]: ...
     def named_modules(self) -> Iterable[tuple[str, nn.Module]]: ...
     def batches(self, device: torch.device | None = None) -> Any: ...
-    def evaluate(self, batch: Batch, tensors: dict[str, Tensor]) -> BatchLoss: ...
+    def evaluate(self, batch: Batch, tensors: dict[str, Tensor], mode: Any = ...) -> BatchLoss: ...
     def seen(self, look: Look) -> "Seen": ...
     def in_double(self) -> "Seen": ...
 
@@ -137,8 +137,7 @@ class _Looking:
         """Differentiate the loss once, with a graph; return the bytes that this graph keeps, too."""
 
         def gradient() -> tuple[BatchLoss, tuple[Tensor | None, ...]]:
-            with self.spy:
-                found = self.f.seen(self.found).evaluate(batch, self._tensors(leaves))
+            found = self.f.seen(self.found).evaluate(batch, self._tensors(leaves), self.spy)
             check_loss(found.loss)
             return found, torch.autograd.grad(found.loss, list(leaves.values()), create_graph=True, allow_unused=True)
 
@@ -388,12 +387,17 @@ def nodes(loss: Tensor) -> Iterator[Node]:
 def _randomness(device: torch.device) -> dict[str, bytes]:
     states = {
         "torch": torch.get_rng_state().numpy().tobytes(),
-        "numpy": repr(np.random.get_state(legacy=False)["state"]).encode(),
-        "random": repr(random.getstate()).encode(),
+        "numpy": _numpy_state(),
+        "random": str(hash(random.getstate())).encode(),
     }
     if device.type == "cuda":
         states["device"] = torch.cuda.get_rng_state(device).numpy().tobytes()
     return states
+
+
+def _numpy_state() -> bytes:
+    state = tuple(np.random.get_state(legacy=True))
+    return np.asarray(state[1]).tobytes() + str(state[2:]).encode()
 
 
 @contextmanager

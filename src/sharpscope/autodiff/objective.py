@@ -13,7 +13,7 @@ P parameters.
 import math
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -359,15 +359,18 @@ class Objective:
         """
         return self.evaluate(batch, dict(params)).loss
 
-    def evaluate(self, batch: Batch, tensors: dict[str, Tensor]) -> BatchLoss:
+    def evaluate(
+        self, batch: Batch, tensors: dict[str, Tensor], mode: AbstractContextManager[Any] | None = None
+    ) -> BatchLoss:
         """Evaluate model and loss on one batch; `tensors` are used wherever these read a weight or a buffer.
 
-        Buffers among them may be written or replaced.
+        Buffers among them may be written or replaced.  A `mode` sees the operations of model and loss.
         """
         called = self._as_called(tensors)
         keys = {self._whole.key(name): t for name, t in called.items()}
-        state = {name: t.clone() for name, t in called.items() if name not in self.slices and "." in name}
-        with self._evaluating(called):
+        beside = {name for name in called.keys() - self.slices.keys() if not self._whole.key(name).startswith("model.")}
+        state = {name: called[name].clone() for name in beside}
+        with self._evaluating(called), mode or nullcontext():
             args = _inputs((batch.args, batch.kwargs, batch.target), self._raised_to, self._look.writes_inputs)
             output, loss = functional_call(self._whole, keys, args)
         for name in tensors.keys() - self.slices.keys():

@@ -99,6 +99,11 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     dims = (0, *range(2, input.dim()))
+    if training and input.shape[1:2].numel() == input.numel():
+        raise InvalidValue(
+            f"batch normalization in training mode needs more than one value per channel, and a batch of shape"
+            f" {tuple(input.shape)} has one; use larger batches, or eval mode"
+        )
     return _normalize_channels(input, running_mean, running_var, weight, bias, training, momentum, eps, dims)
 
 

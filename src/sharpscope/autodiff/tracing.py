@@ -188,8 +188,7 @@ def batched(each: fx.GraphModule, residuals: Sequence[Tensor], rows: Tensor) -> 
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    flexible = fx.GraphModule(each, fx.Graph())
-    flexible.graph.output(flexible.graph.graph_copy(each.graph, {}))
+    flexible = _copied(each)
     views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
     for node in flexible.graph.nodes:
         if node.target in views:  # strides differ under vmap
@@ -202,6 +201,14 @@ def batched(each: fx.GraphModule, residuals: Sequence[Tensor], rows: Tensor) -> 
             return make_fx(vmap(flexible, in_dims=axes))(*residuals, rows)
     except Exception as error:
         raise CannotTrace(f"no program for columns: {first_line(error)}") from error
+
+
+def _copied(program: fx.GraphModule) -> fx.GraphModule:
+    """Copy the graph of a program, not what it reads."""
+    twin = fx.GraphModule(program, fx.Graph())
+    twin.graph.output(twin.graph.graph_copy(program.graph, {}))
+    twin.recompile()
+    return twin
 
 
 def compiler() -> str | None:
@@ -228,7 +235,7 @@ def compiled(each: fx.GraphModule, arguments: Sequence[Tensor]) -> Callable[...,
         warnings.simplefilter("ignore")
         from torch._inductor.compile_fx import compile_fx
 
-        fast: Any = compile_fx(each, list(arguments))
+        fast: Any = compile_fx(_copied(each), list(arguments))  # which changes what it is given
         fast(*arguments)
 
     def run(*arguments: Tensor) -> Tensor:

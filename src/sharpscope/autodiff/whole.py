@@ -25,6 +25,7 @@ class Whole(nn.Module):
         self.model = model
         self.loss: Loss = loss
         self.around = nn.ModuleList(around)
+        self._keys: dict[str, str] = {}
         clash = any(name.partition(".")[0] == "loss" for name, _ in model.named_children())
         self._prefixes = {"model.": "", "loss.": "criterion." if clash else "loss.", "around.": "<around>."}
 
@@ -40,9 +41,11 @@ class Whole(nn.Module):
 
     def key(self, name: str) -> str:
         """Return the key in this module of a parameter or buffer of that name."""
-        prefixes = {prefix: inside for inside, prefix in self._prefixes.items() if prefix}
-        prefix = next((p for p in prefixes if name.startswith(p)), "")
-        return prefixes.get(prefix, "model.") + name.removeprefix(prefix)
+        if name not in self._keys:
+            prefixes = {prefix: inside for inside, prefix in self._prefixes.items() if prefix}
+            prefix = next((p for p in prefixes if name.startswith(p)), "")
+            self._keys[name] = prefixes.get(prefix, "model.") + name.removeprefix(prefix)
+        return self._keys[name]
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """All parameters, tied ones once, under their names."""

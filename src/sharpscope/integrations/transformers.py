@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..autodiff import Objective
 from ..autodiff.whole import Loss
-from ..errors import InvalidType
+from ..errors import InvalidType, InvalidValue
 from ..monitoring import Monitor, Sink
 from . import named
 from ._training import check_replicated, monitor_of, probe, with_forward
@@ -153,17 +153,26 @@ def _save(state: Mapping[str, Any], path: Path) -> None:
 
 
 def _load(path: Path) -> Mapping[str, Any] | None:
-    """Read what `_save` wrote; None if there is nothing."""
-    from safetensors import safe_open
+    """Read what `_save` wrote; None if there is nothing.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
 
     if not path.exists():
         return None
-    with safe_open(path, framework="pt") as file:
+    try:
+        with safe_open(path, framework="pt") as file:
 
-        def restored(value: dict[str, Any]) -> Any:
-            if value.keys() != {"tensor", "strides"}:
-                return value
-            t = file.get_tensor(value["tensor"])
-            return torch.empty_strided(t.shape, value["strides"], dtype=t.dtype).copy_(t)  # sums depend on the layout
+            def restored(value: dict[str, Any]) -> Any:
+                if value.keys() != {"tensor", "strides"}:
+                    return value
+                t = file.get_tensor(value["tensor"])
+                return torch.empty_strided(t.shape, value["strides"], dtype=t.dtype).copy_(t)  # sums depend on it
 
-        return json.loads(file.metadata()["state"], object_hook=restored)
+            return json.loads(file.metadata()["state"], object_hook=restored)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise InvalidValue(
+            f"{path} is damaged ({error}); remove it, and the measurements go on afresh from this checkpoint"
+        ) from error

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..autodiff.curvature import hessian
 from ..autodiff.data import BatchForm
@@ -102,7 +102,8 @@ def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, s
     w = f.weights() if w is None else w.detach()
     batches = [batch.raw for batch in f.batches(w.device)]
     weight = f.form.weight
-    pieces, note = _pieces(batches, f.form)
+    pairs = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in f.model.modules())
+    pieces, note = _pieces(batches, f.form, least=2 if pairs else 1)
     n = sum(map(weight, pieces))
     whole = f.on(batches)
     a = hessian(whole, w)
@@ -175,8 +176,8 @@ def _rounding(f: Objective, a: SymmetricOperator, w: Tensor, v: Tensor, value: f
     return abs(((u @ (a @ v)) - (v @ (a @ u))) / u.norm()).item()
 
 
-def _pieces(batches: list[Any], form: BatchForm) -> tuple[list[Any], str]:
-    """Return the batches as they are, or (with a note) cut by examples where they are fewer than four."""
+def _pieces(batches: list[Any], form: BatchForm, least: int) -> tuple[list[Any], str]:
+    """Return the batches as they are, or (with a note) cut into `least` examples or more where they are under four."""
     counts = [form.size(batch) for batch in batches]
     if sum(counts) < QUARTERS:
         raise InvalidValue(f"an error by sampling needs at least {QUARTERS} examples; the data hold {sum(counts)}")
@@ -184,7 +185,7 @@ def _pieces(batches: list[Any], form: BatchForm) -> tuple[list[Any], str]:
         return batches, ""
     pieces = []
     for batch, count in zip(batches, counts, strict=True):
-        parts = min(count, math.ceil(2 * QUARTERS / len(batches))) if form.can_be_cut(batch) else 1
+        parts = min(count // least, math.ceil(2 * QUARTERS / len(batches))) if form.can_be_cut(batch) else 1
         pieces += [form.cut(batch, slice(i, None, parts)) for i in range(parts)]
     if len(pieces) < QUARTERS:
         raise InvalidValue(f"{len(batches)} batches of {counts} examples cannot be cut into {QUARTERS} parts")
