@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sharpscope.linalg import SymmetricOperator, lanczos, shifted
+from sharpscope.linalg import SymmetricOperator, lanczos, shifted, warm_started
 from sharpscope.linalg.bounds import GRID, RandomStart, least_norm
 from sharpscope.linalg.density import _tail
 from sharpscope.linalg.eigenpairs import CONFIDENCE
@@ -153,3 +153,35 @@ def test_the_error_of_a_quadrature_comes_near_its_bound(degree: int) -> None:
     bound = _tail(t, width, (-1.0, 1.0), degree)
     assert bool((difference <= bound * (1 + 1e-9)).all())
     assert (difference / bound).max() > 0.6
+
+
+def test_what_is_dropped_as_rounding_stays_in_the_floor() -> None:
+    """An operator within rounding of the identity: every remainder is dropped, and the floor covers all of them."""
+    eps, n, k = torch.finfo(torch.float32).eps, 64, 4
+    diagonal = torch.ones(n, dtype=torch.float64)
+    diagonal[::4] += 40 * eps
+    a = SymmetricOperator(lambda v: diagonal.float() * v, torch.zeros(n))
+    found = lanczos(a, k, seed=0)
+    v = found.vectors.double()
+    apart = (diagonal[:, None] * v - v * found.values.double()).norm().item()
+    assert apart > 16 * eps  # more than the rounding of one product
+    assert 0.99 * apart <= found.floor
+
+
+def test_a_rival_that_overtakes_as_it_converges_is_found() -> None:
+    """The remembered rival reads .98 at first, below the wanted 1; its eigenvalue has become 1.2."""
+    n = 40
+    before = torch.full((n,), 0.05, dtype=torch.float64)
+    before[:2] = torch.tensor([1.0, 0.9], dtype=torch.float64)
+    first = torch.diag(before)
+    c, s = 0.8**0.5, 0.2**0.5
+    turned = torch.zeros(n, 2, dtype=torch.float64)
+    turned[1:3] = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+    after = first.clone()
+    after[1:3] = after[:, 1:3] = 0.0
+    after = after + turned @ torch.diag(torch.tensor([1.2, 0.1], dtype=torch.float64)) @ turned.T
+    like = torch.zeros(n, dtype=torch.float64)
+    old = warm_started(SymmetricOperator(lambda v: first @ v, like), None, 1)
+    new = warm_started(SymmetricOperator(lambda v: after @ v, like), old.memory, 1)
+    assert old.values[0].item() == pytest.approx(1.0, rel=1e-4)
+    assert new.values[0].item() == pytest.approx(1.2, rel=1e-4)
