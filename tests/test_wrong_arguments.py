@@ -65,6 +65,7 @@ def others(name: str) -> dict[str, Any]:
         "w": f.weights(),
         "W": torch.zeros(1, f.size, dtype=torch.float64),
         "now": f.weights(),
+        "like": f.weights(),
         "rule": ss.GD(0.1),
         "rules": ss.GD(0.1),
         "rate": 0.1,

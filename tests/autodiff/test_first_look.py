@@ -112,6 +112,7 @@ class Counting(nn.Module):
     """Keeps state of many kinds beside parameters and buffers."""
 
     centre: Tensor
+    total = 0
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -144,6 +145,9 @@ class Counting(nn.Module):
         elif self.kind == "a buffer that is replaced":
             self.centre = 0.9 * self.centre + now
             scale = self.centre
+        elif self.kind == "an attribute of the class":
+            Counting.total += 1
+            scale = Counting.total
         elif self.kind == "a mode":
             self.train(not self.training)
             scale = 1.0 + self.training
@@ -152,13 +156,13 @@ class Counting(nn.Module):
 
 KINDS = [
     *("a counter", "an average that is replaced", "an average in place", "a queue", "a dictionary"),
-    *("a buffer that is replaced", "a mode"),
+    *("a buffer that is replaced", "a mode", "an attribute of the class"),
 ]
 
 
 def state_of(net: Counting) -> list[Any]:
     numbers = [net.calls, net.average.item(), [t.item() for t in net.queue], net.seen["n"], net.seen["t"].item()]
-    return [*numbers, net.centre.item(), net.training]
+    return [*numbers, net.centre.item(), net.training, Counting.total]
 
 
 @pytest.mark.parametrize("kind", KINDS)

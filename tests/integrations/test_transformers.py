@@ -253,9 +253,18 @@ def test_a_prepared_optimizer_is_the_one_inside() -> None:
     assert monitor.optimizer is adam
 
 
-def test_what_cannot_be_watched_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="bfloat16"):
-        train(tmp_path, gpt2().to(torch.bfloat16), Text())
+def test_a_model_in_low_precision_is_watched_in_single(tmp_path: Path) -> None:
+    seed_all()
+    alone = trainer_of(tmp_path, gpt2().to(torch.bfloat16), Text(), max_steps=2)
+    alone.train()
+    seed_all()
+    callback, watched = train(
+        tmp_path, gpt2().to(torch.bfloat16), Text(), watch={"every": 1, "batches": 1}, max_steps=2
+    )
+    assert differing(left(watched), left(alone)) == []
+    assert callback.monitor is not None
+    assert callback.monitor.objective.dtype == torch.float32
+    assert None not in callback.monitor.history.columns["sharpness"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "no state"])

@@ -30,7 +30,7 @@ from .second_order import differentiating, holds_delayed_error
 
 @dataclass(frozen=True)
 class Look:
-    """What the first look at a loss has shown."""
+    """A record of what the first look at a loss has shown."""
 
     graph_bytes_per_example: float = 0.0  # that the graph of the gradient keeps alive
     once_differentiable: bool = False  # an operation is
@@ -259,7 +259,7 @@ class _Looking:
             )
 
     def _walk(self, loss: Tensor, leaves: Mapping[str, Tensor]) -> tuple[bool, tuple[Tensor, ...]]:
-        """Walk the graph of the loss: is there a function with a backward of its own, and which weights of others?
+        """Find functions with a backward of their own, and weights of others, in the graph of the loss.
 
         Raises:
             InvalidValue: some of the model's own weights are reached by a road on which they were not replaced.
@@ -285,7 +285,7 @@ class _Looking:
         return custom, tuple(captured)
 
     def _compare_with_differences(self) -> None:
-        """Hold a product against differences of gradients, in double precision: do products follow the training?
+        """Compare a product with differences of gradients, in double precision, to see if products follow the training.
 
         Where gradients are stopped the Jacobian of the gradient is another matrix than its derivative by autograd.
         Where a function brings a straight-through backward, the gradient is a staircase whose average slope is.

@@ -51,7 +51,7 @@ PATCHES: tuple[tuple[Any, str, Any], ...] = (
     *((torch_module, name, OrderedDict()) for name in vars(torch_module) if name.startswith("_global_forward_")),
     *((torch_module, name, OrderedDict()) for name in vars(torch_module) if name.startswith("_global_backward_")),
 )
-"""What is replaced while a loss is evaluated: owner, name, replacement."""
+"""Replacements while a loss is evaluated: owner, name and new value."""
 
 
 @contextmanager

@@ -185,8 +185,8 @@ class Objective:
             "frozen or gone": [name for name in self.shapes if name not in now],
             "of another shape": [n for n, p in now.items() if n in self.shapes and _real_shape(p) != self.shapes[n]],
         }
-        said = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in parts.items() if names)
-        return said or "some were replaced by others of the same shape"
+        sentence = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in parts.items() if names)
+        return sentence or "some were replaced by others of the same shape"
 
     def renewed(self) -> "Objective":
         """Make the objective anew, for the trainable parameters that the model has now."""

@@ -1,4 +1,4 @@
-"""What a model and a loss can reach beside parameters and buffers, and a guard that puts all of it back.
+"""State that a model and a loss reach beside parameters and buffers, and a guard that puts all of it back.
 
 A step counter as an attribute, a moving average in a plain tensor, a queue in a closure, a generator of one's own, a
 discriminator that a loss function calls: evaluating a loss may change any of these.  `Surroundings` finds them once,
@@ -38,6 +38,7 @@ class Surroundings:
         self._known = {id(m._parameters) for m in known}  # which a twin of a module shares with it
         self.modules: list[nn.Module] = []
         self._spaces: list[dict[str, Any]] = []  # attributes of modules and objects
+        self._classes: list[type] = []
         self._globals: list[tuple[dict[str, Any], str]] = []
         self._cells: list[CellType] = []
         self._containers: list[Any] = []
@@ -56,6 +57,7 @@ class Surroundings:
         self.drew = False
         spaces = [(space, dict(space)) for space in self._spaces]
         named = [(space, name, space[name]) for space, name in self._globals if name in space]
+        classes = [(c, dict(vars(c))) for c in self._classes]
         cells = [(cell, cell.cell_contents) for cell in self._cells if _filled(cell)]
         containers = [(c, _copied(c)) for c in self._containers]
         states = [(g, _state(g)) for g in self._generators]
@@ -68,6 +70,8 @@ class Surroundings:
                 _restore(container, before)
             for space, attributes in spaces:
                 _restore_space(space, attributes)
+            for kind, attributes in classes:
+                _restore_class(kind, attributes)
             for space, name, value in named:
                 if space.get(name) is not value:
                     space[name] = value
@@ -146,7 +150,7 @@ class Surroundings:
     def _find(self, queue: list[Any]) -> None:
         while queue and len(self._seen) < MOST_OBJECTS:
             value = queue.pop()
-            if id(value) in self._seen or value is None or isinstance(value, int | float | str | bytes | Tensor | type):
+            if id(value) in self._seen or value is None or isinstance(value, int | float | str | bytes | Tensor):
                 continue
             self._seen.add(id(value))
             queue += self._neighbours(value)
@@ -157,6 +161,8 @@ class Surroundings:
             return self._inside_module(value)
         if isinstance(value, FunctionType):
             return self._inside_function(value)
+        if isinstance(value, type):
+            return self._inside_class(value)
         if isinstance(value, MethodType):
             return [value.__self__, value.__func__]
         if isinstance(value, partial):
@@ -183,7 +189,7 @@ class Surroundings:
             found += [v for name, v in m.__dict__.items() if name not in INTERNAL]
             found += [hook for hooks in hooks_of(m) for hook in hooks.values()]
             if not _foreign(m):
-                found.append(type(m).forward)
+                found += [type(m).forward, type(m)]
         return found
 
     def _inside_function(self, function: FunctionType) -> list[Any]:
@@ -200,6 +206,12 @@ class Surroundings:
             *(function.__defaults__ or ()),
             *(function.__kwdefaults__ or {}).values(),
         ]
+
+    def _inside_class(self, kind: type) -> list[Any]:
+        if _is_library(kind.__module__):
+            return []
+        self._classes.append(kind)
+        return [v for v in vars(kind).values() if isinstance(v, MutableMapping | MutableSequence | MutableSet)]
 
     def _inside_container(self, value: Any) -> list[Any]:
         if len(value) > LARGEST_CONTAINER:
@@ -289,6 +301,17 @@ def _restore_space(space: dict[str, Any], before: dict[str, Any]) -> None:
     for name, value in before.items():
         if name not in space or space[name] is not value:
             space[name] = value
+
+
+def _restore_class(kind: type, before: dict[str, Any]) -> None:
+    now = vars(kind)
+    if len(now) == len(before) and all(map(_is, now.values(), before.values())):
+        return
+    for name in now.keys() - before.keys():
+        delattr(kind, name)
+    for name, value in before.items():
+        if vars(kind).get(name) is not value:
+            setattr(kind, name, value)
 
 
 def _is(a: object, b: object) -> bool:

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import InvalidValue, NotConverged, NotFinite
+from ..errors import InvalidType, InvalidValue, NotConverged, NotFinite
 from .operators import Linear
 from .units import Unit
 
@@ -70,10 +70,14 @@ def rightmost(
     >>> round(found.value.real, 3), round(found.value.imag, 3)
     (1.0, 2.0)
     """
-    if like.dim() != 1 or len(like) == 0 or steps < 4 or restarts < 0:
+    if not callable(product) or isinstance(product, nn.Module):
+        raise InvalidType(
+            f"this {type(product).__name__} is no product; pass the function v -> J v, such as f.at(f.weights()).hvp"
+        )
+    if not isinstance(like, Tensor) or like.dim() != 1 or len(like) == 0 or steps < 4 or restarts < 0:
         raise InvalidValue(
-            f"like {tuple(like.shape)} has to be a vector, steps={steps} at least 4 and restarts={restarts} no less"
-            " than 0"
+            f"like of shape {tuple(getattr(like, 'shape', ()))} has to be a vector, steps={steps} at least 4 and"
+            f" restarts={restarts} no less than 0"
         )
     space = _Arnoldi(product, like, steps, seed)
     answers: list[complex] = []

@@ -23,7 +23,7 @@ def log_spaced(per_decade: int = 10) -> Schedule:
 
 @dataclass(frozen=True)
 class LogSpaced:
-    """The steps 0, 1, 2, .. and later `per_decade` in every decade."""
+    """A schedule of all early steps, and later of `per_decade` in every decade."""
 
     per_decade: int
 
@@ -52,7 +52,7 @@ def never(step: int) -> bool:
 
 @dataclass(frozen=True)
 class EveryNth:
-    """The steps 0, n, 2n, ..."""
+    """A schedule of every n-th step."""
 
     n: int
 
