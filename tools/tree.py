@@ -16,7 +16,7 @@ WINGS = ("linalg", "autodiff", "symmetry", "records", "report", "optimizers", "m
 BESIDE = {
     "tests/": "the same wings: known spectra, identities, second ways to compute; browser/ the pages in Chromium",
     "benchmarks/": "comparisons with other packages, in one run; costs of the monitor and of sweeps",
-    "docs/": "what-can-be-measured.md, how-to-choose.md, adding.md, notation.md (cited in the code), gallery.md, tutorials/",
+    "docs/": "what-can-be-measured.md, how-to-choose.md, adding.md, notation.md, gallery.md, tutorials/",
     "LOG.md": "decisions and findings",
 }
 
