@@ -187,7 +187,9 @@ def anchored_by_fisher_information() -> Case:
 
     def loss(out: Tensor, y: Tensor) -> Tensor:
         now = dict(net.named_parameters())
-        return F.mse_loss(out, y) + torch.stack([(fisher[n] * (now[n] - a) ** 2).sum() for n, a in anchors.items()]).sum()
+        return (
+            F.mse_loss(out, y) + torch.stack([(fisher[n] * (now[n] - a) ** 2).sum() for n, a in anchors.items()]).sum()
+        )
 
     return Case(net, loss)
 
@@ -382,7 +384,7 @@ def compiled() -> Case:
 
 @kind()
 def data_parallel() -> Case:
-    return Case(nn.DataParallel(normed(nn.InstanceNorm1d(6)).model))
+    return Case(nn.DataParallel(normed(nn.GroupNorm(3, 6)).model))
 
 
 class Smoothly(nn.Module):
@@ -500,7 +502,7 @@ def stochastic_depth_left_out() -> Case:
 @kind(refused="the loss is random")
 def noise() -> Case:
     draws = np.random.default_rng(3)
-    net = Net(lambda m, x: m.net(x + 0.1 * draws.standard_normal(x.shape)), net=body())
+    net = Net(lambda m, x: m.net(x + 0.1 * torch.from_numpy(draws.standard_normal(x.shape))), net=body())
     return Case(net, keeps={"draws": lambda: draws.bit_generator.state})
 
 
@@ -584,7 +586,7 @@ def average_as_a_plain_tensor() -> Case:
     return Case(net, keeps={"size": lambda: net.size}, plain=((net, "size"),))
 
 
-@kind()
+@kind(stops=True)
 def momentum_encoder() -> Case:
     """Frozen weights that the forward itself moves, and a queue of what they gave."""
 
@@ -601,7 +603,12 @@ def momentum_encoder() -> Case:
 
     net = Net(run, net=body(2), slow=body(2).requires_grad_(False), at=0)
     net.register_buffer("queue", normal(3, 2, seed=8))
-    return Case(net, lambda out, y: F.softplus(out[0] @ out[1].T).mean() + F.mse_loss(out[0][:, :1], y), {"at": lambda: net.at})
+    return Case(
+        net,
+        lambda out, y: F.softplus(out[0] @ out[1].T).mean() + F.mse_loss(out[0][:, :1], y),
+        {"at": lambda: net.at},
+        ((net, "at"),),
+    )
 
 
 class Uncertain(nn.Module):
@@ -622,7 +629,7 @@ def learnable_loss() -> Case:
 def hooks_that_record() -> Case:
     net, log = body(), list[Any]()
     net[0].register_forward_hook(lambda m, args, out: log.append(out.detach().std()))
-    net[2].register_full_backward_hook(lambda m, before, after: log.append(float(after[0].norm())))
+    net[2].register_full_backward_hook(lambda m, before, after: log.append(after[0].detach().norm().item()))
     return Case(net, keeps={"log": lambda: list(log)})
 
 
@@ -656,7 +663,9 @@ def attention() -> Case:
 
 @kind()
 def frozen_part() -> Case:
-    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6).eval(), nn.ReLU(), nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 1))
+    net = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6).eval(), nn.ReLU(), nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 1)
+    )
     net[0].requires_grad_(False)
     return Case(net.double())
 
@@ -716,7 +725,7 @@ class Examples(Dataset[Any]):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         self.reads += 1
-        return X[i] + 0.1 * self.draws.standard_normal(4), Y[i]
+        return X[i] + 0.1 * torch.from_numpy(self.draws.standard_normal(4)), Y[i]
 
 
 class Stream(IterableDataset[Any]):

@@ -60,8 +60,8 @@ class Training:
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.to_dense()
 
-    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.step()
+    def stepped(self, optimizer: torch.optim.Optimizer, by: Callable[..., Any] | None = None) -> None:
+        optimizer.step() if by is None else by(optimizer)
         optimizer.zero_grad()
         if self.monitor is not None:
             self.monitor.step()
@@ -131,9 +131,8 @@ def under_autocast(run: Training) -> torch.optim.Optimizer:
         for x, y in run.batches(STEPS):
             run.backward(x, y)
             scaler.unscale_(optimizer)
-            scaler.step(optimizer)
+            run.stepped(optimizer, by=scaler.step)
             scaler.update()
-            run.stepped(optimizer)
     return optimizer
 
 
@@ -176,6 +175,7 @@ def total_loss(case: Case, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
     total = torch.zeros(())
     for x, y in batches:
         before = [(owner, name, getattr(owner, name)) for owner, name in case.plain]
+        before += [(p, "data", p.data.clone()) for p in case.parameters() if not p.requires_grad]
         total = total + len(y) * case.evaluate(x.clone(), y)
         for owner, name, value in before:
             setattr(owner, name, value)
