@@ -116,11 +116,6 @@ def batch_norm() -> Case:
 
 
 @kind()
-def cumulative_batch_norm() -> Case:
-    return normed(nn.BatchNorm1d(6, momentum=None, affine=False))
-
-
-@kind()
 def layer_norm() -> Case:
     return normed(nn.LayerNorm(6))
 
@@ -134,15 +129,6 @@ def rms_norm() -> Case:
 def convolution_with_group_norm() -> Case:
     parts = nn.Conv1d(1, 4, 2), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(12, 1)
     return Case(nn.Sequential(nn.Unflatten(1, (1, 4)), *parts).double())
-
-
-@kind()
-def standardized_weights() -> Case:
-    def run(m: Any, x: Tensor) -> Tensor:
-        w = (m.w - m.w.mean(1, keepdim=True)) / (m.w.var(1, keepdim=True) + 1e-3).sqrt()
-        return m.out(F.gelu(x @ w.T))
-
-    return Case(Net(run, w=weight(5, 4), out=nn.Linear(5, 1).double()))
 
 
 @kind()
@@ -647,10 +633,6 @@ def recurrent() -> Case:
     return Case(Net(run, cell=nn.GRU(2, 3, batch_first=True), out=nn.Linear(3, 1)).double())
 
 
-class MathAttention(Smoothly):
-    pass
-
-
 @kind()
 def attention() -> Case:
     def run(m: Any, x: Tensor) -> Tensor:
@@ -677,18 +659,6 @@ def gradients_per_example() -> Case:
         return m.net(x) + 0.5 * slope.square().sum(1, keepdim=True)
 
     return Case(Net(run, net=body()))
-
-
-@kind()
-def weights_made_by_a_network() -> Case:
-    inner = nn.Linear(4, 2).double().requires_grad_(False)
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        made = m.maker(m.code).tanh()
-        parts = {"weight": made[:8].view(2, 4), "bias": made[8:]}
-        return torch.func.functional_call(inner, parts, x).sin().sum(1, keepdim=True)
-
-    return Case(Net(run, maker=nn.Linear(3, 10).double(), code=weight(3)))
 
 
 @kind(refused="lazy and has no shape yet")

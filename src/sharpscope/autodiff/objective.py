@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import InvalidValue, NoSecondDerivative, Random
+from ..errors import InvalidType, InvalidValue, NoSecondDerivative, Random
 from .checks import check_deterministic, check_parameters, droppers, work_dtype
 from .data import Batch, BatchForm, Source, first_batch, map_tensors, read
 from .expansion import BatchLoss, Expansion, jacobian_of_field, kept
