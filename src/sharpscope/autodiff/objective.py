@@ -390,6 +390,9 @@ class Objective:
         """Evaluate inside as a plain function of the tensors `called`, leaving nothing behind."""
         own = {**self._whole.parameters_by_name(), **self.buffers()}
         instead = {id(own[name]): t for name, t in called.items()}
+        for name, t in called.items():
+            if isinstance(own[name], nn.Parameter):
+                t._is_param = True  # what isinstance(t, nn.Parameter) asks for
         if self._raised_to is not None:
             plain = (t for t in self._around.tensors() if id(t) not in instead)
             instead |= {id(t): _up(t, self._raised_to) for t in plain if is_lower(t, self._raised_to)}
@@ -407,6 +410,8 @@ class Objective:
         fixed = {} if level is None else {**self.constants(), **self.buffers()}
         lower = {name: t.detach() for name, t in fixed.items() if level is not None and is_lower(t, level)}
         called = {**lower, **tensors}
+        if self._look.writes_constants:
+            called = {**{name: t.detach().clone() for name, t in self.constants().items()}, **called}
         for name in self._complex:
             called[name] = torch.complex(*called[name].unbind(-1))
         if self._look.writes_weights:

@@ -20,6 +20,14 @@ def differentiating() -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(without_autocast())
+        yield
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Turn autocast off: products of vectors in a solver would run in its low precision, too."""
+    with ExitStack() as stack:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))

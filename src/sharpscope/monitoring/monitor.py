@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..autodiff.objective import Objective
+from ..autodiff.second_order import without_autocast
 from ..errors import InvalidType, InvalidValue, NotConverged, NotFinite, SharpscopeError
 from ..linalg.memory import Memory
 from ..measures import measures
@@ -415,6 +416,7 @@ class Monitor:
             setting = self._setting_at[1]
         self._measure(now if turned is None else self.point(*turned), turned, setting)
 
+    @without_autocast()
     def _measure(self, w: Tensor, turned: tuple[Tensor, Tensor] | None, setting: Setting | None) -> Iterate:
         """Measure at `w`; the weights before and after the last step and its setting are given where they are known."""
         began = perf_counter()
