@@ -97,7 +97,8 @@ def scheduled(run: Training) -> torch.optim.Optimizer:
     for x, y in run.batches(STEPS):
         run.backward(x, y)
         run.stepped(optimizer)
-        warm_up.step(), cosine.step()
+        warm_up.step()
+        cosine.step()
     return optimizer
 
 
@@ -252,7 +253,12 @@ def compare(run: Training, make_data: Callable[[], Data]) -> None:
 
 
 @pytest.mark.parametrize(("model", "data", "loop"), ROWS, ids=lambda v: v if isinstance(v, str) else LOOPS[v].__name__)
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore:Lazy modules", "ignore:.*lr_scheduler.step")
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.trace",
+    "ignore:Lazy modules",
+    "ignore:.*lr_scheduler.step",
+    "ignore:None of the inputs have requires_grad",
+)
 def test_a_watched_training_is_the_same_and_measured_or_refused(model: str, data: str, loop: int) -> None:
     kind, make_data = MODELS[model], DATA[data]
     with warnings.catch_warnings():

@@ -389,7 +389,7 @@ class Objective:
         instead = {id(own[name]): t for name, t in called.items()}
         for name, t in called.items():
             if isinstance(own[name], nn.Parameter):
-                t._is_param = True  # type: ignore[attr-defined]  # what isinstance(t, nn.Parameter) asks for
+                t._is_param = True  # what isinstance(t, nn.Parameter) asks for
         if self._raised_to is not None:
             plain = (t for t in self._around.tensors() if id(t) not in instead)
             instead |= {id(t): _up(t, self._raised_to) for t in plain if is_lower(t, self._raised_to)}
