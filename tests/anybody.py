@@ -94,7 +94,7 @@ class Net(nn.Module):
 
 
 def body(out: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, out)).double()
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, out)).double()
 
 
 def normed(norm: nn.Module) -> Case:
@@ -611,15 +611,15 @@ def learnable_loss() -> Case:
     return Case(body(), Uncertain())
 
 
+def _note(log: list[Any]) -> Callable[..., None]:
+    return lambda module, before, after: log.append(after[0].detach().norm().item())
+
+
 @kind()
 def hooks_that_record() -> Case:
     net, log = body(), list[Any]()
     net[0].register_forward_hook(lambda m, args, out: log.append(out.detach().std()))
-
-    def note(module: nn.Module, before: Any, after: Any) -> None:
-        log.append(after[0].detach().norm().item())
-
-    net[2].register_full_backward_hook(note)
+    net[2].register_full_backward_hook(_note(log))
     return Case(net, keeps={"log": lambda: list(log)})
 
 

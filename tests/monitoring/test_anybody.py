@@ -21,7 +21,6 @@ from sharpscope.errors import SharpscopeError
 from sharpscope.monitoring.monitor import Monitor
 
 STEPS = 4
-SLOW = "persistent workers"
 
 
 class Training:
@@ -156,17 +155,11 @@ LOOPS = (with_validation, scheduled, accumulating, in_two_phases, under_autocast
 
 
 def all_pairs(seed: int) -> list[tuple[str, str, int]]:
-    """Every model with every data, and loops in a random order such that each model meets each of them.
-
-    Workers are slow to start at every pass, and take part in eight of the models, with every loop.
-    """
+    """Every model with every data, and loops in a random order such that each model meets each of them."""
     draws, rows = random.Random(seed), []
-    quick = [data for data in DATA if data != SLOW]
-    for i, model in enumerate(MODELS):
-        loops = draws.sample(range(len(LOOPS)), len(LOOPS)) + draws.choices(range(len(LOOPS)), k=len(quick))
-        rows += [(model, data, loop) for data, loop in zip(draws.sample(quick, len(quick)), loops, strict=False)]
-        if i % 7 == 0:
-            rows.append((model, SLOW, i // 7 % len(LOOPS)))
+    for model in MODELS:
+        loops = draws.sample(range(len(LOOPS)), len(LOOPS)) + draws.choices(range(len(LOOPS)), k=len(DATA))
+        rows += [(model, data, loop) for data, loop in zip(draws.sample(list(DATA), len(DATA)), loops, strict=False)]
     return rows
 
 
@@ -254,7 +247,10 @@ def compare(run: Training, make_data: Callable[[], Data]) -> None:
 
 @pytest.mark.parametrize(("model", "data", "loop"), ROWS, ids=lambda v: v if isinstance(v, str) else LOOPS[v].__name__)
 @pytest.mark.filterwarnings(
-    "ignore:.torch.jit.trace", "ignore:Lazy modules", "ignore:.*lr_scheduler.step", "ignore:None of the inputs"
+    "ignore:.torch.jit.trace",
+    "ignore:Lazy modules",
+    "ignore:.*lr_scheduler.step",
+    "ignore:None of the inputs have requires_grad",
 )
 def test_a_watched_training_is_the_same_and_measured_or_refused(model: str, data: str, loop: int) -> None:
     kind, make_data = MODELS[model], DATA[data]
@@ -276,7 +272,5 @@ def test_a_watched_training_is_the_same_and_measured_or_refused(model: str, data
 
 def test_every_pair_of_kinds_occurs() -> None:
     pairs = {pair for row in ROWS for pair in itertools.combinations(row, 2)}
-    with_workers = sum(data == SLOW for _, data, _ in ROWS)
-    expected = len(MODELS) * (len(DATA) - 1) + with_workers + (len(MODELS) + len(DATA)) * len(LOOPS)
-    assert len(pairs) == expected and with_workers >= len(LOOPS)
+    assert len(pairs) == len(MODELS) * len(DATA) + (len(MODELS) + len(DATA)) * len(LOOPS)
     assert len(MODELS) >= 40 and len(DATA) == 8 and len(LOOPS) == 6 and len(ROWS) >= 320
