@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -202,3 +203,16 @@ def test_a_unit_and_its_inverse_are_ordinary_numbers(size: float) -> None:
     ordinary = torch.tensor([power, 1 / power])
     assert ordinary.isfinite().all() and (ordinary >= torch.finfo(torch.float32).tiny).all()
     assert power <= size or size < 1e-36
+
+
+@pytest.mark.parametrize("solve", [lanczos, trace, density, diagonal])
+def test_solvers_leave_autocast(solve: Any) -> None:
+    """Inner products in bfloat16 would be off by some 1e-3."""
+    m = torch.randn(40, 40, generator=torch.Generator().manual_seed(0))
+    a = SymmetricOperator(lambda v: m @ (m.T @ v.float()), m[0])
+    expected = solve(a)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = solve(a)
+        assert torch.is_autocast_enabled("cpu")
+    values = [next(iter(vars(x).values())) for x in (found, expected)]
+    assert torch.equal(*values)

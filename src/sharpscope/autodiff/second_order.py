@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..linalg.operators import without_autocast
 from .data import tensors
 from .smooth import smooth
 
@@ -21,16 +22,6 @@ def differentiating() -> Iterator[None]:
             stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(without_autocast())
-        yield
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """Turn autocast off: products of vectors in a solver would run in its low precision, too."""
-    with ExitStack() as stack:
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..errors import InvalidType, InvalidValue
 from .eigenpairs import Eigenpairs
 from .lanczos import lanczos
-from .operators import SymmetricOperator, require_operator, restricted
+from .operators import SymmetricOperator, require_operator, restricted, without_autocast
 
 
+@without_autocast()
 def block_eigenpairs(
     a: SymmetricOperator, slices: Mapping[str, slice | Tensor], k: int = 1, **options: Any
 ) -> dict[str, Eigenpairs]:

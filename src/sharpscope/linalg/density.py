@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from .operators import SymmetricOperator, require_operator
+from .operators import SymmetricOperator, require_operator, without_autocast
 from .trace import multiply
 from .units import Unit
 
@@ -72,6 +72,7 @@ class _Rule(NamedTuple):
     portion: float  # the probe's part of all weights: its squared norm
 
 
+@without_autocast()
 def density(
     a: SymmetricOperator,
     *,

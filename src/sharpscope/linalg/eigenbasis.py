@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .operators import SymmetricOperator
+from .operators import SymmetricOperator, without_autocast
 from .units import Unit
 
 DENSE = 300
@@ -25,6 +25,7 @@ class Basis:
     num_matvecs: int
 
 
+@without_autocast()
 def eigenbasis(a: SymmetricOperator, floor: float, max_dimensions: int, seed: int = 0) -> Basis:
     """Find all eigenpairs of `a` that matter: from the matrix if it is small, else from one Krylov space.
 

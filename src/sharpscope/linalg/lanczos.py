@@ -22,10 +22,11 @@ from ..errors import InvalidValue, NotConverged, NotFinite
 from .bounds import RandomStart
 from .eigenpairs import CONFIDENCE, Eigenpairs
 from .memory import POOL, Memory, Pool
-from .operators import SymmetricOperator, require_operator, scaled
+from .operators import SymmetricOperator, require_operator, scaled, without_autocast
 from .units import Unit
 
 
+@without_autocast()
 def lanczos(
     a: SymmetricOperator,
     k: int = 1,
@@ -55,6 +56,7 @@ def lanczos(
     return _block_lanczos(a, k, 0, rtol=rtol, gap=gap, budget=budget, basis=basis, seed=seed)[0]
 
 
+@without_autocast()
 def both_ends(
     a: SymmetricOperator, k: int = 1, low: int = 1, *, rtol: float = 1e-4, seed: int = 0
 ) -> tuple[Eigenpairs, Tensor]:

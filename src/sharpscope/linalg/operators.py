@@ -8,7 +8,8 @@ P parameters.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +86,16 @@ class SymmetricOperator:
     def dense(self) -> Tensor:
         """Return the matrix ``(P, P)``, for tests and small problems."""
         return self @ torch.eye(self.size, dtype=self.like.dtype, device=self.like.device)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Turn autocast off: products of vectors in a solver would run in its low precision, too."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def require_operator(a: object) -> None:

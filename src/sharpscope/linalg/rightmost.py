@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import InvalidType, InvalidValue, NotConverged, NotFinite
-from .operators import Linear
+from .operators import Linear, without_autocast
 from .units import Unit
 
 Matrix = NDArray[np.float64]
@@ -45,6 +45,7 @@ class Rightmost:
     num_matvecs: int
 
 
+@without_autocast()
 def rightmost(
     product: Linear, like: Tensor, *, rtol: float = 1e-3, steps: int = 60, restarts: int = 20, seed: int = 0
 ) -> Rightmost:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue, NotConverged, NotFinite
-from .operators import SymmetricOperator, require_operator
+from .operators import SymmetricOperator, require_operator, without_autocast
 from .units import Unit
 
 SKETCH, WIDEST = 16, 64
@@ -55,6 +55,7 @@ class Estimate:
         return self.value - reach, self.value + reach
 
 
+@without_autocast()
 def trace(
     a: SymmetricOperator, *, rtol: float = 0.02, atol: float = 0.0, max_matvecs: int = 1000, seed: int = 0
 ) -> Estimate:
@@ -75,6 +76,7 @@ def trace(
     return replace(found, value=found.value[0], standard_error=found.standard_error[0])
 
 
+@without_autocast()
 def diagonal(
     a: SymmetricOperator, *, rtol: float = 0.1, atol: float = 0.0, max_matvecs: int = 1000, seed: int = 0
 ) -> Estimate:

@@ -40,7 +40,7 @@ from ..errors import NotFinite
 from .eigenpairs import Eigenpairs
 from .lanczos import lanczos
 from .memory import POOL, Memory, Pool
-from .operators import SymmetricOperator, require_operator
+from .operators import SymmetricOperator, require_operator, without_autocast
 from .units import Unit, power_of_two
 
 FIRST_ERROR = 1e-3
@@ -74,6 +74,7 @@ SEARCH_GROWTH = 0.6
 """The 2√γ of eigenvalues that a search is to find: it ends after ln(6√P)/SEARCH_GROWTH products."""
 
 
+@without_autocast()
 def warm_started(
     a: SymmetricOperator,
     last: Eigenpairs | Memory | None = None,

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..autodiff.curvature import hessian
 from ..autodiff.expansion import Expansion
 from ..autodiff.objective import Objective, require_objective
-from ..autodiff.second_order import without_autocast
 from ..errors import InvalidType, InvalidValue
 from ..linalg.eigenpairs import Eigenpairs
 from ..linalg.memory import Memory
@@ -95,13 +94,11 @@ class Iterate:
         return self._solve("top", self.hessian)
 
     @cached_property
-    @without_autocast()
     def rightmost(self) -> Rightmost:
         """Rightmost eigenvalue of the Jacobian of the gradient, where gradients are stopped on the way."""
         return rightmost(self.expansion.hvp, self.expansion.grad, rtol=max(self.rtol, 1e-3), seed=self.step)
 
     @cached_property
-    @without_autocast()
     def effective_rightmost(self) -> Rightmost:
         """Rightmost eigenvalue of ``M^-½ (J + D) M^-½``, whose real part is 1 at the edge where it is real."""
         like = self.expansion.grad
@@ -174,6 +171,5 @@ class Iterate:
         solved = {name: self.__dict__[name].memory for name in names if name in self.__dict__}
         return {name: memory for name, memory in solved.items() if memory is not None}
 
-    @without_autocast()
     def _solve(self, name: str, a: SymmetricOperator) -> Eigenpairs:
         return warm_started(a, self.start.get(name), min(self.k, a.size), rtol=self.rtol, seed=self.step)

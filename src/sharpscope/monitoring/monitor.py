@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..autodiff.objective import Objective
-from ..autodiff.second_order import without_autocast
 from ..errors import InvalidType, InvalidValue, NotConverged, NotFinite, SharpscopeError
 from ..linalg.memory import Memory
+from ..linalg.operators import without_autocast
 from ..measures import measures
 from ..measures.iterate import Iterate, midpoint
 from ..measures.row import Setting, angles, curvature
