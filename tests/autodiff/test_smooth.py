@@ -121,3 +121,21 @@ def test_nothing_changes_after_the_context() -> None:
     with smooth():
         pass
     assert F.layer_norm(X, (6,)).equal(nn.LayerNorm(6, elementwise_affine=False)(X))
+
+
+def test_products_of_experts_are_those_of_their_rows() -> None:
+    """Rows of three experts one after the other, the second of which has none; what lies beyond is zero."""
+    a, b = normal(9, 4, seed=0), normal(3, 4, 5, seed=1)
+    with smooth():
+        found = torch.nn.functional.grouped_mm(a, b, offs=torch.tensor([3, 3, 8], dtype=torch.int32))
+        wide = torch.nn.functional.grouped_mm(normal(3, 2, 4, seed=2), b)
+    assert torch.allclose(found, torch.cat([a[:3] @ b[0], a[3:8] @ b[2], torch.zeros(1, 5, dtype=DTYPE)]))
+    assert torch.allclose(wide, normal(3, 2, 4, seed=2) @ b)
+
+
+def test_nothing_is_computed_in_a_precision_below_the_lowest() -> None:
+    x = normal(3, 4, seed=0)
+    with smooth(lowest=torch.float64):
+        found = [x.softmax(-1, dtype=torch.float32), x.float(), x.to(torch.bfloat16), torch.zeros(2, dtype=torch.half)]
+    assert {t.dtype for t in found} == {torch.float64}
+    assert torch.equal(found[0], x.softmax(-1))

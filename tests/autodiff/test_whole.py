@@ -595,6 +595,16 @@ def test_hooks_that_change_gradients_are_said() -> None:
         Objective(net, F.mse_loss, [(X, Y)])
 
 
+def test_hooks_of_weights_that_change_gradients_are_said() -> None:
+    net, log = small(), list[Tensor]()
+    net.get_parameter("0.bias").register_hook(log.append)
+    Objective(net, F.mse_loss, [(X, Y)])  # one that records is no news, and records nothing
+    assert not log
+    net.get_parameter("0.weight").register_hook(lambda g: g * torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    with pytest.warns(UserWarning, match="a hook changes the gradient of 0.weight: what is measured"):
+        Objective(net, F.mse_loss, [(X, Y)])
+
+
 @pytest.fixture(autouse=True)
 def _no_compiled_code_left() -> Iterator[None]:
     yield

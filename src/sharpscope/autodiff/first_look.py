@@ -100,6 +100,7 @@ class _Looking:
         self._evaluate_again(loss)
         if hooks and not self.found.hooks:
             self._try_hooks(hooks, loss, gradient)
+        self._try_hooks_of_weights(gradient)
         if self.spy.stops or self.custom:
             self._compare_with_differences()
         return self.found
@@ -258,6 +259,24 @@ class _Looking:
             warnings.warn(
                 "a backward hook of the model changes its gradients: what is measured is the loss without this hook,"
                 " while training follows the changed gradients",
+                stacklevel=6,
+            )
+
+    def _try_hooks_of_weights(self, gradient: Tensor) -> None:
+        """Say which weights have hooks that change their gradients: training follows these, L does not."""
+        changed = []
+        parts = self.f.unflatten(gradient)
+        for name, p in self.f.parameters().items():
+            hooks = tuple((getattr(p, "_backward_hooks", None) or {}).values())
+            if not hooks or p.is_complex():
+                continue
+            with Surroundings(hooks, self.f.modules()).watched():
+                found = [hook(parts[name].to(p.dtype)) for hook in hooks]
+            changed += [name] * any(isinstance(g, Tensor) and not _close(g.to(gradient), parts[name]) for g in found)
+        if changed:
+            warnings.warn(
+                f"a hook changes the gradient of {', '.join(changed)}: what is measured is the loss with its own"
+                " gradient, while training follows the changed one",
                 stacklevel=6,
             )
 

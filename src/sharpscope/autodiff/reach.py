@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence, MutableSet
 from contextlib import contextmanager
 from functools import cache, partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -165,6 +165,8 @@ class Surroundings:
             return self._inside_class(value)
         if isinstance(value, MethodType):
             return [value.__self__, value.__func__]
+        if isinstance(value, BuiltinMethodType):
+            return [] if isinstance(value.__self__, ModuleType | type) else [value.__self__]
         if isinstance(value, partial):
             return [value.func, *value.args, *value.keywords.values()]
         if isinstance(value, Generator):

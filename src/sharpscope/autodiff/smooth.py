@@ -218,6 +218,24 @@ def _shortened(weight: Tensor, max_norm: float, norm_type: float) -> Tensor:
     return weight * torch.where(norms > max_norm, max_norm / (norms + 1e-7), 1.0)
 
 
+def _grouped_mm(
+    mat_a: Tensor,
+    mat_b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Multiply rows of experts one by one; the kernel knows no double precision."""
+    if bias is not None or mat_b.dim() != 3 or (mat_a.dim() == 2) != (offs is not None):
+        return torch._grouped_mm(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
+    if offs is None:
+        return mat_a @ mat_b
+    ends = offs.tolist()
+    rows = [mat_a[i:j] @ b for i, j, b in zip([0, *ends], ends, mat_b, strict=False)]
+    rest = mat_a.new_zeros(len(mat_a) - ends[-1], mat_b.shape[-1])
+    return torch.cat([*rows, rest])
+
+
 def _with_math_attention(func: Callable[..., Any]) -> Callable[..., Any]:
     """Run `func` on the one attention kernel that is made of elementary operations."""
 
@@ -236,6 +254,7 @@ ELEMENTARY: dict[Callable[..., Any], Callable[..., Any]] = {
     F.instance_norm: _instance_norm,
     torch.instance_norm: _torch_instance_norm,
     torch._weight_norm: _weight_norm,
+    **({torch._grouped_mm: _grouped_mm} if hasattr(torch, "_grouped_mm") else {}),  # unknown to early versions
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
     F.mse_loss: _mse_loss,  # whose backward kernel fails in forward mode
@@ -281,6 +300,10 @@ def is_lower(t: Tensor, level: torch.dtype) -> bool:
     return (t.is_floating_point() or t.is_complex()) and size < level.itemsize
 
 
+def _lowers(dtype: Any, level: torch.dtype) -> bool:
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize < level.itemsize
+
+
 class smooth(TorchFunctionMode):
     """A context in which the operations of `ELEMENTARY` run in differentiable form; everything else is untouched.
 
@@ -307,9 +330,13 @@ class smooth(TorchFunctionMode):
         if self._instead:
             args = tuple(self._replaced(a) for a in args)
             kwargs = {name: self._replaced(a) for name, a in kwargs.items()} if kwargs else kwargs
-        out = self._table.get(func, func)(*args, **(kwargs or {}))
         level = self._lowest
-        if level is None or func not in CONVERSIONS or not isinstance(out, Tensor) or not is_lower(out, level):
+        if level is None:
+            return self._table.get(func, func)(*args, **(kwargs or {}))
+        if kwargs and _lowers(kwargs.get("dtype"), level):
+            kwargs = {**kwargs, "dtype": level}
+        out = self._table.get(func, func)(*args, **(kwargs or {}))
+        if func not in CONVERSIONS or not isinstance(out, Tensor) or not is_lower(out, level):
             return out
         return args[0].to(out.device, level.to_complex() if out.is_complex() else level)
 
