@@ -336,12 +336,12 @@ class _Looking:
             return (slope((w + h * v).requires_grad_()) - g.detach()) / h
 
         near = difference(1e-7)
-        apart = _distance(product, near)
-        if apart > 0.02:
+        error = _distance(product, near)
+        if error > 0.02:
             far = difference(1e-3)
             if _distance(product, far) > 0.02:
                 self._disagreement(_distance(near, far))
-        elif apart > 1e-4 and _distance(near, difference(1e-5)) < 0.1 * apart:
+        elif error > 1e-4 and _distance(near, difference(1e-5)) < 0.1 * error:
             self._disagreement(0.0)  # little here, but it is no rounding: it may be much at other weights
 
     def _disagreement(self, roughness: float) -> None:

@@ -339,12 +339,12 @@ class Objective:
         Raises:
             ValueError: an evaluation draws random numbers.
         """
-        held = self._held()
-        tensors = {**params, **{name: held.tensors[name].clone() for name in self.buffers()}}
+        contents = self._contents()
+        tensors = {**params, **{name: contents.tensors[name].clone() for name in self.buffers()}}
         device = next(iter(params.values())).device
         for batch in self.batches(device):
             before = random_state(device)
-            loss = self.evaluate(batch, tensors, held=held)
+            loss = self.evaluate(batch, tensors, contents=contents)
             if not self._look.draws and (random_state(device) != before or self._around.drew):
                 raise Random(
                     "the model or the loss has begun to draw random numbers (a module in training mode?), so that its"
@@ -360,27 +360,27 @@ class Objective:
         """
         return self.evaluate(batch, dict(params)).loss
 
-    def _held(self) -> "_Held":
-        return _Held({**self._whole.parameters_by_name(), **self.buffers()}, self.modules())
+    def _contents(self) -> "_Contents":
+        return _Contents({**self._whole.parameters_by_name(), **self.buffers()}, self.modules())
 
     def evaluate(
         self,
         batch: Batch,
         tensors: dict[str, Tensor],
         mode: AbstractContextManager[Any] | None = None,
-        held: "_Held | None" = None,
+        contents: "_Contents | None" = None,
     ) -> BatchLoss:
         """Evaluate model and loss on one batch; `tensors` are used wherever these read a weight or a buffer.
 
-        Buffers among them may be written or replaced.  A `mode` sees the operations of model and loss; `held` is what
-        the model holds, where that is known already.
+        Buffers among them may be written or replaced.  A `mode` sees the operations of model and loss; `contents` are
+        what the model holds, where that is known already.
         """
-        held = held or self._held()
+        contents = contents or self._contents()
         called = self._as_called(tensors)
         keys = {self._whole.key(name): t for name, t in called.items()}
         beside = {name for name in called.keys() - self.slices.keys() if not self._whole.key(name).startswith("model.")}
         state = {name: called[name].clone() for name in beside}
-        with self._evaluating(called, held), mode or nullcontext():
+        with self._evaluating(called, contents), mode or nullcontext():
             args = _inputs((batch.args, batch.kwargs, batch.target), self._raised_to, self._look.writes_inputs)
             output, loss = functional_call(self._whole, keys, args)
         for name in tensors.keys() - self.slices.keys():
@@ -389,16 +389,16 @@ class Objective:
         def loss_of(outputs: Any, params: Mapping[str, Tensor]) -> Tensor:
             now = self._as_called({**state, **params})
             alone = {"whole." + self._whole.key(name): t for name, t in now.items()}
-            with self._evaluating(now, held):
+            with self._evaluating(now, contents):
                 found: Tensor = functional_call(LossAlone(self._whole), alone, (outputs, args[2]))
             return found
 
         return BatchLoss(batch.examples, loss, output, loss_of)
 
     @contextmanager
-    def _evaluating(self, called: Mapping[str, Tensor], held: "_Held") -> Iterator[None]:
+    def _evaluating(self, called: Mapping[str, Tensor], contents: "_Contents") -> Iterator[None]:
         """Evaluate inside as a plain function of the tensors `called`, leaving nothing behind."""
-        own = held.tensors
+        own = contents.tensors
         instead = {id(own[name]): t for name, t in called.items()}
         for name, t in called.items():
             if isinstance(own[name], nn.Parameter):
@@ -409,7 +409,7 @@ class Objective:
         lowest = self._raised_to or torch.float32
         with ExitStack() as stack:
             stack.enter_context(self._around.untouched())
-            stack.enter_context(plainly(held.modules, self._look.hooks))
+            stack.enter_context(plainly(contents.modules, self._look.hooks))
             stack.enter_context(quiet(self._look.quiet))
             stack.enter_context(smooth(dropout=self.dropout, lowest=lowest, instead=instead))
             yield
@@ -440,7 +440,7 @@ class Objective:
         return _missing(self, str(error).splitlines()[0])
 
 
-class _Held(NamedTuple):
+class _Contents(NamedTuple):
     """The tensors, by name, and the modules that model and loss hold during a pass."""
 
     tensors: dict[str, Tensor]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InvalidType, InvalidValue, NotConverged, NotFinite
 from .operators import Linear, without_autocast
@@ -71,7 +71,7 @@ def rightmost(
     >>> round(found.value.real, 3), round(found.value.imag, 3)
     (1.0, 2.0)
     """
-    if not callable(product) or isinstance(product, nn.Module):
+    if not callable(product) or hasattr(product, "state_dict"):
         raise InvalidType(
             f"this {type(product).__name__} is no product; pass the function v -> J v, such as f.at(f.weights()).hvp"
         )
