@@ -81,6 +81,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, list[Any], Any, str]] = {
 }
 
 
+NAMED: dict[str, Callable[[Any, Any], float]] = {
+    "time first": lambda b, loss: b[0].shape[1],
+    "ignored targets": lambda b, loss: int((b[1] != -100).sum()),
+    "padding of zero": lambda b, loss: int((b[1] != 0).sum()),
+    "class weights": lambda b, loss: float(loss.weight[b[1]].sum()),
+    "next tokens": lambda b, loss: int((b["labels"][:, 1:] != -100).sum()),
+    "a mask": lambda b, loss: float(b[1][1].sum()),
+}
+"""The functions whose texts `check` is to name, each of a batch and the loss."""
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_check_names_the_weights_that_give_the_loss_of_all_data(case: str) -> None:
     build, loss, data, whole, text = CASES[case]
@@ -90,7 +101,7 @@ def test_check_names_the_weights_that_give_the_loss_of_all_data(case: str) -> No
     assert abs(f.value(f.weights()).item() - wanted) > 1e-3
     with pytest.raises(ValueError, match=re.escape(f"examples={text} gives the loss of all data")):
         f.check()
-    right = Objective(net, loss, data, examples=eval(text, {"loss": loss}))
+    right = Objective(net, loss, data, examples=lambda b: NAMED[case](b, loss))
     assert right.value(right.weights()).item() == pytest.approx(wanted, rel=EXACT)
     assert right.check() == ""
     assert Objective(net, loss, [whole]).check() == ""

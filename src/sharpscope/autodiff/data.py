@@ -418,8 +418,13 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _arrays(tree: Any) -> Iterator[Tensor]:
-    found: list[Any] = []
-    map_tensors(tree, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+    found: list[Tensor] = []
+
+    def note(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(tree, note)
     yield from found
 
 

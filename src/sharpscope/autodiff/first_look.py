@@ -3,7 +3,8 @@
 One gradient of the first batch, and another value of it, tell whether the loss is a function of the weights at all:
 that it draws no random numbers, keeps no state that could not be put back, and reaches every weight by a road on which
 it can be replaced.  Where gradients are stopped on the way, or a function brings its own backward, a product with the
-Hessian is held against differences of gradients.  At most six gradients of one batch in all.
+Hessian is compared with differences of gradients.  The look costs about two gradients of one batch, and five more in
+that case.
 """
 
 import random

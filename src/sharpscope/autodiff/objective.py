@@ -467,7 +467,7 @@ def random_state(device: torch.device) -> bytes:
 
 
 def _inputs(trees: tuple[Any, ...], level: torch.dtype | None, copied: bool) -> tuple[Any, ...]:
-    """Stand-ins for the tensors of a batch, which may be asked for gradients, and if `copied` written, freely."""
+    """Stand in for the tensors of a batch: gradients may be taken in them and, if `copied`, they may be written."""
 
     def stand_in(t: Tensor) -> Tensor:
         if level is not None:
