@@ -48,7 +48,9 @@ def test_spherical_sharpness_is_the_sharpness_at_unit_norm(norm: str, loss: str)
 def test_product_sphere_sharpness_is_the_sharpness_where_every_group_has_unit_norm(norm: str) -> None:
     f = cases.invariant(norm)
     unit = rescaled(f, {name: 1 / f.weights()[s].norm().item() for name, s in f.slices.items()})
-    assert measures.product_sphere_sharpness(f) == pytest.approx(cases.dense_top(dense(f, unit)), rel=SOLVER)
+    assert measures.product_sphere_sharpness(f, error=1e-10) == pytest.approx(
+        cases.dense_top(dense(f, unit)), rel=SOLVER
+    )
 
 
 def test_only_the_product_of_spheres_is_blind_to_the_balance_of_groups() -> None:
@@ -122,9 +124,11 @@ def test_edges_of_sphere_and_plane_agree() -> None:
 def test_measures_take_an_objective_at_its_present_weights() -> None:
     f = cases.invariant()
     before = measures.sharpness(f)
-    assert before == measures.sharpness(Iterate(f, f.weights()))
+    assert before == measures.sharpness(Iterate(f, f.weights(), error=1e-3))
+    assert before == pytest.approx(measures.sharpness(Iterate(f, f.weights())), rel=1e-3)
     f.load(2 * f.weights())
-    assert measures.sharpness(f) == pytest.approx(before / 4, rel=SOLVER)
+    assert measures.sharpness(f, error=1e-9) == pytest.approx(measures.sharpness(f), rel=1e-3)
+    assert measures.sharpness(f) == pytest.approx(before / 4, rel=2e-3)
     it = Iterate(f, f.weights())
     assert Iterate.of(it) is it
 

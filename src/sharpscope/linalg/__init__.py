@@ -5,6 +5,7 @@ from .bounds import Comparison
 from .density import Density, density
 from .eigenpairs import Eigenpairs
 from .lanczos import both_ends, lanczos, smallest_eigenpairs
+from .largest import largest_eigenpair
 from .operators import SymmetricOperator, preconditioned, projected, restricted, scaled, shifted
 from .rightmost import Rightmost, rightmost
 from .trace import Estimate, diagonal, trace
@@ -23,6 +24,7 @@ __all__ = [
     "diagonal",
     "group_fractions",
     "lanczos",
+    "largest_eigenpair",
     "preconditioned",
     "projected",
     "restricted",

@@ -31,6 +31,7 @@ class Eigenpairs:
     num_gradients: float = math.nan  # cost of the products in gradients, where that of the operator is known
     memory: Memory | None = field(default=None, repr=False)
     confidence: float = CONFIDENCE
+    error: float = math.nan  # what the first value may lack, by an estimate, where there is one
 
     def __str__(self) -> str:
         rows = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
@@ -63,5 +64,6 @@ class Eigenpairs:
             residuals=c * self.residuals,
             upper=c * self.upper,
             floor=c * self.floor,
+            error=c * self.error,
             memory=None if self.memory is None else replace(self.memory, unit=c * self.memory.unit),
         )

@@ -24,6 +24,10 @@ from .eigenpairs import CONFIDENCE, Eigenpairs
 from .memory import POOL, Memory, Pool
 from .operators import SymmetricOperator, require_operator, scaled, without_autocast
 from .units import Unit
+from .vectors import DRAWN
+
+AT_FIRST = 24
+"""Rows that a basis has room for at first."""
 
 
 @without_autocast()
@@ -116,9 +120,9 @@ class _Krylov:
         self.a = self.unit.applied(a)
         self.columns = min(a.size, columns)  # most rows of the basis, beside a block that has just been found
         block, self.start = _start_block(a.like, k, seed)
-        self.v = a.like.new_empty((self.columns + k, a.size))
+        self.v = a.like.new_empty((min(self.columns, AT_FIRST) + k, a.size))  # grows as it is needed
         self.v[:k] = block.T
-        self.t = torch.zeros((len(self.v), len(self.v)), dtype=torch.float64)
+        self.t = torch.zeros((self.columns + k, self.columns + k), dtype=torch.float64)
         self.eps = torch.finfo(self.v.dtype).eps
         self.old, self.new = 0, k  # rows [0, old) were multiplied, rows [old, new) are the current block
         self.remainder = self.v[:k]  # the part of the last block's image outside the basis
@@ -164,6 +168,10 @@ class _Krylov:
             self.t[block, self.new : self.new + size] = ritz.coefficients[:size].T
             self.old = self.new
         self.new = self.old + size
+        if self.new > len(self.v):
+            grown = self.v.new_empty((min(2 * len(self.v), self.columns + size), self.a.size))
+            grown[: self.old] = self.v[: self.old]
+            self.v = grown
         self.v[self.old : self.new] = ritz.rows
 
     def restart(self, ritz: _Ritz, k: int, low: int) -> None:
@@ -174,7 +182,9 @@ class _Krylov:
         order = torch.cat([top, torch.arange(m - low, m), torch.arange(keep - low, m - low)])
         values, s, coupling = ritz.values[order], ritz.s[:, order], ritz.coupling[:size, order]
         self.start.restart(values.numpy(), s.numpy(), coupling.numpy(), keep)
-        self.v[:keep] = s[:, :keep].T.to(self.v) @ self.v[:m]
+        turn = s[:, :keep].T.to(self.v)
+        for part in self.v.split(DRAWN, dim=1):
+            part[:keep] = turn @ part[:m]
         self.t.zero_()
         self.t[:keep, :keep] = torch.diag(values[:keep])
         self.t[:keep, keep : keep + size] = coupling[:, :keep].T
@@ -219,7 +229,10 @@ class _Krylov:
 def _start_block(like: Tensor, k: int, seed: int) -> tuple[Tensor, RandomStart]:
     """Draw orthonormal columns ``(P, k)`` that span Gaussian ones, and express these in them."""
     generator = torch.Generator().manual_seed(seed)
-    q, r = torch.linalg.qr(torch.randn((like.numel(), k), generator=generator, dtype=torch.float64).to(like))
+    start = like.new_empty((like.numel(), k))
+    for part in start.split(max(1, DRAWN // k)):
+        part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64))
+    q, r = torch.linalg.qr(start)
     return q, RandomStart(r.double().cpu().numpy())
 
 

@@ -3,9 +3,11 @@
 P parameters, k eigenpairs.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +17,27 @@ from ..autodiff.expansion import Expansion
 from ..autodiff.objective import Objective, require_objective
 from ..errors import InvalidType, InvalidValue
 from ..linalg.eigenpairs import Eigenpairs
+from ..linalg.largest import largest_eigenpair
 from ..linalg.memory import Memory
 from ..linalg.operators import SymmetricOperator, preconditioned, restricted, shifted
 from ..linalg.rightmost import Rightmost, rightmost
+from ..linalg.vectors import length
 from ..linalg.warm_start import warm_started
 from ..optimizers.base import Stability, State, UpdateRule
 from ..symmetry.scale_groups import ScaleGroups, find_groups
 from ..symmetry.sphere import on_sphere
+
+ERROR = 1e-3
+"""Relative error of a largest eigenvalue where nothing else is wanted."""
+
+CERTIFIED = 1e-2
+"""Largest error of a value at which nothing is to be far above it, too; rougher ones are cheaper without that."""
+
+LONG = 2**20
+"""Number of parameters from which on a value alone is found without the memory for its vector."""
+
+NEARBY = 10.0
+"""Length of the directions of a start, relative to its random part, where one of them is that of an earlier Iterate."""
 
 
 def midpoint(before: Tensor, now: Tensor) -> Tensor:
@@ -35,7 +51,9 @@ def midpoint(before: Tensor, now: Tensor) -> Tensor:
 class Iterate:
     """A point of training: weights `w` ``(P,)`` of `objective`, reached by `rule` in `state` after `step` steps.
 
-    `k` and `rtol` are handed to the eigenvalue solver; `start` is the `memories` of an earlier Iterate.  `stability`
+    `k` and `rtol` are handed to the eigenvalue solver; `start` is the `memories` of an earlier Iterate.  With `error`,
+    and for k = 1, values are instead found to about this relative error by `largest_eigenpair`, from the gradient and
+    the `directions` of an earlier Iterate; if not `vectors`, without their vectors, in the least memory.  `stability`
     takes the place of the rule's own criterion, for an optimizer with several parameter groups (`stability_of`).
     """
 
@@ -49,16 +67,23 @@ class Iterate:
     rtol: float = 1e-4
     start: Mapping[str, Memory] = field(default_factory=dict)
     stability: Stability | None = None
+    error: float | None = None
+    directions: Mapping[str, Tensor] = field(default_factory=dict)
+    vectors: bool = True
 
     def __post_init__(self) -> None:
         require_objective(self.objective)
 
     @classmethod
-    def of(cls, at: "Objective | Iterate") -> "Iterate":
-        """Return the Iterate itself, or the one at an objective's present weights."""
+    def of(cls, at: "Objective | Iterate", error: float | None = None) -> "Iterate":
+        """Return the Iterate itself, or the one at an objective's present weights, with values to this error."""
         if not isinstance(at, Iterate | Objective):
             raise InvalidType(f"a {type(at).__name__} has no sharpness by itself; make an Objective(model, loss, data)")
-        return at if isinstance(at, Iterate) else cls(at, at.weights())
+        if error is not None and not error > 0:
+            raise InvalidValue(f"error={error}: give the relative error that is enough, such as 1e-3")
+        if isinstance(at, Iterate):
+            return at if error is None else replace(at, error=error)
+        return cls(at, at.weights(), error=ERROR if error is None else error, vectors=at.size < LONG)
 
     @cached_property
     def expansion(self) -> Expansion:
@@ -91,7 +116,7 @@ class Iterate:
     @cached_property
     def top(self) -> Eigenpairs:
         """Top eigenpairs of the Hessian, ``∇²L(w)``."""
-        return self._solve("top", self.hessian)
+        return self._solve("top", self.hessian, self.expansion.grad)
 
     @cached_property
     def rightmost(self) -> Rightmost:
@@ -138,7 +163,7 @@ class Iterate:
         metric, decay = self.criterion.metric.to(self.w), self.criterion.decay.to(self.w)
         if not self.criterion.uniform:
             a = shifted(preconditioned(self.hessian, metric), decay / metric)
-            return self._solve("effective_top", a)
+            return self._solve("effective_top", a, self.expansion.grad / metric.sqrt())
         top, m = self.top, (metric[0] if metric.dim() else metric).item()
         # One step length for all weights: the vectors of ∇²L serve, and D counts as they see it.
         seen = (decay.expand_as(self.w)[:, None] * top.vectors.square()).sum(dim=0)
@@ -148,9 +173,33 @@ class Iterate:
     def spherical_top(self) -> Eigenpairs:
         """Top eigenpairs of the Hessian in the jointly scale-invariant weights, at unit norm [N7]."""
         if self.scale_groups.covers(self.objective.size):
-            return self.top.scaled((self.w @ self.w).item())
+            return self.top.scaled(length(self.w) ** 2)
+        if (known := self._top_in_sphere()) is not None:
+            return known
         block = restricted(self.hessian, self.scale_groups.joint)
-        return self._solve("spherical_top", on_sphere(block, self.invariant))
+        return self._solve(
+            "spherical_top", on_sphere(block, self.invariant), self.expansion.grad[self.scale_groups.joint]
+        )
+
+    def _top_in_sphere(self) -> Eigenpairs | None:
+        """Take the pair of the Hessian for that of its block, where nearly all of its vector lies in the block.
+
+        With a fraction ε of u outside, ``λ1`` of the block is at most that of H, and less by about 3 ε of it at most.
+        """
+        if self.error is None or "top" not in self.__dict__ or self.top.vectors.numel() == 0:
+            return None
+        top, joint = self.top, self.scale_groups.joint
+        inside = top.vectors[joint]
+        size = length(inside[:, 0])
+        outside = max(1 - size**2, 0.0)
+        if outside > self.error / 10:
+            return None
+        value = top.values[0].item()
+        missing = 3 * outside * abs(value) + 2 * top.residuals[0].item() * outside**0.5
+        pairs = replace(
+            top, vectors=inside / size, floor=top.floor + missing, error=top.error + missing, num_matvecs=0, memory=None
+        )
+        return replace(pairs, num_gradients=0.0).scaled(length(self.invariant) ** 2)
 
     @cached_property
     def product_sphere_top(self) -> Eigenpairs:
@@ -162,14 +211,30 @@ class Iterate:
         for indices in groups.values():
             inverse_square[indices] = 1 / self.w[indices].square().sum()
         members = torch.cat(list(groups.values())).unique()
-        return self._solve("product_sphere_top", restricted(preconditioned(self.hessian, inverse_square), members))
+        a = restricted(preconditioned(self.hessian, inverse_square), members)
+        return self._solve("product_sphere_top", a, (self.expansion.grad * inverse_square.rsqrt())[members])
+
+    @property
+    def found(self) -> dict[str, Eigenpairs]:
+        """The pairs that were solved for so far, by the names of the problems."""
+        names = ("top", "effective_top", "spherical_top", "product_sphere_top")
+        return {name: self.__dict__[name] for name in names if name in self.__dict__}
 
     @property
     def memories(self) -> dict[str, Memory]:
         """Memories of the solvers that ran, to be the `start` of the next Iterate."""
-        names = ("top", "effective_top", "spherical_top", "product_sphere_top")
-        solved = {name: self.__dict__[name].memory for name in names if name in self.__dict__}
-        return {name: memory for name, memory in solved.items() if memory is not None}
+        return {name: pairs.memory for name, pairs in self.found.items() if pairs.memory is not None}
 
-    def _solve(self, name: str, a: SymmetricOperator) -> Eigenpairs:
-        return warm_started(a, self.start.get(name), min(self.k, a.size), rtol=self.rtol, seed=self.step)
+    def _solve(self, name: str, a: SymmetricOperator, toward: Tensor) -> Eigenpairs:
+        """Solve for the pairs of an operator; `toward` is the gradient in its coordinates."""
+        if self.error is None or self.k > 1:
+            return warm_started(a, self.start.get(name), min(self.k, a.size), rtol=self.rtol, seed=self.step)
+        options: dict[str, Any] = {"error": self.error, "vectors": self.vectors, "seed": self.step}
+        if self.error > CERTIFIED:
+            options["gap"] = math.inf
+        old = self.directions.get(name)
+        if old is not None and len(old) == a.size:
+            size = length(toward)
+            toward = old if size == 0 else torch.add(old, toward, alpha=1 / size)
+            options["weight"] = NEARBY
+        return largest_eigenpair(a, toward, **options)

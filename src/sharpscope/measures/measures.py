@@ -5,7 +5,8 @@ Each takes an `Iterate`, or an `Objective` (then at its model's present weights)
 
 from ..autodiff.objective import Objective
 from ..linalg.eigenpairs import Eigenpairs
-from .iterate import Iterate
+from ..linalg.vectors import length
+from .iterate import ERROR, Iterate
 
 
 def loss(at: Objective | Iterate) -> float:
@@ -15,12 +16,13 @@ def loss(at: Objective | Iterate) -> float:
 
 def radius(at: Objective | Iterate) -> float:
     """Norm of the jointly scale-invariant weights, ``‖w‖``."""
-    return Iterate.of(at).invariant.norm().item()
+    return length(Iterate.of(at).invariant)
 
 
-def sharpness(at: Objective | Iterate) -> float:
+def sharpness(at: Objective | Iterate, *, error: float | None = None) -> float:
     """Largest eigenvalue of the Hessian, ``λ1(∇²L(w))`` [N2].
 
+    Of an objective to a relative error of about 1e-3, or `error`; `top_eigenpairs` has the estimate and the bounds.
     It depends on the scale of normalized weights; `spherical_sharpness` does not.  Where gradients are stopped on the
     way there is no Hessian: then it is the largest real part of the eigenvalues of the Jacobian of the gradient.
 
@@ -30,27 +32,28 @@ def sharpness(at: Objective | Iterate) -> float:
     >>> round(sharpness(f), 4)  # ∇²L = 2 x xᵀ with x = (1, 1)
     4.0
     """
-    it = Iterate.of(at)
+    it = Iterate.of(at, error)
     return it.top.values[0].item() if it.objective.follows_gradient else it.rightmost.value.real
 
 
-def spherical_sharpness(at: Objective | Iterate) -> float:
+def spherical_sharpness(at: Objective | Iterate, *, error: float | None = None) -> float:
     """Sharpness at unit norm: ``λ1`` of the Hessian in the jointly scale-invariant weights at w/‖w‖ [N7].
 
-    (Lyu, Li & Arora 2022, arXiv 2206.07085.)
+    (Lyu, Li & Arora 2022, arXiv 2206.07085.)  `error` is that of `sharpness`.
 
     Raises:
         ValueError: no weights are scale-invariant.
     """
-    return Iterate.of(at).spherical_top.values[0].item()
+    return Iterate.of(at, error).spherical_top.values[0].item()
 
 
-def product_sphere_sharpness(at: Objective | Iterate) -> float:
+def product_sphere_sharpness(at: Objective | Iterate, *, error: float | None = None) -> float:
     """Sharpness with every invariant group at unit norm: ``λ1(Δ H Δ)``, Δ = diag(‖w_g‖) [N12].
 
-    Unlike `spherical_sharpness` it does not change when groups are rescaled against each other.
+    Unlike `spherical_sharpness` it does not change when groups are rescaled against each other.  `error` is that of
+    `sharpness`.
     """
-    return Iterate.of(at).product_sphere_top.values[0].item()
+    return Iterate.of(at, error).product_sphere_top.values[0].item()
 
 
 def effective_learning_rate(at: Objective | Iterate) -> float:
@@ -78,7 +81,15 @@ def stability_ratio(at: Objective | Iterate) -> float:
     return it.effective_top.values[0].item() if threshold is None else sharpness(it) / threshold
 
 
-def top_eigenpairs(at: Objective | Iterate, k: int = 1) -> Eigenpairs:
-    """Compute the k largest eigenpairs of ``∇²L(w)``, with residuals [N4]."""
+def top_eigenpairs(
+    at: Objective | Iterate, k: int = 1, *, error: float = ERROR, rtol: float | None = None
+) -> Eigenpairs:
+    """Compute the k largest eigenpairs of ``∇²L(w)``, with what is known of their errors [N4].
+
+    One pair is found to a relative error of the value of about `error`, which its estimate says; with `rtol`, and for
+    more pairs (there 1e-4 by default), residuals are at most `rtol` of the largest eigenvalue in magnitude.
+    """
     it = Iterate.of(at)
-    return Iterate(it.objective, it.w, k=k, rtol=it.rtol, start=it.start).top
+    if rtol is not None or k > 1:
+        return Iterate(it.objective, it.w, k=k, rtol=rtol or it.rtol, start=it.start).top
+    return Iterate(it.objective, it.w, error=error).top

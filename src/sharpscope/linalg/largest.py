@@ -1,0 +1,310 @@
+"""The largest eigenvalue alone, from one Krylov space, stopped when the error of the value is small enough.
+
+An eigenvalue converges like the square of its vector.  With θ the largest Ritz value, r its residual and θ' the next
+one, ``r²/(θ - θ')`` estimates what θ lacks, so that a residual of a few percent is enough for a value to three digits,
+where `lanczos` goes on until the vector is good and nothing larger is likely to exist.
+
+The start is Gaussian plus a vector that points to what is looked for, such as the gradient, at the same length.  For a
+bound from above the start may be shifted: by Anderson's inequality a shift that does not depend on the random numbers
+lowers ``P(|uᵀ start| < δ)``, so that the bound of `bounds` is true with the Gaussian's own δ.
+
+Vectors are orthogonalized against the two before them.  That is enough until a Ritz pair has converged to about √eps
+(Paige): only then the whole basis is gone through, or, where none is kept, is the bound from above given up.
+
+P parameters, m rows in the basis.
+"""
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import InvalidValue, NotConverged, NotFinite
+from .bounds import RandomStart
+from .eigenpairs import CONFIDENCE, Eigenpairs
+from .operators import SymmetricOperator, require_operator, without_autocast
+from .units import Unit
+from .vectors import DRAWN, dot, gaussian, length
+
+Matrix = NDArray[np.float64]
+
+ROOM = 2**30
+"""Bytes that a basis may take by default."""
+
+FEWEST, MOST = 8, 96
+"""Rows of the smallest and the largest basis that is kept."""
+
+BLOCK = 8
+"""Rows of the basis that are allocated at once."""
+
+LOOSEST = 0.3
+"""Largest residual, relative to the largest magnitude of a Ritz value, with which an estimate is believed."""
+
+PRUDENCE = 0.3
+"""Part of the error that is allowed at which the estimate stops the solver."""
+
+LIKELY = 0.95
+"""Probability with which nothing may be far above the answer before it is given."""
+
+FAR = 0.25
+"""Distance above the answer, relative to it, that is far."""
+
+SMALL = 1e-3
+"""Size of the largest eigenvalue, relative to the largest in magnitude, from which on errors are relative to it."""
+
+
+@without_autocast()
+def largest_eigenpair(
+    a: SymmetricOperator,
+    toward: Tensor | None = None,
+    *,
+    error: float = 1e-3,
+    weight: float = 1.0,
+    gap: float = FAR,
+    vectors: bool = True,
+    basis: int | None = None,
+    max_matvecs: int = 400,
+    seed: int = 0,
+) -> Eigenpairs:
+    """Find the largest eigenvalue of `a` to a relative error of about `error`, from one Krylov space [N4].
+
+    The error is an estimate: of eigenvalues near the largest one, another may be found where the start hardly sees it.
+    How far above the answer λ1 may be at most is `upper`.
+
+    Args:
+        toward: a vector ``(P,)`` that may have a part along the eigenvector, such as the gradient.
+        error: estimated error of the value, relative to it, at which to stop.  A value that is smaller than a
+            thousandth of the largest in magnitude is found to this part of that thousandth.
+        weight: length of `toward` in the start, relative to its random part.
+        gap: distance above the value, relative to the same, at which there is to be nothing with probability `LIKELY`.
+        vectors: whether the vector is wanted, too; without it three vectors of memory are enough.
+        basis: rows in memory before a restart keeps only the best of them; by default as many as `ROOM` bytes hold.
+        max_matvecs: products allowed.
+        seed: of the random start; torch's global generator is not used.
+
+    Raises:
+        NotConverged: with the estimate reached.
+        NotFinite: a ValueError, for an operator whose products are not finite.
+    """
+    require_operator(a)
+    if not error > 0:
+        raise InvalidValue(f"error={error}: give the relative error that is enough, such as 1e-3")
+    if toward is not None and toward.shape != a.like.shape:
+        raise InvalidValue(f"a start of shape {tuple(toward.shape)} for an operator of size {a.size}; give ({a.size},)")
+    unit = Unit()
+    space = _Krylov(unit.applied(a), toward, weight, _rows(a.like, basis) if vectors else 0, seed)
+    while True:
+        space.multiply()
+        ritz = space.ritz()
+        if space.done(ritz, error, gap):
+            return replace(space.answer(ritz), num_gradients=space.products * a.cost).scaled(unit.size)
+        if space.products >= max_matvecs:
+            raise NotConverged(
+                f"λ1 = {unit.size * ritz.values[0]:.6g} is known to about {unit.size * ritz.error:.2g} after"
+                f" {space.products} products, not to {error:g} of it; raise max_matvecs or error"
+            )
+        space.extend(ritz)
+
+
+def _rows(like: Tensor, basis: int | None) -> int:
+    """Count the rows of a basis that is kept, at least `FEWEST`."""
+    fitting = ROOM // (like.numel() * like.element_size()) if basis is None else basis
+    return min(max(fitting, FEWEST), MOST)
+
+
+class _Ritz(NamedTuple):
+    """Ritz values, largest first, with the vectors of T and the residuals; and what the first one may lack."""
+
+    values: Matrix  # (m,)
+    s: Matrix  # (m, m)
+    residuals: Matrix  # (m,)
+    scale: float  # the largest magnitude of a value
+    error: float  # estimated, of the first value
+
+
+class _Krylov:
+    """A Krylov space from one vector: orthonormal rows, of which the last is about to be multiplied, and T = V A Vᵀ.
+
+    With `most` = 0 only the last two rows are kept.
+    """
+
+    def __init__(self, a: SymmetricOperator, toward: Tensor | None, weight: float, most: int, seed: int) -> None:
+        self.a = a
+        start = gaussian(a.like, seed)
+        if toward is not None and 0 < (size := length(toward)) < math.inf:
+            start.add_(toward, alpha=weight * length(start) / size)
+        size = length(start)
+        self.start = RandomStart(np.array([[size]]))
+        self.basis = _Basis(a.like, min(most, a.size)) if most else None
+        self.row = self._place(start.div_(size))
+        self.before: Tensor | None = None  # the row before it, unless a restart is between
+        self.coupling = np.zeros(0)  # the part of A row along each row before it
+        self.t = np.zeros((0, 0))
+        self.remainder = start  # of the last product outside the space, and its length
+        self.beta = 0.0
+        self.products = 0
+        self.asymmetry = 0.0
+        self.eps = torch.finfo(a.like.dtype).eps
+        self.loss = np.zeros(0)  # estimated products of the last row with those before it
+        self.loss_before = np.zeros(0)  # and of the row before it
+        self.due = 0  # rows, from the next one on, that are orthogonalized against the whole basis
+        self.bounded = True  # whether the space is orthogonal enough for a bound from above
+
+    def _place(self, v: Tensor) -> Tensor:
+        if self.basis is None:
+            return v
+        return self.basis.next().copy_(v)
+
+    def multiply(self) -> None:
+        """Multiply the last row, and split the image into its part in the space and the remainder."""
+        v = self.row
+        image = self.a.matvec(v)
+        self.products += 1
+        alpha = dot(v, image)
+        w = torch.sub(image, v, alpha=alpha)
+        del image
+        if self.before is not None:
+            found = dot(self.before, w)
+            self.asymmetry = max(self.asymmetry, abs(found - self.coupling[-1]))
+            w.sub_(self.before, alpha=found)
+        self.beta = length(w)
+        loss = self._coming_loss(alpha)
+        if self.due == 0 and float(np.abs(loss).max(initial=0.0)) > self.eps**0.5 / 2:
+            self.due = 2
+            self.bounded = self.basis is not None
+        if self.due and self.basis is not None:
+            self.basis.remove(w)
+            self.beta = length(w)
+            self.due -= 1
+            loss = np.full_like(loss, 2 * self.eps)
+        if not math.isfinite(alpha) or not math.isfinite(self.beta):
+            raise NotFinite("a product with the operator is not finite: its curvature is not defined at these weights")
+        self.t = np.block([[self.t, self.coupling[:, None]], [self.coupling[None], np.array([[alpha]])]])
+        self.remainder = w
+        self.loss, self.loss_before = loss, np.append(self.loss, 1.0)
+
+    def _coming_loss(self, alpha: float) -> Matrix:
+        """Estimate the products of the next row with all rows so far, as rounding grows in the recurrence (Simon)."""
+        rows = len(self.t)
+        if rows == 0 or self.beta == 0:
+            return np.full(rows + 1, self.eps)
+        now = self.loss  # with rows before the last one
+        turned = self.t @ now - alpha * now
+        if self.before is not None:
+            turned += self.coupling - self.coupling[-1] * self.loss_before
+        scale = max(float(np.abs(self.t).max()), abs(alpha), self.beta)
+        grown = turned / self.beta
+        noise = 2 * self.eps * scale + self.asymmetry
+        return np.append(grown + np.copysign(noise / self.beta, grown), self.eps)
+
+    def ritz(self) -> _Ritz:
+        """Diagonalize T; residuals follow from the remainder."""
+        values, s = np.linalg.eigh(self.t)
+        values, s = values[::-1], s[:, ::-1]
+        scale = float(np.abs(values).max())
+        residuals = self.beta * np.abs(s[-1])
+        r, gap = residuals[0], values[0] - values[min(1, len(values) - 1)]
+        return _Ritz(values, s, residuals, scale, float(min(r, r * r / gap) if gap > 0 else r))
+
+    def done(self, ritz: _Ritz, error: float, gap: float) -> bool:
+        """Say whether the estimate is small enough, and nothing is likely to be far above; or the space complete."""
+        if self._complete(ritz):
+            return True
+        size = max(abs(ritz.values[0]), SMALL * ritz.scale)
+        allowed = max(PRUDENCE * error * size, 8 * self.eps * ritz.scale)
+        if len(ritz.values) < 3 or ritz.residuals[0] > LOOSEST * ritz.scale or ritz.error > allowed:
+            return False
+        return gap == math.inf or not self.bounded or self._upper(ritz, 1 - LIKELY) <= ritz.values[0] + gap * size
+
+    def _complete(self, ritz: _Ritz) -> bool:
+        return self.beta <= 32 * self.eps * ritz.scale or len(ritz.values) == self.a.size
+
+    def _upper(self, ritz: _Ritz, p: float) -> float:
+        coupling = self.beta * ritz.s[-1:]
+        return self.start.upper(ritz.values, ritz.s, coupling, p, ritz.scale)
+
+    def extend(self, ritz: _Ritz) -> None:
+        """Take the remainder into the space, after a restart where there is no room for it."""
+        coupling = self.beta * ritz.s[-1]
+        if self.basis is not None and self.basis.size == self.basis.most:
+            keep = self.basis.most // 2
+            self.start.restart(ritz.values, ritz.s, coupling[None], keep)
+            self.basis.keep(ritz.s[:, :keep].T)
+            self.t, self.coupling, self.before = np.diag(ritz.values[:keep]), coupling[:keep], None
+            self.loss, self.due = np.full(keep, self.eps), 2
+        else:
+            self.coupling = np.append(np.zeros(len(self.t) - 1), self.beta)
+            self.before = self.row
+        self.row = self._place(self.remainder.div_(self.beta))
+
+    def answer(self, ritz: _Ritz) -> Eigenpairs:
+        """Form the first pair, with its bounds."""
+        like = self.a.like
+        floor = max(self.asymmetry, 16 * self.eps * ritz.scale)
+        vectors = like.new_empty((like.numel(), 0))
+        if self.basis is not None:
+            vectors = self.basis.combined(ritz.s[:, :1].T).T
+        return Eigenpairs(
+            like.new_tensor(ritz.values[:1].copy()),
+            vectors,
+            like.new_tensor(ritz.residuals[:1].copy()),
+            self.products,
+            upper=self._upper(ritz, 1 - CONFIDENCE) + floor if self.bounded else math.inf,
+            floor=floor,
+            error=ritz.error,
+        )
+
+
+class _Basis:
+    """Up to `most` rows of length P, allocated a block at a time."""
+
+    def __init__(self, like: Tensor, most: int) -> None:
+        self.like = like
+        self.most = most
+        self.size = 0
+        self.blocks: list[Tensor] = []
+
+    def next(self) -> Tensor:
+        """Return the place of the next row ``(P,)``."""
+        block, row = divmod(self.size, BLOCK)
+        if block == len(self.blocks):
+            self.blocks.append(self.like.new_empty((min(BLOCK, self.most - self.size), self.like.numel())))
+        self.size += 1
+        return self.blocks[block][row]
+
+    def components(self, v: Tensor) -> Tensor:
+        """Multiply all rows with a vector, ``(m,)``."""
+        return torch.cat([torch.mv(rows, v) for rows in self._rows()])
+
+    def remove(self, v: Tensor) -> Tensor:
+        """Remove the span of the rows from `v`, in place; return the components that it had."""
+        found = self.components(v)
+        for rows, part in zip(self._rows(), found.split(BLOCK), strict=True):
+            v.addmv_(rows.T, part, alpha=-1)
+        return found
+
+    def combined(self, s: Matrix) -> Tensor:
+        """Combine the rows with coefficients ``(j, m)`` to ``(j, P)``."""
+        out = self.like.new_zeros((len(s), self.like.numel()))
+        for i, rows in enumerate(self._rows()):
+            out.addmm_(torch.from_numpy(s[:, BLOCK * i : BLOCK * i + len(rows)].copy()).to(rows), rows)
+        return out
+
+    def keep(self, s: Matrix) -> None:
+        """Replace the rows by combinations of them with coefficients ``(j, m)``, in place."""
+        turn = torch.from_numpy(s.copy()).to(self.like)
+        for start in range(0, self.like.numel(), DRAWN):
+            part = slice(start, start + DRAWN)
+            new = turn @ torch.cat([rows[:, part] for rows in self._rows()])
+            for i, rows in enumerate(self._rows()):
+                count = len(new) - BLOCK * i
+                if count > 0:
+                    rows[:count, part] = new[BLOCK * i : BLOCK * i + BLOCK]
+        self.size = len(s)
+
+    def _rows(self) -> list[Tensor]:
+        return [rows[: self.size - BLOCK * i] for i, rows in enumerate(self.blocks) if self.size > BLOCK * i]

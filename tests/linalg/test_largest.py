@@ -1,0 +1,158 @@
+"""The largest eigenvalue from one Krylov space: its error, its bounds and its memory, on matrices of known spectra."""
+
+import math
+
+import pytest
+import torch
+from problems import DTYPE
+from test_lanczos import SPECTRA, line
+from torch import Tensor
+
+from sharpscope.errors import InvalidValue, NotConverged, NotFinite
+from sharpscope.linalg import SymmetricOperator
+from sharpscope.linalg.largest import largest_eigenpair
+from sharpscope.linalg.vectors import dot, gaussian, length
+
+SEEDS = range(20)
+
+
+def rotated(values: Tensor, seed: int = 0) -> tuple[SymmetricOperator, Tensor]:
+    """An operator with these eigenvalues in a random orthonormal basis, which is returned as columns."""
+    n = len(values)
+    q, _ = torch.linalg.qr(torch.randn((n, n), generator=torch.Generator().manual_seed(seed), dtype=values.dtype))
+    matrix = q @ torch.diag(values) @ q.T
+    return SymmetricOperator(lambda v: matrix @ v, values), q
+
+
+def diagonal(values: Tensor) -> SymmetricOperator:
+    return SymmetricOperator(lambda v: values * v, values)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_values_are_right_to_the_error_and_lie_between_their_bounds(name: str) -> None:
+    values = SPECTRA[name]
+    a, _ = rotated(values)
+    truth, size = values.max().item(), values.abs().max().item()
+    right = 0
+    for seed in SEEDS:
+        found = largest_eigenpair(a, seed=seed)
+        value = found.values.item()
+        right += abs(value - truth) <= 1e-3 * max(abs(truth), 1e-3 * size)
+        assert found.lower.item() <= truth <= found.upper, seed
+        v = found.vectors[:, 0]
+        residual = (a @ v - value * v).norm().item()
+        assert v.norm().item() == pytest.approx(1, abs=1e-6)
+        assert residual == pytest.approx(found.residuals.item(), abs=1e-6 * size + 1e-300)
+    assert right >= len(SEEDS) - 1  # of two eigenvalues 1 % apart it may be the second, where the start is unlucky
+
+
+@pytest.mark.parametrize("name", [name for name in SPECTRA if "tight" not in name])
+def test_a_smaller_error_is_reached_and_not_above_its_estimate(name: str) -> None:
+    values = SPECTRA[name]
+    a, _ = rotated(values)
+    found = largest_eigenpair(a, error=1e-9)
+    truth, size = values.max().item(), values.abs().max().item()
+    assert found.values.item() == pytest.approx(truth, abs=1e-9 * size + 1e-300)
+    assert abs(found.values.item() - truth) <= found.error + found.floor
+
+
+@pytest.mark.parametrize("name", ["even", "outliers over a bulk", "a tight cluster on top", "large negative end"])
+def test_few_rows_and_none_give_the_same_value(name: str) -> None:
+    values = SPECTRA[name]
+    a, _ = rotated(values)
+    whole = largest_eigenpair(a)
+    few = largest_eigenpair(a, basis=8)
+    none = largest_eigenpair(a, vectors=False)
+    assert none.vectors.shape == (len(values), 0)
+    for found in (few, none):
+        assert found.values.item() == pytest.approx(whole.values.item(), abs=2e-3 * values.abs().max().item())
+        assert found.lower.item() <= values.max().item() <= found.upper
+
+
+def test_the_start_points_to_the_gradient() -> None:
+    values = torch.cat([line(0, 1, 400), torch.tensor([1.2], dtype=DTYPE)])
+    a, q = rotated(values)
+    toward = q[:, -1] + 0.1 * q[:, 5]
+    helped, alone = largest_eigenpair(a, toward), largest_eigenpair(a)
+    assert helped.num_matvecs < alone.num_matvecs
+    misled = largest_eigenpair(a, q[:, 3])  # a vector without any part along the eigenvector does no harm
+    assert misled.values.item() == pytest.approx(1.2, rel=1e-3)
+
+
+def test_the_bound_from_above_is_as_likely_as_it_says_with_a_shifted_start() -> None:
+    """An eigenvector that the shift does not see, above a value that converges at once: only chance can tell."""
+    values = torch.cat([torch.tensor([1.0, 1.5], dtype=DTYPE), torch.zeros(300, dtype=DTYPE)])
+    a, q = rotated(values)
+    below = sum(largest_eigenpair(a, q[:, 0], gap=math.inf, seed=seed).upper < 1.5 for seed in range(400))
+    assert below <= 4  # of 400, where .4 are expected of a bound that is true with .999
+
+
+def test_a_rough_value_without_a_certificate_takes_fewer_products() -> None:
+    values = torch.cat([line(0, 1, 400), torch.tensor([3.0], dtype=DTYPE)])
+    a, q = rotated(values)
+    rough = largest_eigenpair(a, q[:, -1], error=3e-2, gap=math.inf)
+    assert rough.values.item() == pytest.approx(3, rel=3e-2)
+    assert rough.num_matvecs <= 4
+
+
+def test_rows_stay_orthogonal_enough_in_single_precision() -> None:
+    """Of a long vector: converged pairs at both ends make a recurrence of three vectors lose its orthogonality."""
+    n = 300_000
+    values = torch.rand(n, generator=torch.Generator().manual_seed(0)) * 0.5
+    values[:4] = torch.tensor([1.0, 0.99, -2.0, -1.9])
+    found = largest_eigenpair(diagonal(values), error=1e-6)
+    assert found.values.item() == pytest.approx(1, rel=1e-5)
+    assert length(found.vectors[:, 0]) == pytest.approx(1, rel=1e-3)
+    assert found.lower.item() <= 1 <= found.upper
+
+
+def test_memory_grows_with_the_products_and_stays_at_three_vectors_without_a_vector() -> None:
+    n = 200_000
+    values = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    values[0] = 1.5
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as p:
+        largest_eigenpair(diagonal(values), vectors=False)
+    now, most = 0, 0
+    for event in p.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    assert most <= 5.1 * 4 * n  # two rows, a product, what is left of it, and one being scaled
+
+
+def test_no_convergence_and_products_that_are_not_finite() -> None:
+    values = line(0, 1, 300)
+    with pytest.raises(NotConverged, match="raise max_matvecs or error"):
+        largest_eigenpair(diagonal(values), error=1e-9, max_matvecs=5)
+    with pytest.raises(NotFinite):
+        largest_eigenpair(SymmetricOperator(lambda v: math.nan * v, values))
+
+
+def test_the_global_generator_is_not_touched_and_units_do_not_matter() -> None:
+    values = SPECTRA["outliers over a bulk"]
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    found = largest_eigenpair(diagonal(values))
+    assert torch.equal(before, torch.random.get_rng_state())
+    scaled = largest_eigenpair(diagonal(2.0**-300 * values))
+    assert scaled.values.item() == 2.0**-300 * found.values.item()
+    assert scaled.upper == 2.0**-300 * found.upper
+
+
+def test_products_and_lengths_of_long_vectors_are_right_to_rounding() -> None:
+    v = torch.randn(3_000_000, generator=torch.Generator().manual_seed(0))
+    truth = torch.dot(v.double(), v.double()).item()
+    assert dot(v, v) == pytest.approx(truth, rel=1e-6)
+    assert length(v) == pytest.approx(truth**0.5, rel=1e-6)
+    assert length(1e-30 * v) == pytest.approx(1e-30 * truth**0.5, rel=1e-5)
+    assert length(torch.zeros(3)) == 0
+    like = torch.zeros(2_000_000)
+    assert torch.equal(gaussian(like, 3), gaussian(like, 3)) and abs(gaussian(like, 3).mean().item()) < 1e-2
+
+
+def test_arguments_without_sense() -> None:
+    a = diagonal(line(0, 1, 10))
+    with pytest.raises(InvalidValue, match="error"):
+        largest_eigenpair(a, error=0)
+    with pytest.raises(InvalidValue, match="shape"):
+        largest_eigenpair(a, torch.ones(3, dtype=DTYPE))
