@@ -17,7 +17,7 @@ ALL := runs/all
 help:
 	@echo "make demo      run the quick study of Lyu et al. (2022) and write its report to $(DEMO)"
 	@echo "make test      run the tests (those of the report page need Chromium)"
-	@echo "make bench     compare with other packages (15 minutes; QUICK=1: 3), writes benchmarks/RESULTS.md (runs/ if quick)"
+	@echo "make bench     compare with other packages (an hour or more; QUICK=1: half of it), writes benchmarks/RESULTS.md (runs/ if quick)"
 	@echo "make overhead  what the monitor costs at three budgets (6 minutes), writes benchmarks/OVERHEAD.md"
 	@echo "make sweeps    what runs side by side save (3 minutes), writes benchmarks/SWEEPS.md"
 	@echo "make gallery   write docs/gallery.md from a finished \`sharpscope run all\` (ALL=its directory, $(ALL))"

@@ -6,9 +6,10 @@ step.  `count(n)` is told of every product.  Those that can start from the last 
 """
 
 import functools
+import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import curvlinops
@@ -16,6 +17,7 @@ import hessian_eigenthings as he
 import numpy as np
 import pyhessian
 import torch
+from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
@@ -29,11 +31,16 @@ Make = Callable[..., Measure]
 
 
 def sharpscope(p: Problem, model: nn.Module, count: Count, **settings: Any) -> Measure:
-    """Ours, with nothing known beforehand."""
-    f = ss.Objective(model, p.loss, [(p.x, p.y)])
+    """Ours, with nothing known beforehand; with `settings`, its solver with these."""
+    return _ours(ss.Objective(model, p.loss, [(p.x, p.y)]), count, settings)
 
+
+def _ours(f: ss.Objective, count: Count, settings: dict[str, Any]) -> Measure:
     def measure(seed: int) -> float:
-        pairs = ss.linalg.lanczos(ss.hessian(f, f.weights()), k=1, seed=seed, **settings)
+        if settings:
+            pairs = ss.linalg.lanczos(ss.hessian(f, f.weights()), k=1, seed=seed, **settings)
+        else:
+            pairs = ss.top_eigenpairs(f)
         count(pairs.num_matvecs)
         return pairs.values[0].item()
 
@@ -50,14 +57,7 @@ def fastest(p: Problem) -> tuple[ss.Objective, float]:
 
 def sharpscope_tuned(p: Problem, model: nn.Module, count: Count, **settings: Any) -> Measure:
     """Ours with nothing known but the objective that ``tune`` found earlier."""
-    f, _ = fastest(p)
-
-    def measure(seed: int) -> float:
-        pairs = ss.linalg.lanczos(ss.hessian(f, f.weights()), k=1, seed=seed, **settings)
-        count(pairs.num_matvecs)
-        return pairs.values[0].item()
-
-    return measure
+    return _ours(fastest(p)[0], count, settings)
 
 
 def sharpscope_tracked(p: Problem, model: nn.Module, count: Count, *, tune: bool = False) -> Measure:
@@ -170,6 +170,46 @@ def arpack_kept(p: Problem, model: nn.Module, count: Count, *, warm: bool = Fals
         return _linear(lambda v: _vjp(slope, params, v), p, count)
 
     return _arpack(operator, p, warm, settings)
+
+
+def limit(p: Problem, model: nn.Module, count: Count, *, products: int, start: int) -> Measure:
+    """The least that is possible on a kept graph: Lanczos from the best `start`, with no product too many."""
+
+    def measure(seed: int) -> float:
+        value = next(itertools.islice(_ritz_values(p, model, start), products - 1, None))
+        count(products)
+        return value
+
+    return measure
+
+
+def fewest_products(p: Problem, model: nn.Module, exact: float, right: float, starts: int) -> dict[str, int]:
+    """Settings of `limit`: the start, of some, from which Lanczos needs the fewest products to be `right`."""
+    found = []
+    for start in range(starts):
+        least = min((n for n, _ in found), default=200)
+        for n, value in enumerate(itertools.islice(_ritz_values(p, model, start), least), 1):
+            if abs(value / exact - 1) <= right:
+                found.append((n, start))
+                break
+    products, start = min(found, default=(200, 0))
+    return {"products": products, "start": start}
+
+
+def _ritz_values(p: Problem, model: nn.Module, start: int) -> Iterator[float]:
+    """Yield the largest Ritz value after each product of Lanczos' three-term recurrence."""
+    params = list(model.parameters())
+    slope = torch.autograd.grad(p.loss(model(p.x), p.y), params, create_graph=True)
+    q = torch.randn(p.size, generator=torch.Generator().manual_seed(start), dtype=p.dtype)
+    q /= q.norm()
+    last, diagonal, beside = torch.zeros_like(q), list[float](), list[float]()
+    while True:
+        image = _vjp(slope, params, q)
+        diagonal.append((image @ q).item())
+        yield float(eigh_tridiagonal(diagonal, beside, eigvals_only=True)[-1])
+        image.sub_(q, alpha=diagonal[-1]).sub_(last, alpha=beside[-1] if beside else 0.0)
+        beside.append(image.norm().item())
+        last, q = q, image.div_(beside[-1])
 
 
 def _vjp(slope: tuple[Tensor, ...], params: list[nn.Parameter], v: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """The networks that are measured, and the points of their training at which they are.
 
-Three ordinary problems (batch, group and layer normalization; squares and cross-entropy) and one in which several
-eigenvalues crowd around 2/lr.  Each is trained by full-batch gradient descent from a seed, and measured at the start,
-half-way, and at the edge of stability.
+Three ordinary problems (batch, group and layer normalization; squares and cross-entropy), four larger ones up to thirty
+million weights, and one in which several eigenvalues crowd around 2/lr.  Each is trained by full-batch gradient descent
+from a seed, and measured at the start, half-way, and at the edge of stability; the largest after a few steps.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,7 @@ class Problem:
     lr: float
     wd: float
     stages: dict[str, int]
+    large: bool = False  # where a gradient takes seconds, so that less is measured, and peers have a limit
     twin: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
@@ -145,7 +148,9 @@ def in_float64(problem: Problem) -> Problem:
     double.model.double()
     x = double.x.double() if double.x.is_floating_point() else double.x
     y = double.y.double() if double.y.is_floating_point() else double.y
-    return Problem(double.name, double.about, double.model, double.loss, x, y, double.lr, double.wd, double.stages)
+    return Problem(
+        double.name, double.about, double.model, double.loss, x, y, double.lr, double.wd, double.stages, double.large
+    )
 
 
 def bn_mlp() -> Problem:
@@ -156,7 +161,7 @@ def bn_mlp() -> Problem:
     return Problem("BN MLP", about, nets.digits_mlp("BN", 0), HalfSquares(), data.x, data.y, 0.2, 5e-4, stages)
 
 
-def gn_conv() -> Problem:
+def gn_conv(name: str = "GN conv", widths: tuple[int, int, int] = (24, 48, 64), lr: float = 0.008) -> Problem:
     """Three convolutions of stride 2 on colored digits of 32×32 pixels, group normalization, float32."""
     torch.manual_seed(0)
     data = digits(48, 1)
@@ -166,52 +171,79 @@ def gn_conv() -> Problem:
     def layer(c: int, d: int) -> list[nn.Module]:
         return [nn.Conv2d(c, d, 3, stride=2, padding=1), nn.GroupNorm(4, d), nn.GELU()]
 
-    net = nn.Sequential(*layer(3, 24), *layer(24, 48), *layer(48, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    net.append(nn.Linear(64, 10))
+    channels = (3, *widths)
+    layers = [m for c, d in itertools.pairwise(channels) for m in layer(c, d)]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
     stages = {"start": 0, "half-way": 60, "edge": 120}
     about = "3 convolutions, group normalization, 48 images 3×32×32, cross-entropy"
-    return Problem("GN conv", about, net, nn.CrossEntropyLoss(), x, data.labels, 0.008, 0.0, stages)
+    return Problem(name, about, net, nn.CrossEntropyLoss(), x, data.labels, lr, 0.0, stages)
 
 
 class Block(nn.Module):
     """Attention and a hidden layer, each behind a layer normalization and added to what came in."""
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, causal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.before(x)).chunk(3, 2))
-        x = x + self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        attended = scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.down(nn.functional.gelu(self.up(self.between(x))))
 
 
 class Transformer(nn.Module):
-    """Two blocks on embedded tokens; classes are read from the mean over positions."""
+    """Blocks on embedded tokens; classes are read from the mean over positions, or the next token from each."""
 
-    def __init__(self, tokens: int, length: int, classes: int, width: int = 48) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        length: int,
+        classes: int,
+        *,
+        width: int = 48,
+        hidden: int = 128,
+        depth: int = 2,
+        causal: bool = False,
+    ) -> None:
         super().__init__()
+        self.causal = causal
         self.embed = nn.Embedding(tokens, width)
         self.position = nn.Parameter(0.1 * torch.randn(length, width))
-        self.blocks = nn.Sequential(*(Block(width, 4, 128) for _ in range(2)))
+        self.blocks = nn.Sequential(*(Block(width, 4, hidden, causal) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.embed(tokens) + self.position)).mean(1))
+        x = self.norm(self.blocks(self.embed(tokens) + self.position))
+        return self.head(x).flatten(0, 1) if self.causal else self.head(x.mean(1))
 
 
-def ln_transformer() -> Problem:
-    """64 sequences of 16 tokens; the class is which of four letters comes most often, float32."""
+def ln_transformer(
+    name: str = "LN transformer", sequences: int = 64, lr: float = 0.15, large: bool = False, **sizes: int
+) -> Problem:
+    """Sequences of 16 tokens; the class is which of four letters comes most often, float32."""
     torch.manual_seed(0)
-    x = torch.randint(16, (64, 16))
+    x = torch.randint(16, (sequences, 16))
     y = nn.functional.one_hot(x % 4, 4).sum(1).argmax(1)
     stages = {"start": 0, "half-way": 25, "edge": 45}
-    about = "2 blocks, layer normalization, fused attention, 64 sequences of 16 tokens, cross-entropy"
-    net = Transformer(16, 16, 4)
-    return Problem("LN transformer", about, net, nn.CrossEntropyLoss(), x, y, 0.15, 0.0, stages)
+    depth = sizes.get("depth", 2)
+    about = f"{depth} blocks, layer normalization, fused attention, {sequences} sequences of 16 tokens, cross-entropy"
+    net = Transformer(16, 16, 4, **sizes)
+    return Problem(name, about, net, nn.CrossEntropyLoss(), x, y, lr, 0.0, {"edge": 4} if large else stages, large)
+
+
+def language_model() -> Problem:
+    """Four sequences of 32 random tokens of 4096, each of which is predicted from those before, float32."""
+    torch.manual_seed(0)
+    x = torch.randint(4096, (4, 33))
+    net = Transformer(4096, 32, 4096, width=480, hidden=1920, depth=9, causal=True)
+    about = "causal transformer of 9 blocks, layer normalization, fused attention, 4 sequences of 32 tokens"
+    loss, y = nn.CrossEntropyLoss(), x[:, 1:].flatten()
+    return Problem("language model 29M", about, net, loss, x[:, :-1], y, 0.1, 0.0, {"edge": 4}, large=True)
 
 
 def crowded() -> Problem:
@@ -224,4 +256,12 @@ def crowded() -> Problem:
     return Problem("tanh MLP", about, net, HalfSquares(), data.x, data.y, 0.2, 0.0, {"edge": 590})
 
 
-PROBLEMS: tuple[Callable[[], Problem], ...] = (bn_mlp, gn_conv, ln_transformer)
+PROBLEMS: tuple[Callable[[], Problem], ...] = (
+    bn_mlp,
+    gn_conv,
+    ln_transformer,
+    partial(ln_transformer, "LN transformer 70k", width=64, hidden=128),
+    partial(gn_conv, "GN conv 0.8M", widths=(108, 216, 288), lr=0.004),
+    partial(ln_transformer, "LN transformer 9M", 16, 0.02, True, width=384, hidden=1536, depth=5),
+    language_model,
+)

@@ -15,6 +15,9 @@ from .problems import Problem
 PACKAGES = ("torch", "numpy", "scipy", "curvlinops-for-pytorch", "PyHessian", "hessian-eigenthings", "sharpscope")
 
 GUIDE = """
+*The limit* is the least time that a method on a kept graph can take: building it, and the fewest products after which
+the Ritz value of Lanczos is right to 1e-3 from the best of five starts (two on large problems), by knowing the answer.
+
 **How to read this.** *ms* is the time of one processor thread that one measurement takes (cold: median over seeds
 with its range, everything from the package's own objects on; tracked: mean over steps, what is done once before the
 first step being listed as *set-up*, with the search of `tune`, which cold rows do not pay for); *gradients* is the
@@ -23,14 +26,14 @@ same in plain gradients of the same loss, timed in the same rounds. Ratios carry
 *Error* is relative to the truth: ARPACK to 1e-10 (tracked: 1e-5) in float64, from two starts that agree. *MiB* is the
 highest point of one measurement at the edge above what was there before, tensors by torch's profiler and numpy arrays
 and Python objects by tracemalloc: the maximum resident set only ever rises within a process, so it cannot tell
-contenders apart. *Tuned* rows have the cheapest of several settings that is right to 1e-3 on these very seeds, chosen
-by knowing the answer, which a user does not; where none is right, the tightest. † marks a model rewritten by hand,
-because the package fails on the model as it is or measures another function: PyHessian puts it in eval mode,
-curvlinops needs forward mode and no writing of buffers, and fused attention has no second derivative. *Warm* peers
-start from the last eigenvector; those that cannot are measured every few steps, and all errors of tracked runs are
-taken there. Bold errors are wrong beyond 1e-3. Power iteration, and hessian-eigenthings' Lanczos by default, seek the
-eigenvalue largest in magnitude: errors near 2 at the start are that other, negative one. Where a number is wrong or
-missing, the row stays.
+contenders apart; *vectors* is the same in numbers per weight. *Tuned* rows have the cheapest of several settings that
+is right to 1e-3 on these very seeds, chosen by knowing the answer, which a user does not; where none is right, the
+tightest. † marks a model rewritten by hand, because the package fails on the model as it is or measures another
+function: PyHessian puts it in eval mode, curvlinops needs forward mode and no writing of buffers, and fused attention
+has no second derivative. *Warm* peers start from the last eigenvector; those that cannot are measured every few
+steps, and all errors of tracked runs are taken there. Bold errors are wrong beyond 1e-3. Power iteration, and
+hessian-eigenthings' Lanczos by default, seek the eigenvalue largest in magnitude: errors near 2 at the start are that
+other, negative one. Where a number is wrong or missing, the row stays.
 """
 
 
@@ -84,6 +87,37 @@ def headline(section: Section) -> str:
     return f"{section.problem.name}, {section.stage}, {section.mode}: " + "; ".join(parts)
 
 
+def _limits(sections: list[Section]) -> list[str]:
+    """Everybody's time over the limit's, one line for each problem and stage."""
+    lines = [
+        "| problem | stage | weights | the limit: products, gradients | ours cold | ours tracked | best default peer |"
+        " best tuned peer | vectors: ours, best default peer |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    tracked = {s.problem.name: s for s in sections if s.mode == "tracked"}
+    for s in sections:
+        floor = next((r for r in s.rows if r.kind == "limit" and r.right), None)
+        if s.mode != "cold" or floor is None:
+            continue
+        least = cost(floor, "cold")
+        mine, later = ours(s)[0], tracked.get(s.problem.name) if s.stage == "edge" else None
+        peers = [fastest(s, "package", "by hand", tuned=tuned) for tuned in (False, True)]
+        cells = [
+            f"{s.problem.name} | {s.stage} | {s.problem.size:.1e}",
+            f"{fmean(floor.products):.0f}, {least / s.gradient:.0f}",
+            f"{cost(mine, 'cold') / least:.1f}{'' if mine.right else ' (wrong)'}",
+            f"{cost(later.rows[0], 'tracked') / least:.2f}" if later else "",
+            *("none is right" if r is None else f"{cost(r, 'cold') / least:.1f} ({r.label})" for r in peers),
+            ", ".join("-" if r is None else _vectors(r, s.problem) or "-" for r in (mine, peers[0])),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _vectors(r: Row, p: Problem) -> str:
+    return "" if math.isnan(r.memory) else f"{r.memory * 2**20 / (p.size * p.dtype.itemsize):.1f}"
+
+
 def _summary(sections: list[Section], mode: str) -> list[str]:
     lines = [
         "| problem | stage | lr·λ1/2 | sharpscope | worst error | over fastest default package |"
@@ -105,7 +139,7 @@ def _summary(sections: list[Section], mode: str) -> list[str]:
 def _row(r: Row, s: Section) -> str:
     name = f"{r.label}{', tuned' if r.tuned else ''}"
     if r.failure:
-        return f"| {name} | {r.failure} | | | | | |"
+        return f"| {name} | {r.failure} | | | | | | |"
     took = cost(r, s.mode)
     spread = f"{min(r.seconds) * 1e3:.0f} to {max(r.seconds) * 1e3:.0f}"
     wrong = f"{max(r.errors):.1e}" if r.right else f"**{max(r.errors):.1e}**"
@@ -114,7 +148,7 @@ def _row(r: Row, s: Section) -> str:
     products = f"{fmean(r.products):.0f}"
     return (
         f"| {name} | {wrong} | {median(r.errors):.1e} | {products} | {took / s.gradient:.0f} |"
-        f" {took * 1e3:.0f} ({spread}) | {last_column} |"
+        f" {took * 1e3:.0f} ({spread}) | {last_column} | {_vectors(r, s.problem)} |"
     )
 
 
@@ -124,8 +158,8 @@ def _table(s: Section) -> list[str]:
         f"### {s.problem.name}, {where}, {s.mode}",
         "",
         "| contender | worst error | median | products | gradients | ms (range) |"
-        f" {'MiB' if s.mode == 'cold' else 'set-up ms'} |",
-        "|---|---|---|---|---|---|---|",
+        f" {'MiB' if s.mode == 'cold' else 'set-up ms'} | vectors |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     return [*lines, *(_row(r, s) for r in s.rows), ""]
 
@@ -156,7 +190,7 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def page(sections: list[Section], crowd: Crowd, seeds: int, steps: int, took: float) -> str:
+def page(sections: list[Section], crowd: Crowd | None, seeds: int, steps: int, took: float) -> str:
     problems = {s.problem.name: s.problem for s in sections}
     lines = [
         "# The top Hessian eigenvalue: sharpscope and its peers",
@@ -164,6 +198,10 @@ def page(sections: list[Section], crowd: Crowd, seeds: int, steps: int, took: fl
         f"{datetime.date.today()}, {os.cpu_count()} cores of {_processor()}, one thread, Python"
         f" {platform.python_version()}; " + ", ".join(f"{name} {version(name)}" for name in PACKAGES) + f". {seeds}"
         f" seeds, {steps} tracked steps, {took / 60:.0f} minutes. Made by `make bench`.",
+        "",
+        "Seconds over those of the limit (1 is the best possible on a kept graph; peers only where right to 1e-3):",
+        "",
+        *_limits(sections),
         "",
         *(
             f"- **{p.name}**: {p.about}; {p.size} weights, {str(p.dtype)[6:]}, lr {p.lr:g}, wd {p.wd:g}"
@@ -180,7 +218,7 @@ def page(sections: list[Section], crowd: Crowd, seeds: int, steps: int, took: fl
         "",
         *_summary(sections, "tracked"),
         "",
-        *_crowd(crowd),
+        *(_crowd(crowd) if crowd else ()),
         "## All rows",
         "",
         *(line for s in sections for line in _table(s)),

@@ -1,5 +1,6 @@
 """The first look at a loss: randomness, state and stopped gradients are seen, and nothing is left behind."""
 
+import gc
 import itertools
 import random
 import warnings
@@ -422,3 +423,17 @@ def test_the_look_leaves_no_trace() -> None:
         Objective(net, F.mse_loss, [(X, Y)])
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in net.parameters())
+
+
+def test_the_graph_of_the_first_look_is_freed() -> None:
+    """An activation whose backward reads its output is saved by its own graph, which must not hold it."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(t) is Tensor for t in gc.get_objects())
+
+    Objective(net, F.mse_loss, [(X, Y)])
+    before = alive()
+    Objective(net, F.mse_loss, [(X, Y)])
+    assert alive() == before

@@ -100,8 +100,7 @@ class BatchedRuns:
         program = record(lambda *inputs: self._value_and_grad(*inputs), (W, *self.constants))
 
         def slope(now: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                losses, g = program(now, *self.constants)
+            losses, g = program(now, *self.constants)
             return losses, g
 
         return slope

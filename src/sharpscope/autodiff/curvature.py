@@ -31,7 +31,7 @@ def hessian(f: Objective | Expansion, w: Tensor | None = None) -> SymmetricOpera
             " eigenvalues, and f.using(sharpscope.autodiff.expansion.kept) has the products of autograd, which leaves"
             " out the stopped part"
         )
-    return SymmetricOperator(at.hvp, at.grad, at.columns if at.together else None, at.cost)
+    return SymmetricOperator(at.hvp, at.grad, cost=at.cost)
 
 
 def gauss_newton(f: Objective | Expansion, w: Tensor | None = None) -> SymmetricOperator:

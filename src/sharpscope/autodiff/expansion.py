@@ -4,7 +4,7 @@ A *backend* is a function ``(objective, w) -> Expansion``.  The one here, `kept`
 of each batch is kept as a graph, and a product differentiates it once more.  Graphs that do not fit into memory are
 built anew for every product.  Others are in `hvp`.
 
-P parameters, k columns.
+P parameters.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from ..errors import InvalidValue, NoSecondDerivative
 from ..linalg.operators import Linear
@@ -35,8 +35,6 @@ class Expansion:
     gauss_newton: Linear  # Jᵀ ∇²ℓ J v
     examples: float  # that the loss is a mean over
     cost: float  # of `hvp`, in gradients: by counting operations, unless `tune` measured it
-    columns: Linear | None = None  # ∇²L(w) V for V (P, k) in one pass, where the backend can do that
-    together: bool = False  # whether that is faster than column by column
     symmetric: bool = True  # False where `hvp` is the Jacobian of a gradient that is stopped on the way
 
 
@@ -80,7 +78,7 @@ def on_graphs(f: MeanLoss, w: Tensor, memory_budget: int) -> Expansion:
     w = w.detach().requires_grad_()
     value, slope = w.new_zeros(()), torch.zeros_like(w)
     batches, examples = 0, 0.0
-    graphs: list[tuple[BatchLoss, Tensor]] = []
+    graphs: list[tuple[BatchLoss, GradientEdge | None]] = []
     for batch in f.losses(f.unflatten(w)):
         batches += 1
         examples += batch.examples
@@ -89,34 +87,37 @@ def on_graphs(f: MeanLoss, w: Tensor, memory_budget: int) -> Expansion:
         value = value + batch.examples * batch.loss.detach()
         slope.add_(g.detach(), alpha=batch.examples)
         if keep:
-            graphs.append((batch, g))
+            graphs.append((batch, _root(g)))
+        del g  # P numbers that the graph does not need
     products = Graphs(f, w, batches, examples, tuple(graphs))
     return Expansion(
         value=value / examples,
-        grad=slope / examples,
+        grad=slope.div_(examples),
         hvp=products.hvp,
         third=products.third,
         gauss_newton=products.gauss_newton,
         examples=examples,
         cost=3 - len(graphs) / batches,
-        columns=products.columns if len(graphs) == batches else None,
     )
 
 
 @dataclass(frozen=True)
 class Graphs:
-    """Products at w, a leaf of graphs, with the gradients of the first batches kept as functions of it."""
+    """Products at w, a leaf of graphs, with the gradients of the first batches kept as functions of it.
+
+    Of a gradient only its place in the graph is kept (None where it does not depend on w), not its P numbers.
+    """
 
     f: MeanLoss
     w: Tensor
     batches: int
     examples: float
-    kept: tuple[tuple[BatchLoss, Tensor], ...] = ()
+    kept: tuple[tuple[BatchLoss, GradientEdge | None], ...] = ()
 
     @cached_property
-    def slopes(self) -> list[tuple[Tensor, float]]:
+    def slopes(self) -> list[tuple[GradientEdge, float]]:
         """The kept gradients that depend on w, each with its weight in the mean."""
-        return [(g, batch.examples / self.examples) for batch, g in self.kept if g.requires_grad]
+        return [(g, batch.examples / self.examples) for batch, g in self.kept if g is not None]
 
     @differentiating()
     def hvp(self, v: Tensor) -> Tensor:
@@ -130,27 +131,10 @@ class Graphs:
         try:
             total = self._kept_product(v)
             for batch, g in self._rebuilt():
-                total = total + batch.examples / self.examples * _vjp(g, self.w, v)
+                total = _added(total, _vjp(g, self.w, v), batch.examples / self.examples)
         except RuntimeError as error:
             raise self.f.explained(error) from error
-        return total
-
-    @differentiating()
-    def columns(self, V: Tensor) -> Tensor:
-        """Multiply columns ``(P, k)`` by the Hessian, in one batched pass through the kept graphs."""
-        self.f.require_second_derivative()
-        if not self.slopes:
-            return torch.zeros_like(V)
-        rows = V.T.contiguous()
-        (out,) = torch.autograd.grad(
-            [g for g, _ in self.slopes],
-            self.w,
-            [rows if weight == 1 else weight * rows for _, weight in self.slopes],
-            retain_graph=True,
-            is_grads_batched=True,
-            materialize_grads=True,
-        )
-        return out.T
+        return torch.zeros_like(v) if total is None else total
 
     @differentiating()
     def third(self, u: Tensor, v: Tensor) -> Tensor:
@@ -159,7 +143,7 @@ class Graphs:
         v = ordinary(v)
         total = torch.zeros_like(v)
         for batch, g in (*self.kept, *self._rebuilt()):
-            curve = _vjp(g, self.w, ordinary(u), differentiable=True)
+            curve = _root(_vjp(g, self.w, ordinary(u), differentiable=True))
             total = total + batch.examples / self.examples * _vjp(curve, self.w, v, retain=True)
         return total
 
@@ -175,9 +159,9 @@ class Graphs:
             total = total + batch.examples / self.examples * _gauss_newton(self.f, batch, self.w, v)
         return total
 
-    def _kept_product(self, v: Tensor) -> Tensor:
+    def _kept_product(self, v: Tensor) -> Tensor | None:
         if not self.slopes:
-            return torch.zeros_like(v)
+            return None
         (out,) = torch.autograd.grad(
             [g for g, _ in self.slopes],
             self.w,
@@ -185,15 +169,15 @@ class Graphs:
             retain_graph=True,
             allow_unused=True,
         )
-        return torch.zeros_like(v) if out is None else out
+        return out
 
-    def _rebuilt(self) -> Iterator[tuple[BatchLoss, Tensor]]:
+    def _rebuilt(self) -> Iterator[tuple[BatchLoss, GradientEdge | None]]:
         """The batches that are not kept, each with its gradient as a function of w."""
         if len(self.kept) == self.batches:
             return
         for i, batch in enumerate(self.f.losses(self.f.unflatten(self.w))):
             if i >= len(self.kept):
-                yield batch, torch.autograd.grad(batch.loss, self.w, create_graph=True)[0]
+                yield batch, _root(torch.autograd.grad(batch.loss, self.w, create_graph=True)[0])
 
 
 @contextmanager
@@ -205,7 +189,7 @@ def counting_saved_bytes(leaves: Iterable[Tensor]) -> Iterator[Callable[[], int]
         storage = storage_of(t)
         if storage is not None:  # sparse tensors are as a rule data, which are in memory anyway
             seen.setdefault(storage.data_ptr(), storage.nbytes())
-        return t
+        return t.detach()  # an output that its own graph holds is never freed
 
     with saved_tensors_hooks(note, lambda t: t):
         yield lambda: sum(seen.values())
@@ -219,9 +203,19 @@ def storage_of(t: Tensor) -> torch.UntypedStorage | None:
         return None
 
 
-def _vjp(y: Tensor, x: Tensor, v: Tensor, *, retain: bool = False, differentiable: bool = False) -> Tensor:
+def _root(y: Tensor) -> GradientEdge | None:
+    """Return the place of `y` in its graph, which stands for it as an output; None where nothing leads to it."""
+    return get_gradient_edge(y) if y.requires_grad else None
+
+
+def _added(total: Tensor | None, x: Tensor, weight: float) -> Tensor:
+    """Add ``weight x`` to a sum in place, or begin one with it."""
+    return weight * x if total is None else total.add_(x, alpha=weight)
+
+
+def _vjp(y: GradientEdge | None, x: Tensor, v: Tensor, *, retain: bool = False, differentiable: bool = False) -> Tensor:
     """Multiply by a transposed Jacobian, ``(∂y/∂x)ᵀ v``; zero where y does not depend on x."""
-    if not y.requires_grad:
+    if y is None:
         return torch.zeros_like(x)
     (out,) = torch.autograd.grad(
         y, x, v, retain_graph=retain or differentiable, create_graph=differentiable, materialize_grads=True
@@ -314,6 +308,4 @@ def jacobian_of_field(f: Any, w: Tensor) -> Expansion:
         )
 
     at = on_graphs(f, w, 0)
-    return replace(
-        at, hvp=lambda v: product(v)[0], third=refuse, gauss_newton=refuse, cost=4.0, columns=None, symmetric=False
-    )
+    return replace(at, hvp=lambda v: product(v)[0], third=refuse, gauss_newton=refuse, cost=4.0, symmetric=False)

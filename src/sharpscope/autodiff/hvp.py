@@ -6,6 +6,7 @@
 counting operations.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,20 +21,15 @@ from ..errors import CannotTrace
 from . import tracing
 from .data import Batch
 from .differences import CentralDifferences
-from .expansion import Expansion, Graphs, kept, on_graphs
-from .objective import Expand, Objective
+from .expansion import Expansion, Graphs, on_graphs
+from .objective import Objective
 from .second_order import differentiating
-from .tracing import Program
+from .tracing import Program, interpreted
 
 
 def rebuilt(f: Objective, w: Tensor) -> Expansion:
     """Multiply on a graph built anew for every product: 3 gradients, one batch in memory."""
     return on_graphs(f, w, memory_budget=0)
-
-
-def batched(f: Objective, w: Tensor) -> Expansion:
-    """Multiply on kept graphs, columns in one pass over all of them."""
-    return replace(kept(f, w), together=True)
 
 
 def forward_over_reverse(f: Objective, w: Tensor) -> Expansion:
@@ -58,13 +54,13 @@ def forward_over_reverse(f: Objective, w: Tensor) -> Expansion:
                 total = total + batch.examples / at.examples * bent.detach()
         return total
 
-    return replace(at, hvp=hvp, cost=3.0, columns=None)
+    return replace(at, hvp=hvp, cost=3.0)
 
 
 def differences(f: Objective, w: Tensor) -> Expansion:
     """Multiply by differences of gradients, for what can be differentiated only once: 4 gradients."""
     product = CentralDifferences(f, w)
-    return replace(rebuilt(f, w), hvp=lambda v: product(v)[0], cost=4.0, columns=None)
+    return replace(rebuilt(f, w), hvp=lambda v: product(v)[0], cost=4.0)
 
 
 @differentiating()
@@ -84,24 +80,77 @@ class linearized:
     What does not depend on the direction runs once per point and stays in memory within the objective's budget
     (beyond it, it runs again at every product).  A new program is traced for other shapes, modes of the modules or
     frozen parameters, and is used only after its products agree with reverse over reverse at two points; whatever
-    else the model reads in Python is fixed then.  With `machine_code` products are compiled (see `compiled`).
+    else the model reads in Python is fixed then.  It is run by torch's interpreter where that knows all operations;
+    with `machine_code` products are compiled (see `compiled`).
     """
 
     machine_code: bool = False
-    programs: dict[Any, "_Traced"] = field(default_factory=dict, repr=False)
+    programs: dict[Any, Program] = field(default_factory=dict, init=False, repr=False)
+    seconds: float = field(default=0.0, init=False)  # spent so far on tracing, verifying and compiling
+    _alive: list[Any] = field(default_factory=list, init=False, repr=False)  # models and losses that keys name
 
-    @property
-    def seconds(self) -> float:
-        """Seconds spent so far on tracing, verifying and compiling."""
-        return sum(program.seconds for program in self.programs.values())
-
+    @differentiating()
     def __call__(self, f: Objective, w: Tensor) -> Expansion:
-        return _Linearization(f, w, self).expansion()
+        w = w.detach()
+        kept: list[tuple[Program, list[Tensor], float]] = []
+        value, slope = w.new_zeros(()), torch.zeros_like(w)
+        batches, examples, used = 0, 0.0, 0
+        for program, values, residuals, n in self._started(f, w):
+            batches += 1
+            examples += n
+            value = value + n * values[0]
+            slope.add_(values[1], alpha=n)
+            used += _bytes(residuals)
+            if used <= f.memory_budget and len(kept) == batches - 1:
+                kept.append((program, residuals, n))
+            del values, residuals
 
-    def program(self, f: Objective, w: Tensor, batch: Batch, buffers: Sequence[Tensor]) -> "_Traced":
-        key = _key(f, w, batch)
+        @differentiating()
+        def hvp(v: Tensor) -> Tensor:
+            v = v.contiguous()
+            if batches == len(kept) == 1:
+                return kept[0][0].product(kept[0][1], v)
+            total = torch.zeros_like(v)
+            for program, residuals, n in kept:
+                total.add_(program.product(residuals, v), alpha=n / examples)
+            if len(kept) < batches:
+                for program, _, residuals, n in itertools.islice(self._started(f, w), len(kept), None):
+                    total.add_(program.product(residuals, v), alpha=n / examples)
+            return total
+
+        graphs = Graphs(f, w.detach().requires_grad_(), batches, examples)
+        return Expansion(
+            value=value / examples,
+            grad=slope.div_(examples),
+            hvp=hvp,
+            third=graphs.third,
+            gauss_newton=graphs.gauss_newton,
+            examples=examples,
+            cost=3.0 - len(kept) / batches,
+        )
+
+    def __reduce__(self) -> tuple[type["linearized"], tuple[bool]]:
+        """Leave programs behind in copies: they are known by objects that others do not have."""
+        return linearized, (self.machine_code,)
+
+    def _started(self, f: Objective, w: Tensor) -> Iterator[tuple[Program, list[Tensor], list[Tensor], float]]:
+        """Run the first part of each batch's program: its values, its residuals, and the number of examples."""
+        where, buffers = _where(f, w), [b.detach() for b in f.buffers().values()]
+        constants = [t.detach() for t in f.constants().values()]
+        for batch in f.batches(w.device):
+            inputs = [w, *constants, *buffers, *(t for t in tree_flatten(batch[:3])[0] if isinstance(t, Tensor))]
+            program = self._program(f, (where, _shape(batch)), inputs, batch)
+            values, residuals = program.start(inputs)
+            buffers = values[2:]
+            yield program, values, residuals, batch.examples
+
+    def _program(self, f: Objective, key: Any, inputs: Sequence[Tensor], batch: Batch) -> Program:
         if key not in self.programs:
-            self.programs[key] = _Traced(f, w, batch, buffers, self.machine_code)
+            f.require_second_derivative()
+            began = time.perf_counter()
+            self.programs[key] = _verified(_function(f.on([]), batch), inputs, self.machine_code)
+            self._alive += (f.model, f.loss)
+            self.seconds += time.perf_counter() - began
         return self.programs[key]
 
 
@@ -114,171 +163,72 @@ def compiled() -> linearized:
     return linearized(machine_code=True)
 
 
-class _Traced:
-    """The program of one shape of batches, for one vector and, by number, for columns."""
+def _function(f: Objective, batch: Batch) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the function to trace: ``(*inputs, v) -> (loss, gradient, *buffers, product)``.
 
-    def __init__(self, f: Objective, w: Tensor, batch: Batch, buffers: Sequence[Tensor], machine_code: bool) -> None:
-        f.require_second_derivative()
-        began = time.perf_counter()
-        self.f = f.on([])
-        self.machine_code = machine_code
-        self.names = list(f.buffers())
-        self.frozen = list(f.constants())
-        w = w.detach()
-        g = torch.Generator().manual_seed(0)
-        v, step = (torch.randn(w.shape, generator=g, dtype=torch.float64).to(w) for _ in range(2))
-        self.parts: Program = tracing.trace(self._function(batch), self.inputs(w, buffers, batch), v)
-        self._wide: dict[int, Callable[..., Tensor]] = {}
-        self._fast: Callable[..., Tensor] | None = None
-        self._verify([w, w + 0.1 * w.square().mean().sqrt() * step], v, buffers, batch)
-        self.seconds = time.perf_counter() - began
+    The inputs are the weights, constants and buffers of the objective, and the tensors of the batch.
+    """
+    leaves, spec = tree_flatten(batch[:3])
+    frozen, names, n = list(f.constants()), list(f.buffers()), batch.examples
 
-    def inputs(self, w: Tensor, buffers: Sequence[Tensor], batch: Batch) -> list[Tensor]:
-        params = self.f.constants()
-        tensors = [t for t in tree_flatten(batch[:3])[0] if isinstance(t, Tensor)]
-        return [w, *(params[name].detach() for name in self.frozen), *buffers, *tensors]
-
-    def each(self, residuals: Sequence[Tensor], v: Tensor) -> Tensor:
-        """Multiply one vector ``(P,)``, or rows ``(k, P)``."""
-        with torch.no_grad():
-            if v.dim() == 2:
-                return self._rows(residuals, v)(*residuals, v)
-            if self._fast is None:
-                self._fast = self._made(self.parts.each, residuals, v)
-            return self._fast(*residuals, v)
-
-    def _rows(self, residuals: Sequence[Tensor], v: Tensor) -> Callable[..., Tensor]:
-        if len(v) not in self._wide:
-            wide = self._made(tracing.batched(self.parts.each, residuals, v), residuals, v)
-            found = wide(*residuals, v)[-1]
-            expected = self.parts.each.forward(*residuals, v[-1])
-            if not (found - expected).norm() <= torch.finfo(v.dtype).eps ** 0.6 * expected.norm():
-                raise CannotTrace("the program for columns gave other numbers than the one for vectors")
-            self._wide[len(v)] = wide
-        return self._wide[len(v)]
-
-    def _made(self, each: Any, residuals: Sequence[Tensor], v: Tensor) -> Callable[..., Tensor]:
-        if not self.machine_code:
-            return each.forward
-        return tracing.compiled(each, [*residuals, v])
-
-    def _function(self, batch: Batch) -> Callable[..., tuple[Tensor, ...]]:
-        leaves, spec = tree_flatten(batch[:3])
-        f, frozen, names, n = self.f, self.frozen, self.names, batch.examples
-
-        def function(w: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-            *others, v = rest
-            queue = iter(others)
-            fixed = {name: next(queue) for name in frozen}
-            own = {name: next(queue).clone() for name in names}
-            args, kwargs, target = tree_unflatten(
-                [next(queue) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
-            )
-            with torch.enable_grad():
-                w = w.detach().requires_grad_()
-                tensors = {**f.unflatten(w), **fixed, **own}
-                loss = f.loss_on(Batch(args, kwargs, target, n), tensors)
-                (g,) = torch.autograd.grad(loss, w, create_graph=True)
-                product = torch.zeros_like(v)
-                if g.requires_grad:
-                    (product,) = torch.autograd.grad(g, w, v, materialize_grads=True)
-            return (loss.detach(), g.detach(), *(own[name].detach() for name in names), product)
-
-        return function
-
-    def _verify(self, points: Sequence[Tensor], v: Tensor, buffers: Sequence[Tensor], batch: Batch) -> None:
-        """Compare the program with reverse over reverse on this batch, relative to the larger of the points."""
-        found, expected = [], []
-        for w in points:
-            values, residuals = self.parts.start(self.inputs(w, buffers, batch))
-            found.append((values[0], values[1], self.each(residuals, v)))
-            expected.append(self._function(batch)(*self.inputs(w, buffers, batch), v))
-        for i, name in enumerate(("value", "gradient", "product")):
-            size = max(e[i if i < 2 else -1].norm().item() for e in expected)
-            off = max((a[i] - b[i if i < 2 else -1]).norm().item() for a, b in zip(found, expected, strict=True))
-            if not off <= torch.finfo(v.dtype).eps ** 0.6 * size:
-                raise CannotTrace(f"no fixed program: its {name} is off by {off:.2g} of {size:.2g} at other weights")
-
-
-class _Linearization:
-    """One point of an objective whose products run traced programs."""
-
-    @differentiating()
-    def __init__(self, f: Objective, w: Tensor, tracer: linearized) -> None:
-        self.f = f
-        self.w = w.detach()
-        self.tracer = tracer
-        self.batches, self.examples = 0, 0.0
-        self.kept: list[tuple[_Traced, list[Tensor], float]] = []
-        self.batched = True  # until a program for columns is found not to exist
-        total, slope, used = w.new_zeros(()), torch.zeros_like(w), 0
-        for program, values, residuals, examples in self._started():
-            self.batches += 1
-            self.examples += examples
-            total = total + examples * values[0]
-            slope.add_(values[1], alpha=examples)
-            used += _bytes(residuals)
-            if used <= f.memory_budget and len(self.kept) == self.batches - 1:
-                self.kept.append((program, residuals, examples))
-        self.value = total / self.examples
-        self.grad = slope / self.examples
-
-    def expansion(self) -> Expansion:
-        graphs = Graphs(self.f, self.w.detach().requires_grad_(), self.batches, self.examples)
-        return Expansion(
-            value=self.value,
-            grad=self.grad,
-            hvp=lambda v: self._product(v.contiguous()),
-            third=graphs.third,
-            gauss_newton=graphs.gauss_newton,
-            examples=self.examples,
-            cost=3.0 - len(self.kept) / self.batches,
-            columns=self.columns,
+    def function(w: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        *others, v = rest
+        queue = iter(others)
+        fixed = {name: next(queue) for name in frozen}
+        own = {name: next(queue).clone() for name in names}
+        args, kwargs, target = tree_unflatten(
+            [next(queue) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
         )
+        with torch.enable_grad():
+            w = w.detach().requires_grad_()
+            tensors = {**f.unflatten(w), **fixed, **own}
+            loss = f.loss_on(Batch(args, kwargs, target, n), tensors)
+            (g,) = torch.autograd.grad(loss, w, create_graph=True)
+            product = torch.zeros_like(v)
+            if g.requires_grad:
+                (product,) = torch.autograd.grad(g, w, v, materialize_grads=True)
+        return (loss.detach(), g.detach(), *(own[name].detach() for name in names), product)
 
-    def columns(self, V: Tensor) -> Tensor:
-        """Multiply columns ``(P, k)``: by a program for rows, or one by one where there is none."""
-        if self.batched:
-            try:
-                return self._product(V.T.contiguous()).T
-            except CannotTrace:
-                self.batched = False
-        return torch.stack([self._product(v.contiguous()) for v in V.T], dim=1)
-
-    @differentiating()
-    def _product(self, v: Tensor) -> Tensor:
-        if self.batches == 1 and self.kept:
-            program, residuals, _ = self.kept[0]
-            return program.each(residuals, v)
-        total = torch.zeros_like(v)
-        for program, residuals, examples in self.kept:
-            total.add_(program.each(residuals, v), alpha=examples / self.examples)
-        if len(self.kept) < self.batches:
-            for i, (program, _, residuals, examples) in enumerate(self._started()):
-                if i >= len(self.kept):
-                    total.add_(program.each(residuals, v), alpha=examples / self.examples)
-        return total
-
-    def _started(self) -> Iterator[tuple[_Traced, list[Tensor], list[Tensor], float]]:
-        """Run the first part of each batch's program: its values, its residuals, and the number of examples."""
-        buffers = [b.detach() for b in self.f.buffers().values()]
-        for batch in self.f.batches(self.w.device):
-            program = self.tracer.program(self.f, self.w, batch, buffers)
-            values, residuals = program.parts.start(program.inputs(self.w, buffers, batch))
-            buffers = values[2:]
-            yield program, values, residuals, batch.examples
+    return function
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """A backend with the cost of its products that was measured, and whether columns are faster together."""
+def _verified(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], machine_code: bool) -> Program:
+    """Trace a program, and return its fastest form that agrees with `function` at two points."""
+    w, *rest = inputs
+    g = torch.Generator().manual_seed(0)
+    v, step = (torch.randn(w.shape, generator=g, dtype=torch.float64).to(w) for _ in range(2))
+    traced = tracing.trace(function, inputs, v)
+    points = [[at, *rest] for at in (w, w + 0.1 * w.square().mean().sqrt() * step)]
+    expected = [function(*point, v) for point in points]
+    if machine_code:
+        _, residuals = traced.start(inputs)
+        program = replace(traced, each=tracing.compiled(traced.each, [*residuals, v]))
+    else:
+        try:
+            program = replace(traced, once=interpreted(traced.once), each=interpreted(traced.each))
+            _compare(program, points, v, expected)
+        except RuntimeError:  # of the interpreter, which does not know every operation
+            program = traced
+        else:
+            return program
+    _compare(program, points, v, expected)
+    return program
 
-    expand: Expand
-    cost: float
-    together: bool
 
-    def __call__(self, f: Objective, w: Tensor) -> Expansion:
-        return replace(self.expand(f, w), cost=self.cost, together=self.together)
+def _compare(
+    program: Program, points: Sequence[Sequence[Tensor]], v: Tensor, expected: Sequence[Sequence[Tensor]]
+) -> None:
+    """Raise CannotTrace unless a program gives the expected results, relative to the larger of the points."""
+    found = []
+    for point in points:
+        values, residuals = program.start(point)
+        found.append((values[0], values[1], program.product(residuals, v)))
+    pairs = [(a, (e[0], e[1], e[-1])) for a, e in zip(found, expected, strict=True)]
+    for i, name in enumerate(("value", "gradient", "product")):
+        size = max(e[i].norm().item() for _, e in pairs)
+        off = max((a[i] - e[i]).norm().item() for a, e in pairs)
+        if not off <= torch.finfo(v.dtype).eps ** 0.6 * size:
+            raise CannotTrace(f"no fixed program: its {name} is off by {off:.2g} of {size:.2g} at other weights")
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -286,19 +236,23 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(storages.values())
 
 
-def _key(f: Objective, w: Tensor, batch: Batch) -> Any:
-    """Name all that a program is traced for."""
-    leaves, spec = tree_flatten(batch[:3])
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor | int | float | str | bool | None):
-            raise CannotTrace(f"no fixed program: a batch holds a {type(leaf).__name__}")
+def _where(f: Objective, w: Tensor) -> Any:
+    """Name all of an objective that its programs are traced for."""
     tensors = [w, *f.buffers().values(), *f.parameters().values(), *f.constants().values()]
     return (
-        id(f.model),  # the program itself keeps model and loss alive
+        id(f.model),
         id(f.loss),
         tuple(f.slices),
         tuple(m.training for m in f.modules()),
         tuple((t.shape, t.dtype, t.device) for t in tensors),
-        repr(spec),
-        tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves),
     )
+
+
+def _shape(batch: Batch) -> Any:
+    """Name all of a batch that its program is traced for."""
+    leaves, spec = tree_flatten(batch[:3])
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor | int | float | str | bool | None):
+            raise CannotTrace(f"no fixed program: a batch holds a {type(leaf).__name__}")
+    kinds = ((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return repr(spec), tuple(kinds)

@@ -15,12 +15,11 @@ import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..errors import InvalidType, InvalidValue, NoSecondDerivative, Random
 from .checks import check_deterministic, check_parameters, droppers, work_dtype
@@ -32,7 +31,7 @@ from .reach import Surroundings
 from .second_order import differentiating, modules_without_second_derivative, ordinary
 from .smooth import is_lower, smooth
 from .weighting import check_mean, check_weights
-from .whole import Loss, LossAlone, Whole, check_model, unwrapped
+from .whole import Contents, Loss, Whole, check_model, unwrapped
 
 Expand = Callable[["Objective", Tensor], Expansion]
 """A backend for products with second and third derivatives at w ``(P,)``."""
@@ -153,11 +152,11 @@ class Objective:
 
     def constants(self) -> dict[str, Tensor]:
         """The frozen parameters of the model, the loss and the modules that it calls, under their names."""
-        return {name: p for name, p in self._whole.parameters_by_name().items() if name not in self.slices}
+        return self._constants(self._whole.contents())
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers of the model, the loss and the modules that it calls, under their names."""
-        return self._whole.buffers_by_name()
+        return self._whole.contents().buffers
 
     def modules(self) -> list[nn.Module]:
         """The model, the loss and the modules that it calls, with all their parts."""
@@ -339,8 +338,8 @@ class Objective:
         Raises:
             ValueError: an evaluation draws random numbers.
         """
-        contents = self._contents()
-        tensors = {**params, **{name: contents.tensors[name].clone() for name in self.buffers()}}
+        contents = self._whole.contents()
+        tensors = {**params, **{name: b.clone() for name, b in contents.buffers.items()}}
         device = next(iter(params.values())).device
         for batch in self.batches(device):
             before = random_state(device)
@@ -360,43 +359,35 @@ class Objective:
         """
         return self.evaluate(batch, dict(params)).loss
 
-    def _contents(self) -> "_Contents":
-        return _Contents({**self._whole.parameters_by_name(), **self.buffers()}, self.modules())
-
     def evaluate(
         self,
         batch: Batch,
         tensors: dict[str, Tensor],
         mode: AbstractContextManager[Any] | None = None,
-        contents: "_Contents | None" = None,
+        contents: Contents | None = None,
     ) -> BatchLoss:
         """Evaluate model and loss on one batch; `tensors` are used wherever these read a weight or a buffer.
 
         Buffers among them may be written or replaced.  A `mode` sees the operations of model and loss; `contents` are
         what the model holds, where that is known already.
         """
-        contents = contents or self._contents()
-        called = self._as_called(tensors)
-        keys = {self._whole.key(name): t for name, t in called.items()}
-        beside = {name for name in called.keys() - self.slices.keys() if not self._whole.key(name).startswith("model.")}
-        state = {name: called[name].clone() for name in beside}
+        contents = contents or self._whole.contents()
+        called = self._as_called(tensors, contents)
+        state = {name: called[name].clone() for name in contents.beside & called.keys() - self.slices.keys()}
+        args = _inputs((batch.args, batch.kwargs, batch.target), self._raised_to, self._look.writes_inputs)
         with self._evaluating(called, contents), mode or nullcontext():
-            args = _inputs((batch.args, batch.kwargs, batch.target), self._raised_to, self._look.writes_inputs)
-            output, loss = functional_call(self._whole, keys, args)
-        for name in tensors.keys() - self.slices.keys():
-            tensors[name] = keys[self._whole.key(name)].detach()
+            output, loss = self._whole(*args)
+            after = {name: contents.now(name) for name in tensors.keys() - self.slices.keys()}
+        tensors.update({name: t.detach() for name, t in after.items()})
 
         def loss_of(outputs: Any, params: Mapping[str, Tensor]) -> Tensor:
-            now = self._as_called({**state, **params})
-            alone = {"whole." + self._whole.key(name): t for name, t in now.items()}
-            with self._evaluating(now, contents):
-                found: Tensor = functional_call(LossAlone(self._whole), alone, (outputs, args[2]))
-            return found
+            with self._evaluating(self._as_called({**state, **params}, contents), contents):
+                return self._whole.loss(outputs, args[2])
 
         return BatchLoss(batch.examples, loss, output, loss_of)
 
     @contextmanager
-    def _evaluating(self, called: Mapping[str, Tensor], contents: "_Contents") -> Iterator[None]:
+    def _evaluating(self, called: Mapping[str, Tensor], contents: Contents) -> Iterator[None]:
         """Evaluate inside as a plain function of the tensors `called`, leaving nothing behind."""
         own = contents.tensors
         instead = {id(own[name]): t for name, t in called.items()}
@@ -412,16 +403,20 @@ class Objective:
             stack.enter_context(plainly(contents.modules, self._look.hooks))
             stack.enter_context(quiet(self._look.quiet))
             stack.enter_context(smooth(dropout=self.dropout, lowest=lowest, instead=instead))
+            stack.enter_context(contents.replaced(called))
             yield
 
-    def _as_called(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _constants(self, contents: Contents) -> dict[str, Tensor]:
+        return {name: p for name, p in contents.parameters.items() if name not in self.slices}
+
+    def _as_called(self, tensors: Mapping[str, Tensor], contents: Contents) -> dict[str, Tensor]:
         """Bring flat parameters and buffers into the form in which the modules hold them."""
         level = self._raised_to
-        fixed = {} if level is None else {**self.constants(), **self.buffers()}
+        fixed = {} if level is None else {**self._constants(contents), **contents.buffers}
         lower = {name: t.detach() for name, t in fixed.items() if level is not None and is_lower(t, level)}
         called = {**lower, **tensors}
         if self._look.writes_constants:
-            called = {**{name: t.detach().clone() for name, t in self.constants().items()}, **called}
+            called = {**{name: t.detach().clone() for name, t in self._constants(contents).items()}, **called}
         for name in self._complex:
             called[name] = torch.complex(*called[name].unbind(-1))
         if self._look.writes_weights:
@@ -440,13 +435,6 @@ class Objective:
         return _missing(self, str(error).splitlines()[0])
 
 
-class _Contents(NamedTuple):
-    """The tensors, by name, and the modules that model and loss hold during a pass."""
-
-    tensors: dict[str, Tensor]
-    modules: list[nn.Module]
-
-
 @differentiating()
 def by_batches(f: Objective, w: Tensor) -> tuple[Tensor, Tensor]:
     """Evaluate ``L(w)`` and its gradient with one batch in memory at a time."""
@@ -455,9 +443,9 @@ def by_batches(f: Objective, w: Tensor) -> tuple[Tensor, Tensor]:
     for batch in f.losses(f.unflatten(w)):
         (g,) = torch.autograd.grad(batch.loss, w)
         total = total + batch.examples * batch.loss.detach()
-        slope = slope.add_(g, alpha=batch.examples)
+        slope.add_(g, alpha=batch.examples)
         examples += batch.examples
-    return total / examples, slope / examples
+    return total / examples, slope.div_(examples)
 
 
 def random_state(device: torch.device) -> bytes:

@@ -60,10 +60,9 @@ def _update_running(
 ) -> None:
     """Update running averages as the native kernels do: of moments over `dims` (unbiased variance), per channel."""
     with torch.no_grad():
-        moments = ((mean, input.mean(dims, keepdim=True)), (var, input.var(dims, keepdim=True)))
-        for running, now in moments:
+        for running, now in zip((var, mean), torch.var_mean(input, dims), strict=True):
             if running is not None:
-                fresh = now.mean((0, *range(2, now.dim()))).to(running.dtype)
+                fresh = (now if now.dim() == 1 else now.mean(0)).to(running.dtype)
                 running.mul_(1 - momentum).add_(fresh, alpha=momentum)  # lerp_ cannot be batched
 
 

@@ -1,10 +1,12 @@
-"""Traced programs, cut in two: the part without the last argument runs once, the rest each time.
+"""Traced programs: functions as lists of torch's elementary operations, without autograd, modules and modes.
 
-A function ``(inputs, v) -> (values, product)`` is recorded as a graph of torch's elementary operations.  ``once`` takes
-the inputs to the values and to every intermediate result that the rest needs, ``each`` takes those and v to the
-product.
+`record` makes a program of a whole function, in its fastest form.  `trace` cuts one of ``(inputs, v) -> (values,
+product)`` in two: ``once`` takes the inputs to the values and to every intermediate result that the rest needs,
+``each`` takes those and v to the product.  A program runs as the module that torch records, in torch's own
+`interpreted` form, or `compiled`.
 """
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.func import functionalize, vmap
+from torch.func import functionalize
 
 from ..errors import CannotTrace
-
-Each = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 FACTORED = ("gelu", "tanh", "silu", "sigmoid", "threshold", "softplus", "elu", "hardtanh", "leaky_relu")
 """Functions whose backward kernels compute a slope and multiply by it: taken apart, the slope is computed once."""
@@ -26,8 +26,8 @@ FACTORED = ("gelu", "tanh", "silu", "sigmoid", "threshold", "softplus", "elu", "
 class Program:
     """A program in two parts: ``once(*inputs) -> (*values, *residuals)`` and ``each(*residuals, v) -> product``."""
 
-    once: fx.GraphModule
-    each: fx.GraphModule
+    once: Callable[..., Sequence[Tensor]]
+    each: Callable[..., Tensor]
     values: int
 
     def start(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -36,9 +36,14 @@ class Program:
             results = list(self.once(*inputs))
         return results[: self.values], results[self.values :]
 
+    def product(self, residuals: Sequence[Tensor], v: Tensor) -> Tensor:
+        """Run the second part for one vector ``(P,)``."""
+        with torch.no_grad():
+            return self.each(*residuals, v)
+
 
 def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], v: Tensor) -> Program:
-    """Trace the program of ``function(*inputs, v) -> (*values, product)``.
+    """Trace the program of ``function(*inputs, v) -> (*values, product)``; its parts are modules of torch.fx.
 
     Raises:
         CannotTrace: the function branches on values, or asks for numbers.
@@ -48,7 +53,7 @@ def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor],
 
 def record(
     function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], factored: Sequence[str] = FACTORED
-) -> fx.GraphModule:
+) -> Callable[..., tuple[Tensor, ...]]:
     """Record a function as a fixed program for inputs of these shapes: without autograd, modes and modules.
 
     With nothing `factored` it calls the same kernels as `function` and gives, as a rule, the same bits.
@@ -56,17 +61,26 @@ def record(
     Raises:
         CannotTrace: the function branches on values, or its program gives other numbers.
     """
-    program = _recorded(function, inputs, factored)
-    _fold_constants(program)
-    with torch.no_grad():
-        pairs = zip(function(*inputs), program(*inputs), strict=True)
-        for first, again in pairs:
-            if not torch.allclose(first, again, rtol=1e3 * torch.finfo(first.dtype).eps, equal_nan=True):
-                raise CannotTrace("the fixed program gives other numbers: something in it changes from call to call")
+    module = _recorded(function, inputs, factored)
+    _fold_constants(module)
+    expected = function(*inputs)
+    try:
+        program = interpreted(module)
+        _require_equal(program(*inputs), expected)
+    except RuntimeError:  # the interpreter does not know every operation
+        program = torch.no_grad()(module.forward)
+        _require_equal(program(*inputs), expected)
     return program
 
 
-def interpreted(program: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+def _require_equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Raise CannotTrace unless the tensors are equal to rounding."""
+    for a, b in zip(found, expected, strict=True):
+        if not torch.allclose(a, b, rtol=1e3 * torch.finfo(b.dtype).eps, equal_nan=True):
+            raise CannotTrace("the fixed program gives other numbers: something in it changes from call to call")
+
+
+def interpreted(program: Any) -> Callable[..., Any]:
     """Run a program by torch's own interpreter: the same kernels in the same order, without Python between them.
 
     On small tensors this takes half the time of running it as a module.
@@ -74,13 +88,84 @@ def interpreted(program: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[.
     Raises:
         CannotTrace: the interpreter does not know some operation.
     """
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch would rather have it compiled, which changes the arithmetic
-        try:
-            script: Callable[..., tuple[Tensor, ...]] = torch.jit.trace(program, tuple(inputs), check_trace=False)
-        except Exception as error:
-            raise CannotTrace(f"no interpreted program: {first_line(error)}") from error
-    return script
+    plain: Any = torch.jit.optimized_execution  # type: ignore[attr-defined]
+    try:
+        function: Callable[..., Any] = _Script(program).function()
+    except Exception as error:  # whatever the interpreter raises of operations that it does not know
+        raise CannotTrace(f"no interpreted program: {first_line(error)}") from error
+
+    def run(*arguments: Tensor) -> Any:
+        with torch.no_grad(), plain(False):  # optimized, it would fuse operations
+            return function(*arguments)
+
+    return run
+
+
+class _Script:
+    """A program in the form of torch's interpreter, which is built operation by operation from their signatures."""
+
+    def __init__(self, program: fx.GraphModule) -> None:
+        self.program = program
+        self.graph: Any = torch._C.Graph()
+        self.values: dict[fx.Node, Any] = {}  # of each node: one value, or a list of several
+
+    def function(self) -> Callable[..., Any]:
+        """Build the program, and make it a function of its tensors."""
+        tensor = torch._C.TensorType.get()
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = self.graph.addInput(node.name)
+            elif node.op == "get_attr":
+                self.values[node] = self.graph.insertConstant(getattr(self.program, node.target).detach())
+            elif node.op == "output":
+                result = node.args[0]
+                if isinstance(result, fx.Node):
+                    self.graph.registerOutput(self.values[result])
+                else:
+                    kind = torch._C.TupleType([tensor] * len(result))
+                    self.graph.registerOutput(
+                        self._add("prim::TupleConstruct", [self.values[n] for n in result], kind)[0]
+                    )
+            elif node.target is operator.getitem:
+                whole, i = self.values[node.args[0]], node.args[1]
+                items = [whole, self._constant(i)] if not isinstance(whole, list) else []
+                self.values[node] = self._add("aten::__getitem__", items, tensor)[0] if items else whole[i]
+            else:
+                self.values[node] = self._call(node.target._schema, node)
+        made: Callable[..., Any] = torch._C._create_function_from_graph("program", self.graph)
+        return made
+
+    def _call(self, schema: Any, node: fx.Node) -> Any:
+        given = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
+        inputs = [self._argument(given.get(a.name, a.default_value), a.type) for a in schema.arguments]
+        results = self._add(schema.name, inputs, *(r.type for r in schema.returns))
+        return results[0] if len(results) == 1 else results
+
+    def _add(self, kind: str, inputs: list[Any], *types: Any) -> list[Any]:
+        node = self.graph.create(kind, inputs, len(types))
+        self.graph.appendNode(node)
+        results = list(node.outputs())
+        for result, own in zip(results, types, strict=True):
+            result.setType(own)
+        return results
+
+    def _argument(self, x: Any, kind: Any) -> Any:
+        """Return the value of an argument whose type in the signature is `kind`."""
+        if isinstance(kind, torch._C.OptionalType) and x is not None:
+            return self._argument(x, kind.getElementType())
+        if isinstance(x, fx.Node):
+            return self.values[x]
+        if isinstance(x, list | tuple):
+            item = kind.getElementType()
+            return self._add("prim::ListConstruct", [self._argument(i, item) for i in x], kind)[0]
+        return self._constant(float(x) if isinstance(kind, torch._C.FloatType) else x)
+
+    def _constant(self, x: Any) -> Any:
+        return self.graph.insertConstant(MEMORY_FORMATS.index(x) if isinstance(x, torch.memory_format) else x)
+
+
+MEMORY_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
+"""The formats of memory by the numbers that torch's interpreter knows them by."""
 
 
 def _recorded(
@@ -180,37 +265,6 @@ def _cut(module: fx.GraphModule) -> Program:
     return Program(first, fx.GraphModule(module, each), len(values))
 
 
-def batched(each: fx.GraphModule, residuals: Sequence[Tensor], rows: Tensor) -> fx.GraphModule:
-    """Return the program of ``each`` over rows of directions ``(k, P)``.
-
-    Raises:
-        CannotTrace: an operation has no batched form.
-    """
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    flexible = _copied(each)
-    views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
-    for node in flexible.graph.nodes:
-        if node.target in views:  # strides differ under vmap
-            node.target = torch.ops.aten.reshape.default
-    flexible.recompile()
-    axes = (*(None for _ in residuals), 0)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*batching rule")
-            return make_fx(vmap(flexible, in_dims=axes))(*residuals, rows)
-    except Exception as error:
-        raise CannotTrace(f"no program for columns: {first_line(error)}") from error
-
-
-def _copied(program: fx.GraphModule) -> fx.GraphModule:
-    """Copy the graph of a program, not what it reads."""
-    twin = fx.GraphModule(program, fx.Graph())
-    twin.graph.output(twin.graph.graph_copy(program.graph, {}))
-    twin.recompile()
-    return twin
-
-
 def compiler() -> str | None:
     """Name the C++ compiler that torch would use; None where there is none."""
     try:
@@ -223,8 +277,8 @@ def compiler() -> str | None:
         return None
 
 
-def compiled(each: fx.GraphModule, arguments: Sequence[Tensor]) -> Callable[..., Tensor]:
-    """Compile `each` to machine code.
+def compiled(each: Any, arguments: Sequence[Tensor]) -> Callable[..., Tensor]:
+    """Compile a program with one result to machine code.
 
     Raises:
         CannotTrace: there is no C++ compiler.
@@ -235,7 +289,10 @@ def compiled(each: fx.GraphModule, arguments: Sequence[Tensor]) -> Callable[...,
         warnings.simplefilter("ignore")
         from torch._inductor.compile_fx import compile_fx
 
-        fast: Any = compile_fx(_copied(each), list(arguments))  # which changes what it is given
+        twin = fx.GraphModule(each, fx.Graph())  # the compiler changes what it is given
+        twin.graph.output(twin.graph.graph_copy(each.graph, {}))
+        twin.recompile()
+        fast: Any = compile_fx(twin, list(arguments))
         fast(*arguments)
 
     def run(*arguments: Tensor) -> Tensor:

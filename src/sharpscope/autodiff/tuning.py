@@ -18,13 +18,10 @@ from torch import Tensor
 
 from ..errors import InvalidValue
 from .differences import CentralDifferences
-from .expansion import kept
-from .hvp import Calibrated, compiled, differences, forward_over_reverse, linearized, rebuilt
+from .expansion import Expansion, kept
+from .hvp import compiled, differences, forward_over_reverse, linearized, rebuilt
 from .objective import Expand, Objective, require_objective, without_second_derivative
 from .tracing import first_line
-
-COLUMNS = 4
-"""Number of columns that are multiplied together."""
 
 COMPILING = 10.0
 """Seconds of work below which a compiler is not worth trying."""
@@ -42,7 +39,6 @@ class Trial:
     problem: str = ""  # why it is not eligible; empty where it is
     error: float = math.nan  # largest relative deviation from the reference
     product: float = math.nan  # cost of a product
-    column: float = math.nan  # cost of one of four columns together
     opening: float = math.nan  # cost of a new point, before any product
     setup: float = 0.0  # seconds, once: tracing, verifying, compiling
 
@@ -65,12 +61,12 @@ class Checkup:
     sentence: str
 
     def __str__(self) -> str:
-        rows = [["backend", "product", "column", "point", "setup", "error", ""]]
+        rows = [["backend", "product", "point", "setup", "error", ""]]
         for t in self.trials:
-            costs = (f"{x:.2f}" if x == x else "-" for x in (t.product, t.column, t.opening))
+            costs = (f"{x:.2f}" if x == x else "-" for x in (t.product, t.opening))
             error = f"{t.error:.0e}" if t.error == t.error else "-"
             rows.append([t.name, *costs, f"{t.setup:.1f} s", error, t.problem])
-        widths = [max(len(row[i]) for row in rows) for i in range(7)]
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(
             f"in gradients of {1e3 * self.gradient:.3g} ms; graphs to keep: about {self.graph_bytes / 2**20:.3g} MiB,"
@@ -122,8 +118,7 @@ def tune(f: Objective, *, products: int = 20, points: int = 1000, repeats: int =
         gradient, trials = case.timed(case.judged(trials), repeats)
     eligible = [t for t in trials.values() if not t.problem]
     best = min(eligible, key=lambda t: t.seconds(gradient, products, points))
-    together = best.column < 0.9 * best.product
-    chosen = f.using(Calibrated(best.expand, best.product, together))
+    chosen = f.using(partial(_at_cost, expand=best.expand, cost=best.product))
     repaid = _repaid(best, eligible, gradient, products)
     return Checkup(
         objective=chosen,
@@ -137,6 +132,11 @@ def tune(f: Objective, *, products: int = 20, points: int = 1000, repeats: int =
     )
 
 
+def _at_cost(f: Objective, w: Tensor, *, expand: Expand, cost: float) -> Expansion:
+    """Form products with a backend whose products were found to cost so many gradients."""
+    return dataclasses.replace(expand(f, w), cost=cost)
+
+
 class _Case:
     """An objective at two points with a few directions, and the products found there by name."""
 
@@ -144,10 +144,8 @@ class _Case:
         self.f = f.using(kept)
         self.w = f.weights()
         g = torch.Generator().manual_seed(0)
-        random = torch.randn((COLUMNS + 1, f.size), generator=g, dtype=torch.float64).to(self.w)
-        self.columns = random[:COLUMNS].T
-        self.v = random[0]
-        self.points = (self.w, self.w + 0.1 * self.w.square().mean().sqrt() * random[COLUMNS])
+        self.v, step = (torch.randn(f.size, generator=g, dtype=torch.float64).to(self.w) for _ in range(2))
+        self.points = (self.w, self.w + 0.1 * self.w.square().mean().sqrt() * step)
         self.found: dict[str, list[Tensor]] = {}
         self.bar = math.inf
         self.examples = sum(batch.examples for batch in f.batches(self.w.device))
@@ -205,10 +203,8 @@ class _Case:
             at = f.at(self.w)
             tasks[name, "opening"] = partial(f.at, self.w)
             tasks[name, "product"] = partial(at.hvp, self.v)
-            if at.columns is not None:
-                tasks[name, "column"] = partial(at.columns, self.columns)
-        for key in [key for key, task in tasks.items() if not _runs(task)]:
-            del tasks[key]
+        for task in tasks.values():  # to warm up
+            task()
         seconds: dict[tuple[str, str], list[float]] = {key: [] for key in tasks}
         for _ in range(repeats):
             for key, task in tasks.items():
@@ -219,8 +215,7 @@ class _Case:
         gradient = median.pop(("", ""))
         out = dict(trials)
         for (name, what), time_taken in median.items():
-            products = COLUMNS if what == "column" else 1
-            changes: dict[str, Any] = {what: time_taken / gradient / products}
+            changes: dict[str, Any] = {what: time_taken / gradient}
             out[name] = dataclasses.replace(out[name], **changes)
         return gradient, out
 
@@ -229,15 +224,6 @@ def _others(name: str, exact: Sequence[str]) -> list[str]:
     """Name the backends that are not the same one with other bookkeeping."""
     same = ("kept", "rebuilt")
     return [n for n in exact if n != name and not (n in same and name in same)]
-
-
-def _runs(task: Callable[[], object]) -> bool:
-    """Run a task once, to warm up; columns may have no batched form."""
-    try:
-        task()
-    except RuntimeError:
-        return False
-    return True
 
 
 def _repaid(best: Trial, eligible: Sequence[Trial], gradient: float, products: int) -> float:

@@ -1,12 +1,17 @@
 """A model, its loss and the modules around them as one module, whose weights have names and can be replaced.
 
     whole = Whole(model, loss, around)
-    output, loss = functional_call(whole, {whole.keys[name]: value, ...}, (batch.args, batch.kwargs, batch.target))
+    contents = whole.contents()
+    with contents.replaced({name: value, ...}):
+        output, loss = whole(batch.args, batch.kwargs, batch.target)
 
 The names are those of the model's parameters; those of a loss that is a module begin with ``loss.``.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +30,6 @@ class Whole(nn.Module):
         self.model = model
         self.loss: Loss = loss
         self.around = nn.ModuleList(around)
-        self._keys: dict[str, str] = {}
         clash = any(name.partition(".")[0] == "loss" for name, _ in model.named_children())
         self._prefixes = {"model.": "", "loss.": "criterion." if clash else "loss.", "around.": "<around>."}
 
@@ -39,21 +43,26 @@ class Whole(nn.Module):
         inside = next(prefix for prefix in self._prefixes if key.startswith(prefix))
         return self._prefixes[inside] + key.removeprefix(inside)
 
-    def key(self, name: str) -> str:
-        """Return the key in this module of a parameter or buffer of that name."""
-        if name not in self._keys:
-            prefixes = {prefix: inside for inside, prefix in self._prefixes.items() if prefix}
-            prefix = next((p for p in prefixes if name.startswith(p)), "")
-            self._keys[name] = prefixes.get(prefix, "model.") + name.removeprefix(prefix)
-        return self._keys[name]
-
-    def parameters_by_name(self) -> dict[str, nn.Parameter]:
-        """All parameters, tied ones once, under their names."""
-        return {self.name(key): p for key, p in self.named_parameters()}
-
-    def buffers_by_name(self) -> dict[str, Tensor]:
-        """All buffers under their names."""
-        return {self.name(key): b for key, b in self.named_buffers()}
+    def contents(self) -> "Contents":
+        """Find all parameters, buffers and modules as they are now."""
+        named = list(self.named_modules())
+        found = Contents(modules=[module for _, module in named])
+        names: dict[int, str] = {}
+        for kind, spaces in (
+            (found.parameters, [(key, module._parameters) for key, module in named]),
+            (found.buffers, [(key, module._buffers) for key, module in named]),
+        ):
+            for key, space in spaces:
+                for own, t in space.items():
+                    if t is None:
+                        continue
+                    if id(t) not in names:
+                        names[id(t)] = name = self.name(f"{key}.{own}")
+                        kind[name] = t
+                        if not key.startswith("model"):
+                            found.beside.add(name)
+                    found.places.setdefault(names[id(t)], []).append((space, own))
+        return found
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters of model and loss that may change, under their names."""
@@ -61,16 +70,39 @@ class Whole(nn.Module):
         return {self.name(key): p for key, p in own if p.requires_grad and not key.startswith("around.")}
 
 
-class LossAlone(nn.Module):
-    """The loss of a `Whole` as a function of given outputs."""
+@dataclass(frozen=True)
+class Contents:
+    """The parameters and buffers of a `Whole` by name, tied ones once, and its modules, for one pass over the data."""
 
-    def __init__(self, whole: Whole) -> None:
-        super().__init__()
-        self.whole = whole
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    beside: set[str] = field(default_factory=set)  # names of those that are not the model's
+    places: dict[str, list[tuple[dict[str, Any], str]]] = field(default_factory=dict)  # where each is read from
+    modules: list[nn.Module] = field(default_factory=list)
 
-    def forward(self, output: Any, target: Any) -> Tensor:
-        """Evaluate the loss."""
-        return self.whole.loss(output, target)
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers."""
+        return {**self.parameters, **self.buffers}
+
+    @contextmanager
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put `values` in the places of the tensors of these names inside."""
+        places = [(space, key, t) for name, t in values.items() for space, key in self.places[name]]
+        before = [space[key] for space, key, _ in places]
+        try:
+            for space, key, t in places:
+                space[key] = t
+            yield
+        finally:
+            for (space, key, _), own in zip(reversed(places), reversed(before), strict=True):
+                space[key] = own
+
+    def now(self, name: str) -> Tensor:
+        """Return what stands in the place of that name now."""
+        space, key = self.places[name][0]
+        found: Tensor = space[key]
+        return found
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -206,7 +206,7 @@ def limited(expand: Expand, deadline: float) -> Expand:
                 raise OutOfTime("a measurement was given up: it took longer than the budget allows")
             return at.hvp(v)
 
-        return replace(at, hvp=hvp, together=False)
+        return replace(at, hvp=hvp)
 
     return limited_expand
 

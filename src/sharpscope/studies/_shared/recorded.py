@@ -12,7 +12,7 @@ from torch import Tensor
 from ...autodiff.data import Batch
 from ...autodiff.hvp import on_batch
 from ...autodiff.objective import Objective, by_batches
-from ...autodiff.tracing import interpreted, record
+from ...autodiff.tracing import record
 from ...errors import CannotTrace
 
 WORTHWHILE = 1000
@@ -45,8 +45,7 @@ class Recorded:
         program = self.programs[len(x)]
         if program is None:
             return by_batches(f, w)
-        with torch.no_grad():
-            value, g = program(w, x, y, *(b for _, b in f.model.named_buffers()))
+        value, g = program(w, x, y, *(b for _, b in f.model.named_buffers()))
         return value, g
 
     def _program(self, f: Objective, n: int) -> LossProgram | None:
@@ -61,14 +60,13 @@ class Recorded:
             return (w.new_zeros(()) + n * loss) / n, torch.zeros_like(w).add(g, alpha=n) / n
 
         try:
-            program = interpreted(record(whole, (w, *rest), factored=()), (w, *rest))
+            program = record(whole, (w, *rest), factored=())
         except CannotTrace:
             return None
         plain = f.on([(x, y)])
         for i in range(CHECKS):
             at = w.roll(i)
-            with torch.no_grad():
-                pairs = zip(by_batches(plain, at), program(at, *rest), strict=True)
+            pairs = zip(by_batches(plain, at), program(at, *rest), strict=True)
             if not all(torch.equal(a, b) for a, b in pairs):
                 return None
         return program
