@@ -115,10 +115,11 @@ def test_a_watched_training_is_the_unwatched_one_to_the_last_bit(name: str, bf16
 def test_measurements_are_those_of_the_model_in_full_precision_without_dropout(bf16: bool, tmp_path: Path) -> None:
     model, probe = gpt2(), [{name: torch.stack([Text()[i][name] for i in range(4)]) for name in Text()[0]}]
     wanted: list[float] = []
+    start = {name: t.clone() for name, t in model.state_dict().items()}
 
     def note(step: int, values: Any) -> None:
         f = Objective(twin, lambda output, batch: output.loss, probe)
-        twin.load_state_dict(model.state_dict())
+        twin.load_state_dict(model.state_dict() if step else start)  # the start is measured after the first step
         wanted.append(f.value(f.weights()).item())
 
     twin = gpt2(dropout=0.0)

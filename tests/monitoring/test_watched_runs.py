@@ -378,9 +378,9 @@ def test_a_sink_that_fails_does_not_stop_the_run() -> None:
         got.append(step)
         raise OSError("no space left")
 
+    monitor = Monitor(f, sgd, every=2, sinks=[broken])
     with pytest.warns(UserWarning, match="a sink of the monitor failed, .*no space left"):
-        monitor = Monitor(f, sgd, every=2, sinks=[broken])
-    descend(f, sgd, monitor, 4)
+        descend(f, sgd, monitor, 4)
     assert got == [0] and monitor.history.columns["step"] == [0, 2, 4]
 
 

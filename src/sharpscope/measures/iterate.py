@@ -33,6 +33,9 @@ ERROR = 1e-3
 CERTIFIED = 1e-2
 """Largest error of a value at which nothing is to be far above it, too; rougher ones are cheaper without that."""
 
+LARGE = 2**18
+"""Number of parameters from which on runs are measured by solves afresh: what they cost is products, not memory."""
+
 LONG = 2**20
 """Number of parameters from which on a value alone is found without the memory for its vector."""
 

@@ -24,7 +24,7 @@ from ..errors import InvalidType, InvalidValue, NotConverged, NotFinite, Sharpsc
 from ..linalg.memory import Memory
 from ..linalg.operators import without_autocast
 from ..measures import measures
-from ..measures.iterate import Iterate, midpoint
+from ..measures.iterate import LARGE, Iterate, midpoint
 from ..measures.row import Setting, angles, curvature
 from ..optimizers.base import UpdateRule
 from ..optimizers.from_torch import unwrapped, wrapped
@@ -32,15 +32,29 @@ from ..records.history import History
 from ..report.html import write_page
 from ..symmetry.scale_groups import ScaleGroups, find_groups
 from .diagnosis import Facts, Finding, diagnose
+from .memory_plan import MemoryPlan, free_bytes, plan_memory
 from .optimizer_state import OptimizerState
 from .page import render_run
 from .recorder import RUN, Recorder, Sink
 from .schedules import Schedule, every_nth, never
-from .time_budget import Budget, Ledger, ProbePlan, limited, parse_fraction, plan_probe, wait_for_device, waiting
+from .time_budget import (
+    Budget,
+    FirstLook,
+    Ledger,
+    ProbePlan,
+    limited,
+    parse_fraction,
+    plan_probe,
+    wait_for_device,
+    waiting,
+)
 
 UNKNOWN_GROUPS = ScaleGroups({}, {}, {}, torch.empty(0, dtype=torch.long), 1.0)
 """The scale-invariant groups before `find_groups` has run."""
 
+
+ROUGH = 3e-2
+"""Relative error of eigenvalues of large models, those of at least `LARGE` weights."""
 
 UNREPORTED_STEPS = 100
 """Steps of the optimizer after which a Monitor that was never called says so."""
@@ -127,6 +141,10 @@ class Monitor:
         self.recorder = Recorder(sinks, directory)
         self._groups: ScaleGroups | None = None
         self._memories: dict[str, Memory] = {}
+        self._directions: dict[str, Tensor] = {}  # top eigenvectors of large models
+        self.first_look: FirstLook | None = None
+        self._fitted: MemoryPlan | None = None  # what of the objective fits into memory
+        self._at_start: tuple[Tensor, Setting] | None = None  # a measurement of step 0 that has not been taken yet
         self._weights_before: tuple[int, Tensor] | None = None  # weights after that many steps
         self._setting_at: tuple[int, Setting] | None = None  # how the optimizer was set when it took that step
         self._steps_handled = 0
@@ -138,7 +156,7 @@ class Monitor:
         if self.budget is None:
             self._weights_before = (0, objective.weights())
             if self._due(0):
-                self._measure_at_the_start(self._weights_before[1])
+                self._at_start = (self._weights_before[1], self.optimizer_state.setting())
         self.resumed = perf_counter()  # when the training went on after measuring
         self.ledger.measured += self.resumed - began
 
@@ -151,11 +169,13 @@ class Monitor:
     def close(self, note: str = "") -> None:
         """Stop watching the optimizer; a run on disk is marked as finished."""
         self._hook.remove()
+        self._measure_start()
         self.recorder.close(note)
 
     @property
     def history(self) -> History:
-        """The rows so far."""
+        """The rows so far; the one of step 0 is measured when it is first looked at, or after the first step."""
+        self._measure_start()
         return self.recorder.history
 
     @property
@@ -175,8 +195,11 @@ class Monitor:
 
     @property
     def measured(self) -> Objective:
-        """The objective that is measured: with a budget, the part of the given one that was planned."""
-        return self.objective if self.plan is None else self.plan.objective
+        """The objective that is measured: the part of the given one that was planned with a budget, or fits."""
+        if self.plan is not None:
+            return self.plan.objective
+        fitted = None if self._fitted is None else self._fitted.objective
+        return self.objective if fitted is None else fitted
 
     @property
     def overhead(self) -> float:
@@ -194,6 +217,7 @@ class Monitor:
         """Call this after every step of the optimizer."""
         began = perf_counter()
         self._training_seconds += began - self.resumed
+        self._measure_start()
         self._notice_changes()
         if self.steps > self._steps_handled:
             taken = range(self._steps_handled + 1, self.steps + 1)
@@ -216,6 +240,7 @@ class Monitor:
         A run is never stopped by being watched: where the loss or a product with its Hessian is not finite, or the
         solver does not converge, the row has no curvature.
         """
+        self._measure_start()
         return self._measure(w, None, None)
 
     def findings(self) -> list[Finding]:
@@ -223,7 +248,7 @@ class Monitor:
         if self._uncounted:
             return [self._uncounted]
         if self.budget is not None and not len(self.history):
-            return [waiting(self.budget, self.ledger, self.plan)]
+            return [waiting(self.budget, self.ledger, self.plan, self.first_look)]
         return diagnose(self.history, RUN, self.facts)
 
     def diagnosis(self) -> str:
@@ -242,6 +267,7 @@ class Monitor:
             "tau": self.tau,
             "rows": [{n: value for n, value in row.items() if value is not None} for row in self.history.rows],
             "memories": {name: memory.tensors() for name, memory in self._memories.items()},
+            "directions": {name: v.cpu() for name, v in self._directions.items()},
             "before": None if before is None else [before[0], before[1].cpu()],
             "groups": None if self._groups is None else asdict(self._groups),
             "seconds": [ledger.steps, ledger.trained, ledger.measured, ledger.most_expensive],
@@ -253,6 +279,8 @@ class Monitor:
         self.steps = self._steps_handled = state["steps"]
         self.tau = state["tau"]
         self._memories = {name: Memory.of(tensors).to(like) for name, tensors in state["memories"].items()}
+        self._directions = {name: v.to(like) for name, v in state.get("directions", {}).items()}
+        self._at_start = None
         self._weights_before = None if state["before"] is None else (state["before"][0], state["before"][1].to(like))
         self._use_groups(None if state["groups"] is None else ScaleGroups(**state["groups"]))
         self.ledger = Ledger(*state["seconds"])
@@ -331,7 +359,8 @@ class Monitor:
             self.optimizer_state = OptimizerState(self.optimizer, self.objective, self._fixed_rule)
         except Exception as error:  # a run is not stopped for being watched
             self._give_up(error)
-        self._memories, self._weights_before, self.plan = {}, None, None
+        self._memories, self._directions, self._weights_before = {}, {}, None
+        self.plan, self._fitted = None, None
         self._use_groups(None)
         self._versions = self._weight_versions()
 
@@ -362,7 +391,18 @@ class Monitor:
             began = perf_counter()
             self._use_groups(find_groups(self.plan.groups_objective))
             self.ledger.measured_at_first += perf_counter() - began
-        return self.budget.allows(self.ledger, step, self.plan)
+        if self.budget.allows(self.ledger, step, self.plan):
+            return True
+        if not self.ledger.most_expensive and self.first_look is None:
+            if self.budget.allows_look(self.ledger, self.plan):
+                self._take_first_look(self.plan.look)
+        return False
+
+    def _take_first_look(self, f: Objective) -> None:
+        """Find λ1 on a few examples: the first useful number, long before a measurement can be afforded."""
+        with without_autocast():
+            it = Iterate(f, f.weights(), step=self.steps, error=0.1)
+            self.first_look = FirstLook(self.steps, sum(map(f.form.size, f.data)), measures.sharpness(it))
 
     def _next_is_due_safely(self) -> bool:
         """As `_next_is_due`; what planning raises ends the measuring, not the training."""
@@ -372,15 +412,18 @@ class Monitor:
             self._give_up(error)
             return False
 
-    def _measure_at_the_start(self, w: Tensor) -> None:
-        """Measure before the first step: what cannot be measured is refused, other failures are left out."""
+    def _measure_start(self) -> None:
+        """Measure at step 0, as it was, if that is still to be done; a run is not stopped for being watched."""
+        if self._at_start is None:
+            return
+        (w, setting), self._at_start = self._at_start, None
+        began = perf_counter()
         try:
-            self.measure(w)
-        except SharpscopeError:
-            self._hook.remove()
-            raise
+            self._measure(w, None, setting, when=(0, 0.0))
         except Exception as error:
             warnings.warn(f"the measurement at the start failed: {type(error).__name__}: {error}", stacklevel=4)
+        self.ledger.measured += perf_counter() - began
+        self.resumed = perf_counter()
 
     def _measure_safely(self) -> None:
         """Measure, whatever that raises: a run is not stopped for being watched."""
@@ -417,32 +460,57 @@ class Monitor:
         self._measure(now if turned is None else self.point(*turned), turned, setting)
 
     @without_autocast()
-    def _measure(self, w: Tensor, turned: tuple[Tensor, Tensor] | None, setting: Setting | None) -> Iterate:
-        """Measure at `w`; the weights before and after the last step and its setting are given where they are known."""
+    def _measure(
+        self,
+        w: Tensor,
+        turned: tuple[Tensor, Tensor] | None,
+        setting: Setting | None,
+        when: tuple[int, float] | None = None,
+    ) -> Iterate:
+        """Measure at `w`, by default now; `when` are the step and the intrinsic time of an earlier moment.
+
+        The weights before and after the last step and its setting are given where they are known.
+        """
         began = perf_counter()
-        groups = self.groups
+        step, tau = when or (self.steps, self.tau)
         at = self.optimizer_state.setting() if setting is None else setting
-        f, rtol = self.measured, 1e-4
+        fits = self._fits()
+        options: dict[str, Any] = {"k": self.k, "rtol": 1e-4, "start": self._memories, "stability": at.stability}
+        groups = self.groups if fits else UNKNOWN_GROUPS
+        f = self.measured
         if self.budget is not None:
             f = f.using(limited(f.expand, began + self.budget.whole(self.ledger) - self.ledger.measured))
-            rtol = 2e-2
-        options: dict[str, Any] = {"k": self.k, "rtol": rtol, "start": self._memories, "stability": at.stability}
-        it = Iterate(f, w, at.rule, step=self.steps, groups=groups, **options)
-        row: dict[str, Any] = {"tau": self.tau, "loss": measures.loss(it), "learning_rate": at.learning_rate}
+            options["rtol"] = 2e-2
+        if f.size >= LARGE:
+            options |= {"error": ROUGH, "rtol": 2e-2, "directions": self._directions}
+        it = Iterate(f, w, at.rule, step=step, groups=groups, **options)
+        row: dict[str, Any] = {"tau": tau, "loss": measures.loss(it), "learning_rate": at.learning_rate}
         if at.rule is not None:
             row |= {"intrinsic_time_per_step": at.rule.intrinsic_time_per_step, "equilibrium": at.rule.equilibrium}
         if setting is not None and setting.gradient is not None:
             row["applied_gradient"] = setting.gradient
-        if math.isfinite(row["loss"]):
+        if fits and math.isfinite(row["loss"]):
             with contextlib.suppress(NotConverged, NotFinite):
                 curvature(it, at, row, full=self.plan is None or self.plan.full)
             self._memories |= it.memories
+            if it.error is not None and it.k == 1:
+                self._directions |= {name: pairs.vectors[:, 0] for name, pairs in it.found.items()}
             row |= {f"rotation/{name}": a for name, a in angles(it.scale_groups, turned).items()}
         if self.ledger.trained:
             row["overhead"] = self.overhead
         self._describe()
-        self.recorder.append(self.steps, row)
+        self.recorder.append(step, row)
         return it
+
+    def _fits(self) -> bool:
+        """Plan the memory of measurements, once; say whether there is enough, and warn where there is little."""
+        if self._fitted is None:
+            free = free_bytes(next(iter(self.objective.parameters().values())).device)
+            self._fitted = plan_memory(self.objective, self.k, free)
+            self.k = self._fitted.k
+            if self._fitted.note:
+                warnings.warn(self._fitted.note, stacklevel=5)
+        return self._fitted.objective is not None
 
     def _config(self) -> dict[str, object]:
         rules = self.optimizer_state.rules

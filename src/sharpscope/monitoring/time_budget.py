@@ -45,7 +45,13 @@ MAX_EXAMPLES = 4096
 """The largest number of examples of a planned probe."""
 
 PRODUCT_COST = 1.5
-"""Cost of a product with the Hessian in gradients, for the plan."""
+"""Cost of a product with the Hessian in gradients, for the plan; that of large models is measured at twice this much."""
+
+LOOK_EXAMPLES = 4
+"""Number of examples of a first look at λ1, which comes before the first measurement where that has to wait."""
+
+LOOK_COST = 16.0
+"""Cost of a first look in gradients of so many examples."""
 
 GROUPS_COST = 3.0
 """Cost of one of the gradients of `find_groups`, which are in double precision, in gradients of the plan."""
@@ -118,6 +124,8 @@ class ProbePlan:
     usual_seconds: float  # that each of the others is expected to take
     groups_objective: Objective  # for finding the scale-invariant groups: a few examples will do
     groups_seconds: float  # that finding them is expected to take
+    look: Objective  # for a first look
+    look_seconds: float  # that it is expected to take
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,11 @@ class Budget:
         coming = max(ledger.latest_measurements, default=plan.usual_seconds)
         spread = ledger.measured_at_first + (whole - ledger.measured_at_first) * step / self.steps
         return ledger.measured + coming <= spread and ledger.measured + most_expensive <= whole
+
+    def allows_look(self, ledger: Ledger, plan: ProbePlan) -> bool:
+        """Say whether there is time for a first look, where the first measurement has to wait for much longer."""
+        affordable = SAFETY * self.fraction * ledger.trained
+        return plan.look_seconds <= min(affordable - ledger.measured, plan.first_seconds / 3)
 
     def allows_once(self, ledger: Ledger, seconds: float) -> bool:
         """Say whether something that is done once, after the first measurement, may be done now."""
@@ -192,6 +205,8 @@ def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: 
         usual_seconds=(all_of_them - first) / PLANNED_MEASUREMENTS,
         groups_objective=f.on(head(largest, groups_examples, f.form)),
         groups_seconds=GROUPS_COST * (12 + len(f.slices)) * (fixed + slope * groups_examples),
+        look=f.on(head(largest, LOOK_EXAMPLES, f.form)),
+        look_seconds=LOOK_COST * (fixed + slope * min(LOOK_EXAMPLES, total)),
     )
 
 
@@ -211,8 +226,17 @@ def limited(expand: Expand, deadline: float) -> Expand:
     return limited_expand
 
 
-def waiting(budget: Budget, ledger: Ledger, plan: ProbePlan | None) -> Finding:
-    """Why there is no measurement yet."""
+@dataclass(frozen=True)
+class FirstLook:
+    """λ1 on a few examples, after so many steps."""
+
+    step: int
+    examples: int
+    sharpness: float
+
+
+def waiting(budget: Budget, ledger: Ledger, plan: ProbePlan | None, look: FirstLook | None) -> Finding:
+    """Why there is no measurement yet, and what a first look has shown."""
     first = math.nan if plan is None else plan.first_seconds
     numbers = {
         "seconds of training": ledger.trained,
@@ -226,6 +250,12 @@ def waiting(budget: Budget, ledger: Ledger, plan: ProbePlan | None) -> Finding:
         f"the first takes about {first:.2g} s, and {budget.fraction:.0%} of the training so far are"
         f" {budget.fraction * ledger.trained:.2g} s. Raise the budget, or wait."
     )
+    if look is not None:
+        numbers |= {"λ1 on a few examples": look.sharpness, "examples": float(look.examples), "step": float(look.step)}
+        text += (
+            f" A first look on {look.examples} examples only, at step {look.step}: λ1 is about {look.sharpness:.2g}"
+            " there; on so few it may be far from that of all."
+        )
     return Finding("waiting", text, numbers)
 
 
