@@ -10,7 +10,7 @@ a = 1 on a block of rows, a = (1, -1) on a pair, a in {0, 1} on tensors that may
 P parameters, n of them in a part, m points, T parts.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -23,6 +23,9 @@ MAX_BLOCK_COSINE = 1e-3
 MAX_PAIR_MISMATCH = 1e-4
 """Largest mismatch, over all points, between the Euler products of a pair."""
 
+MAX_PAIR_DIFFERENCE = 1e-2
+"""Largest difference between the Euler products of a pair, against these, which are small for large tensors."""
+
 MAX_NULL_VALUE = 1e-2
 """Largest singular value, against the first, of relations that are tried: eps leaves some."""
 
@@ -34,6 +37,9 @@ MAX_JOINT_COSINE = 2e-2
 
 MAX_ROWS = 2048
 """Number of rows beyond which only single rows are tried, since there are n² blocks."""
+
+SLAB = 256
+"""Number of rows from which runs are tried at once."""
 
 MAX_MIXED = 12
 """Number of relations with other coefficients than 0 and 1 up to which all of their sums are tried."""
@@ -79,23 +85,49 @@ def blocks(grids: Mapping[str, Tensor], sums: Mapping[str, Sums]) -> dict[str, T
     found: dict[str, Tensor] = {}
     taken = torch.zeros(1 + max((int(grid.max()) for grid in grids.values()), default=0), dtype=torch.bool)
     for name, grid in grids.items():
-        for start, stop in _zero_runs(sums[name], ~taken[grid].any(dim=1)):
-            place = f"{start}" if stop == start + 1 else f"{start}:{stop}"
-            found[name.format(place)] = grid[start:stop].flatten()
+        for start, stop in zero_runs(sums[name], ~taken[grid].any(dim=1)):
+            found[name.format(place(start, stop))] = grid[start:stop].flatten()
             taken[grid[start:stop]] = True
     return found
 
 
-def _zero_runs(sums: Sums, free: Tensor) -> Iterator[tuple[int, int]]:
+def place(start: int, stop: int) -> str:
+    """Write a run of rows as it stands between brackets."""
+    return f"{start}" if stop == start + 1 else f"{start}:{stop}"
+
+
+def zero_runs(sums: Sums, free: Tensor) -> Iterator[tuple[int, int]]:
+    """Find disjoint runs of free rows whose Euler products add up to zero at all points, the shortest first.
+
+    A run adds up to zero where cumulated sums come back to what they were.
+    """
     products, sizes = _cumulated(sums.products), _cumulated(sums.sizes.square())
-    n = len(free)
-    for length in range(1, n if n <= MAX_ROWS else 2):
-        product, size = (x[:, length:] - x[:, :-length] for x in (products, sizes))
-        fits = ((product.abs() <= MAX_BLOCK_COSINE * size.clamp_min(0).sqrt()) & (size > 0)).all(dim=0)
-        for start in fits.nonzero().flatten().tolist():
-            if bool(free[start : start + length].all()):
-                free[start : start + length] = False
-                yield start, start + length
+    n, free = len(free), free.clone()
+    fitting: list[Tensor] = []
+    for begin in range(0, n, SLAB):
+        end = n + 1 if n <= MAX_ROWS else min(begin + SLAB, n) + 1
+        start, stop = _returns(products[0], sizes[0], slice(begin, min(begin + SLAB, n)), slice(begin, end))
+        length = stop - start
+        start, stop = (x[(length > 0) & (length < n) & ((length == 1) | (n <= MAX_ROWS))] for x in (start, stop))
+        for product, size in zip(products[1:], sizes[1:], strict=True):  # most runs failed at the first point
+            fits = _is_small(product[stop] - product[start], size[stop] - size[start])
+            start, stop = start[fits], stop[fits]
+        fitting.append(torch.stack([start, stop]))
+    for start, stop in sorted(torch.cat(fitting, dim=1).T.tolist(), key=lambda run: (run[1] - run[0], run[0])):
+        if bool(free[start:stop].all()):
+            free[start:stop] = False
+            yield start, stop
+
+
+def _returns(products: Tensor, sizes: Tensor, starts: slice, stops: slice) -> tuple[Tensor, Tensor]:
+    """Find where cumulated sums ``(rows + 1,)`` at one point are what they were at a start."""
+    total, scale = (x[stops] - x[starts, None] for x in (products, sizes))
+    start, stop = _is_small(total, scale).nonzero().T
+    return start + starts.start, stop + stops.start
+
+
+def _is_small(products: Tensor, squares: Tensor) -> Tensor:
+    return (products.square() <= MAX_BLOCK_COSINE**2 * squares) & (squares > 0)
 
 
 def _cumulated(rows: Tensor) -> Tensor:
@@ -111,52 +143,70 @@ def rescaled_pairs(
     The pairs are ``"a -> b"`` -> mismatch: ``a`` is `wider` (a weight and its bias) or one of the parts, ``b`` the next
     one with the same Euler product.
     """
-    units = sorted({**parts, **wider}.items(), key=lambda item: int(item[1].min()))
-    products, sizes = _side_by_side(sums, [name for name, _ in units])
+    units = dict(sorted({**parts, **wider}.items(), key=lambda item: int(item[1].min())))
+    found = paired(list(units), sums, lambda a, b: not bool(torch.isin(units[a], units[b]).any()))
+    represented: set[str] = set()
+    for name, _ in found:
+        represented.update([n for n, i in parts.items() if bool(torch.isin(i, units[name]).all())][:1])
+    return {f"{a} -> {b}": mismatch for (a, b), mismatch in found.items()}, represented
+
+
+def paired(
+    names: Sequence[str], sums: Mapping[str, Sums], disjoint: Callable[[str, str], bool]
+) -> dict[tuple[str, str], float]:
+    """Pair each of the names with the next one that has the same Euler product and is disjoint; return the mismatch."""
+    products, sizes = _side_by_side(sums, list(names))
     nonzero = (products.abs() > MAX_PAIR_MISMATCH * sizes).any(dim=0)
-    mismatch = torch.zeros(len(units), len(units)).to(products)
+    mismatch = torch.zeros(len(names), len(names)).to(products)
+    difference = mismatch.clone()
     for e, size in zip(products, sizes, strict=True):
         mismatch = torch.maximum(mismatch, (e[:, None] - e).abs() / torch.hypot(size[:, None], size))
-    fits = (mismatch <= MAX_PAIR_MISMATCH) & nonzero[:, None] & nonzero
-    pairs: dict[str, float] = {}
-    represented: set[str] = set()
-    for a, (name, indices) in enumerate(units):
-        later = [b for b in fits[a].nonzero().flatten().tolist() if b > a]
-        b = next((b for b in later if not bool(torch.isin(units[b][1], indices).any())), None)
+        difference += (e[:, None] - e).square()
+    scale = products.square().sum(dim=0)
+    fits = (mismatch <= MAX_PAIR_MISMATCH) & (difference <= MAX_PAIR_DIFFERENCE**2 * scale) & nonzero[:, None] & nonzero
+    found: dict[tuple[str, str], float] = {}
+    for a, name in enumerate(names):
+        later = (b for b in fits[a].nonzero().flatten().tolist() if b > a)
+        b = next((b for b in later if disjoint(name, names[b])), None)
         if b is not None:
-            pairs[f"{name} -> {units[b][0]}"] = mismatch[a, b].item()
-            represented.update([n for n, i in parts.items() if bool(torch.isin(i, indices).all())][:1])
-    return pairs, represented
+            found[name, names[b]] = mismatch[a, b].item()
+    return found
 
 
 def joint_groups(parts: Mapping[str, Tensor], sums: Mapping[str, Sums]) -> dict[str, Tensor]:
-    """Find disjoint sets of parts whose Euler products add up to zero, smallest first.
-
-    Null vectors of the Euler products ``(m, T)`` in reduced form, with the pivots on small tensors (gains) where
-    possible: a relation through a gain then does not mix with the others.
-    """
-    names = sorted(parts, key=lambda name: parts[name].numel())
-    if len(names) < 2:
-        return {}
-    matrix, sizes = (x.cpu() for x in _side_by_side(sums, names))
+    """Find disjoint sets of parts whose Euler products add up to zero, smallest first."""
     found: dict[str, Tensor] = {}
+    for members in joint_sets(sorted(parts, key=lambda name: parts[name].numel()), sums):
+        members.sort(key=lambda n: int(parts[n].min()))
+        found[title(members)] = torch.cat([parts[n] for n in members])
+    return found
+
+
+def joint_sets(names: Sequence[str], sums: Mapping[str, Sums]) -> Iterator[list[str]]:
+    """Find disjoint sets of names whose Euler products add up to zero, smallest first.
+
+    Null vectors of the Euler products ``(m, T)`` in reduced form, with the pivots on the first names: where these are
+    small tensors (gains), a relation through one of them does not mix with the others.
+    """
+    if len(names) < 2:
+        return
+    matrix, sizes = (x.cpu() for x in _side_by_side(sums, list(names)))
     free = torch.ones(len(names), dtype=torch.bool)
     for chosen in _zero_one(matrix):
         close = matrix[:, chosen].sum(dim=1).abs() <= MAX_JOINT_COSINE * sizes[:, chosen].norm(dim=1)
         if bool(free[chosen].all()) and bool(close.all()):
             free[chosen] = False
-            members = sorted((n for n, c in zip(names, chosen, strict=True) if c), key=lambda n: int(parts[n].min()))
-            found[_title(members)] = torch.cat([parts[n] for n in members])
-    return found
+            yield [n for n, c in zip(names, chosen, strict=True) if c]
+
+
+def title(members: Sequence[str]) -> str:
+    """Name a set of parts."""
+    return " + ".join(members) if len(members) <= 3 else f"{members[0]} + {len(members) - 1} more"
 
 
 def _side_by_side(sums: Mapping[str, Sums], names: list[str]) -> tuple[Tensor, Tensor]:
     """Euler products and sizes ``(m, rows)`` of all rows of these grids."""
     return torch.cat([sums[n].products for n in names], dim=1), torch.cat([sums[n].sizes for n in names], dim=1)
-
-
-def _title(members: list[str]) -> str:
-    return " + ".join(members) if len(members) <= 3 else f"{members[0]} + {len(members) - 1} more"
 
 
 def _relations(matrix: Tensor) -> Iterator[Tensor]:

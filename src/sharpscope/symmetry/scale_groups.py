@@ -17,7 +17,7 @@ P parameters, n of them in a group.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -27,22 +27,18 @@ from torch import Tensor
 from ..autodiff.objective import Objective, require_objective
 from ..errors import InvalidValue
 from .candidates import Candidates, module_grids, modules, parts, remaining, row_grids, tensors, thirds, units
+from .confirmation import DOUBLE, MAX_CANDIDATE_COSINE, MAX_CHANGE, SINGLE, confirmed
+from .large_search import Found, search_large
+from .parts import indices as places
+from .parts import views
+from .points import at_ordinary_size, noise, perturbed
 from .relations import Sample, Sums, blocks, euler_cosine, joint_groups, rescaled_pairs, row_products
+
+LARGE = 500_000
+"""Number of parameters from which few examples and single precision are used (`large_search`)."""
 
 EULER = 2e-3
 """Largest Euler cosine at the weights themselves at which numbers on the sphere may be believed: eps is felt above."""
-
-MAX_CANDIDATE_COSINE = 2e-2
-"""Largest Euler cosine, at weights of ordinary size, of a candidate that is tested at larger weights."""
-
-FACTOR = 300.0
-"""Factor, give or take a half, at which the Euler cosine must have fallen like 1/c²."""
-
-MAX_CHANGE = 0.5
-"""Largest relative change of ``c ∇_g`` there.  Single examples may have a variance near eps."""
-
-DOUBLE, SINGLE = (1e-10, 1e-12), (3e-5, 1e-5)
-"""Euler cosines, and gradients against the typical one, that are rounding."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +92,20 @@ def find_groups(f: Objective, w: Tensor | None = None, *, candidates: Candidates
     Tests each tensor, then (weight, bias) pairs of what is left, then blocks of rows or columns, then sums of tensors.
     With `candidates` (`rows`, `columns`) tests these, then pairs, then all that is left together with the groups.
     Costs three gradients where every tensor is invariant; else about ten, and one of the first batch for each that is
-    not.
+    not, all in double precision.  From `LARGE` parameters on, 20 to 80 gradients of one or a few examples in single
+    precision look for candidates, and two to ten in double precision confirm them on two examples (four where
+    examples see each other, as in batch normalization); one of all data confirms weights without effect.  That takes
+    the time of 4 to 16 gradients of a usual batch, and memory for about nine vectors ``(P,)``, plus the indices.
+    With `candidates` the size makes no difference.
 
     Raises:
         ValueError: the gradient there is not finite.
     """
     require_objective(f)
-    search = _Search(f, f.weights() if w is None else w)
+    w = f.weights() if w is None else w
+    if candidates is None and f.size >= LARGE:
+        return _from_parts(f, search_large(f, w))
+    search = _Search(f, w)
     pairs: dict[str, float] = {}
     search.take((candidates or tensors)(f))
     search.take(modules(f, search.left))
@@ -117,6 +120,23 @@ def find_groups(f: Objective, w: Tensor | None = None, *, candidates: Candidates
     joint_defect = euler_cosine(here, joint) if joint.numel() else 1.0
     return ScaleGroups(
         search.groups, defects, search.null, joint, joint_defect, pairs=pairs, num_gradients=search.count
+    )
+
+
+def _from_parts(f: Objective, found: Found) -> ScaleGroups:
+    """List the places of parts of a large network."""
+    inside = torch.zeros(f.size, dtype=torch.bool)
+    for part in found.groups.values():
+        for v in views(f, inside, part):
+            v.fill_(value=True)
+    return ScaleGroups(
+        {name: places(f, part) for name, part in found.groups.items()},
+        found.defects,
+        {name: places(f, part) for name, part in found.null.items()},
+        inside.nonzero().flatten(),
+        found.joint_defect,
+        pairs=found.pairs,
+        num_gradients=found.num_gradients,
     )
 
 
@@ -141,8 +161,8 @@ class _Search:
         self.f, self.count = _double_if_possible(f, w), 0
         self.given_in_double = w.dtype is torch.float64
         self.w = w.double() if self.f is not f else w
-        self.start = _at_ordinary_size(f, self.w)
-        self.base = [self._sample(_perturbed(f, self.start, 0.1, seed)) for seed in (1, 2)]
+        self.start = at_ordinary_size(f, self.w)
+        self.base = [self.sample(perturbed(f, self.start, 0.1, seed)) for seed in (1, 2)]
         if not all(bool(s.g.isfinite().all()) for s in self.base):
             raise InvalidValue("the gradient near these weights is not finite: no telling what they are invariant to")
         self.floor, self.zero = DOUBLE if self._is_double() else SINGLE
@@ -164,82 +184,18 @@ class _Search:
 
     def confirmed(self, candidates: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Keep the candidates that pass the test from both base points, or from one where that leaves no doubt."""
-        found = self._confirmed_from(self.base[0], candidates)
-        exact = {n: i for n, i in found.items() if euler_cosine(self.base, i) <= self.floor}
-        again = self._confirmed_from(self.base[1], {n: i for n, i in found.items() if n not in exact})
-        return {n: i for n, i in found.items() if n in exact or n in again}
-
-    def _confirmed_from(self, before: Sample, candidates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Keep the candidates whose Euler cosine falls like 1/c² when each is rescaled by its own c.
-
-        The others are dropped, the clearest cases first, since they change the gradients of the rest.  Candidates
-        with the same Euler product (layers that act as one) are rescaled in turns: together they fall twice as fast.
-        At the end ``c ∇_g`` must be the same as before; a set in which it is not is halved.
-        """
-        tested = dict(candidates)
-        turn, last = 0, 0
-        while tested and turn <= last:
-            turns = self._turns(tested)
-            scale, c = self._factors({name: i for name, i in tested.items() if turns[name] == turn})
-            after = self._sample(scale * before.w)
-            slow = self._slow({name: tested[name] for name in c}, c, before, after)
-            if slow:
-                tested = {n: i for n, i in tested.items() if n not in slow}
-                turn, last = 0, 0
-            elif _gradients_agree(tested, scale, before, after):
-                turn, last = turn + 1, max(turns.values())
-            else:
-                names, half = list(tested), len(tested) // 2
-                halves = (names[:half], names[half:]) if half else ()
-                return {
-                    n: i
-                    for part in halves
-                    for n, i in self._confirmed_from(before, {n: tested[n] for n in part}).items()
-                }
-        return tested
-
-    def _slow(self, tested: Mapping[str, Tensor], c: Mapping[str, float], before: Sample, after: Sample) -> list[str]:
-        """Find the candidates whose cosine does not fall; if all fall, those where it does like 1/c, alone or by eps.
-
-        A gradient that has vanished (in what another has saturated) is no evidence.
-        """
-        alive = {n: i for n, i in tested.items() if bool(c[n] * after.g[i].norm() > 1e-6 * before.g[i].norm())}
-        bounds: tuple[Callable[[Tensor, float], float], ...] = (
-            lambda i, c: euler_cosine(self.base, i) * c**-0.5,
-            lambda i, c: euler_cosine([before], i) * c**-1.5,
-            lambda i, c: euler_cosine([before], i) * c**-2 * 10,
-        )
-        for bound in bounds:
-            slow = [n for n, i in alive.items() if euler_cosine([after], i) > max(self.floor, bound(i, c[n]))]
-            if slow:
-                return slow
-        return []
-
-    def _factors(self, tested: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """Draw a factor for each of the candidates, also as one for each of the weights ``(P,)``."""
-        random = torch.rand(len(tested), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        factors = dict(zip(tested, (FACTOR * (0.5 + random)).tolist(), strict=True))
-        scale = torch.ones_like(self.w)
-        for name, indices in tested.items():
-            scale[indices] = factors[name]
-        return scale, factors
-
-    def _turns(self, tested: Mapping[str, Tensor]) -> dict[str, int]:
-        """Count the candidates before each one that have the same Euler product."""
-        products = {n: torch.stack([s.w[i].double() @ s.g[i].double() for s in self.base]) for n, i in tested.items()}
-        exact = {n for n, i in tested.items() if euler_cosine(self.base, i) <= self.floor}
-        turns: dict[str, int] = {}
-        for name, e in products.items():
-            before = [] if name in exact else [n for n in turns if n not in exact]
-            turns[name] = sum(bool(((products[n] - e).abs() <= 1e-3 * e.abs()).all()) for n in before)
-        return turns
+        found = set(confirmed(_Probe(self, self.base[0], candidates), candidates))
+        exact = {name for name in found if euler_cosine(self.base, candidates[name]) <= self.floor}
+        again = [name for name in candidates if name in found - exact]
+        exact |= set(confirmed(_Probe(self, self.base[1], candidates), again))
+        return {name: i for name, i in candidates.items() if name in exact}
 
     def euler_sums(self, grids: Mapping[str, Tensor]) -> dict[str, Sums]:
         """Euler products at points far from each other, two more than tensors are left, of the first batch alone."""
         first = self.f.on([_first_batch(self.f, self.w.device)])
         sums: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in grids}
         for i in range(2 + len(remaining(tensors(self.f), self.left))):
-            s = self._sample(_perturbed(self.f, self.start, 0.5, 10 + i), first)
+            s = self.sample(perturbed(self.f, self.start, 0.5, 10 + i), first)
             for name, grid in grids.items() if bool(s.g.isfinite().all()) else ():
                 sums[name].append(row_products(s, grid))
         found = {name: some or [row_products(s, grids[name]) for s in self.base] for name, some in sums.items()}
@@ -249,9 +205,9 @@ class _Search:
         """Gradients near the weights as they are, small or not."""
         if torch.equal(self.start, self.w):
             return self.base
-        return [self._sample(_perturbed(self.f, self.w, 0.1, seed)) for seed in (1, 2)]
+        return [self.sample(perturbed(self.f, self.w, 0.1, seed)) for seed in (1, 2)]
 
-    def _sample(self, w: Tensor, f: Objective | None = None) -> Sample:
+    def sample(self, w: Tensor, f: Objective | None = None) -> Sample:
         self.count += 1
         return Sample(w, (f or self.f).grad(w))
 
@@ -259,8 +215,8 @@ class _Search:
         """True where rounding inside the model is that of double precision too: it may cast to single precision."""
         if self.w.dtype is not torch.float64 or self.given_in_double:
             return self.given_in_double
-        step, (here, *_) = 1e-6 * _noise(self.w, 4) * self.base[0].w, self.base
-        ahead, behind = self._sample(here.w + step), self._sample(here.w - step)
+        step, (here, *_) = 1e-6 * noise(self.w, 4) * self.base[0].w, self.base
+        ahead, behind = self.sample(here.w + step), self.sample(here.w - step)
         return bool((ahead.g - 2 * here.g + behind.g).norm() <= 1e-9 * here.g.norm())
 
     def _null(self) -> dict[str, Tensor]:
@@ -270,18 +226,53 @@ class _Search:
         quiet = _without_parts_of_matrices(self.f, quiet)
         if not bool(quiet.any()):
             return {}
-        w, noise = self.base[0].w, _noise(self.w, 5)
-        far = 3 * (1 + w.abs()) * (noise + noise.sign())
-        for place in (0.1 * noise, w + far, w - far):  # the bias of a unit that is off, or always on, here is not null
-            quiet &= self._sample(torch.where(quiet, place, w)).g.abs() <= self.zero * size
+        w, random = self.base[0].w, noise(self.w, 5)
+        far = 3 * (1 + w.abs()) * (random + random.sign())
+        for place in (0.1 * random, w + far, w - far):  # the bias of a unit that is off, or always on, here is not null
+            quiet &= self.sample(torch.where(quiet, place, w)).g.abs() <= self.zero * size
         quiet = _without_parts_of_matrices(self.f, quiet)
         return {name: i for t, i in tensors(self.f).items() for name, i in _quiet_runs(t, i, quiet)}
 
 
-def _gradients_agree(tested: Mapping[str, Tensor], scale: Tensor, before: Sample, after: Sample) -> bool:
-    """True where ``c ∇_g`` of every candidate is about the same after rescaling."""
-    change = scale * after.g - before.g
-    return all(bool(change[i].norm() <= MAX_CHANGE * before.g[i].norm()) for i in tested.values())
+class _Probe:
+    """Candidates of a search, at one of its base points."""
+
+    def __init__(self, search: _Search, before: Sample, candidates: Mapping[str, Tensor]) -> None:
+        self.search, self.before, self.candidates, self.floor = search, before, candidates, search.floor
+
+    def cosine(self, name: str) -> float:
+        return euler_cosine(self.search.base, self.candidates[name])
+
+    def cosine_here(self, name: str) -> float:
+        return euler_cosine([self.before], self.candidates[name])
+
+    def products(self, name: str) -> Tensor:
+        i = self.candidates[name]
+        return torch.stack([s.w[i].double() @ s.g[i].double() for s in self.search.base])
+
+    def rescaled(self, factors: Mapping[str, float]) -> "_Rescaled":
+        w = self.before.w.clone()
+        for name, c in factors.items():
+            w[self.candidates[name]] *= c
+        return _Rescaled(self, self.search.sample(w))
+
+
+class _Rescaled:
+    """The gradient after candidates of a probe were rescaled."""
+
+    def __init__(self, probe: _Probe, after: Sample) -> None:
+        self.candidates, self.before, self.after = probe.candidates, probe.before, after
+
+    def cosine(self, name: str) -> float:
+        return euler_cosine([self.after], self.candidates[name])
+
+    def is_alive(self, name: str, c: float) -> bool:
+        i = self.candidates[name]
+        return bool(c * self.after.g[i].norm() > 1e-6 * self.before.g[i].norm())
+
+    def agrees(self, name: str, c: float) -> bool:
+        i = self.candidates[name]
+        return bool((c * self.after.g[i] - self.before.g[i]).norm() <= MAX_CHANGE * self.before.g[i].norm())
 
 
 def _without_parts_of_matrices(f: Objective, quiet: Tensor) -> Tensor:
@@ -303,36 +294,6 @@ def _quiet_runs(name: str, indices: Tensor, quiet: Tensor) -> Iterator[tuple[str
     starts, stops = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
     for start, stop in zip(starts, stops, strict=True):
         yield f"{name}[{start}:{stop}]", indices[start:stop]
-
-
-def _noise(w: Tensor, seed: int) -> Tensor:
-    return torch.randn(w.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(w)
-
-
-def _perturbed(f: Objective, w: Tensor, level: float, seed: int) -> Tensor:
-    """Add noise relative to the size of each row, or entry of a vector, so that no gradient is zero by accident.
-
-    Where that is zero the size of the tensor counts, where this is zero too one.
-    """
-    noise, out = f.unflatten(_noise(w, seed)), w.clone()
-    for name, part in f.unflatten(out).items():
-        size = part.square().mean(list(range(1, part.dim())), keepdim=True).sqrt() if part.dim() > 1 else part.abs()
-        whole = part.square().mean().sqrt()
-        part += level * torch.where(size > 0, size, torch.where(whole > 0, whole, 1)) * noise[name]
-    return out
-
-
-def _at_ordinary_size(f: Objective, w: Tensor) -> Tensor:
-    """Raise rows and columns below half of 1/√fan-in to that size, and entries of vectors below a tenth to one."""
-    out = w.clone()
-    for part in f.unflatten(out).values():
-        usual = 1 / part[0].numel() ** 0.5 if part.dim() > 1 else 1.0
-        least = usual / 2 if part.dim() > 1 else usual / 10
-        for axis in (0, 1) if part.dim() > 1 else (None,):
-            others = [d for d in range(part.dim()) if d != axis]
-            size = part.square().mean(others, keepdim=True).sqrt() if others else part.abs()
-            part *= torch.where((size > 0) & (size < least), usual / size, 1)
-    return out
 
 
 def _double_if_possible(f: Objective, w: Tensor) -> Objective:

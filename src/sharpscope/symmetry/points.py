@@ -1,0 +1,69 @@
+"""Points near the weights, of ordinary size, at which no gradient is zero by accident.
+
+P parameters.
+"""
+
+import torch
+from torch import Tensor
+
+from ..autodiff.objective import Objective
+
+
+def noise(w: Tensor, seed: int) -> Tensor:
+    """Draw standard normal numbers like `w`, the same on every device."""
+    return torch.randn(w.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(w)
+
+
+def perturbed(f: Objective, w: Tensor, level: float, seed: int) -> Tensor:
+    """Add noise relative to the size of each row, or entry of a vector, so that no gradient is zero by accident.
+
+    Where that is zero the size of the tensor counts, where this is zero too one.
+    """
+    random, out = f.unflatten(noise(w, seed)), w.clone()
+    for name, part in f.unflatten(out).items():
+        part += level * _spread(part) * random[name]
+    return out
+
+
+def perturbed_by_tensors(f: Objective, w: Tensor, level: float, seed: int) -> Tensor:
+    """Perturb as `perturbed` does, with noise in the precision of `w` for one tensor at a time."""
+    generator, out = torch.Generator(w.device).manual_seed(seed), w.clone()
+    for part in f.unflatten(out).values():
+        random = torch.randn(part.shape, generator=generator, dtype=w.dtype, device=w.device)
+        part.addcmul_(_spread(part), random, value=level)
+    return out
+
+
+def perturbed_by_rank_one(f: Objective, w: Tensor, level: float, seed: int) -> Tensor:
+    """Perturb as `perturbed` does, matrices by products ``a bᵀ`` of noise, which cost next to nothing."""
+    generator, out = torch.Generator(w.device).manual_seed(seed), w.clone()
+
+    def random(shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=w.dtype, device=w.device)
+
+    for part in f.unflatten(out).values():
+        if part.dim() > 1:
+            spread = _spread(part)
+            part.addcmul_(spread * random(spread.shape), random(part.shape[1:]), value=level)
+        else:
+            part.addcmul_(_spread(part), random(part.shape), value=level)
+    return out
+
+
+def at_ordinary_size(f: Objective, w: Tensor) -> Tensor:
+    """Raise rows and columns below half of 1/√fan-in to that size, and entries of vectors below a tenth to one."""
+    out = w.clone()
+    for part in f.unflatten(out).values():
+        usual = 1 / part[0].numel() ** 0.5 if part.dim() > 1 else 1.0
+        least = usual / 2 if part.dim() > 1 else usual / 10
+        for axis in (0, 1) if part.dim() > 1 else (None,):
+            others = [d for d in range(part.dim()) if d != axis]
+            size = part.square().mean(others, keepdim=True).sqrt() if others else part.abs()
+            part *= torch.where((size > 0) & (size < least), usual / size, 1)
+    return out
+
+
+def _spread(part: Tensor) -> Tensor:
+    size = part.square().mean(list(range(1, part.dim())), keepdim=True).sqrt() if part.dim() > 1 else part.abs()
+    whole = part.square().mean().sqrt()
+    return torch.where(size > 0, size, torch.where(whole > 0, whole, 1))
