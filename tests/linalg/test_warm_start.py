@@ -110,6 +110,17 @@ def test_never_locked_on_a_wrong_eigenvalue(name: str, k: int, verify: int) -> N
     assert used / 119 <= 5 * k
 
 
+@pytest.mark.parametrize("start", [21, 24])
+def test_a_rival_that_has_not_converged_is_pursued(start: int) -> None:
+    """One that rises by .045 a call: its first Ritz value is below the wanted one, and its residual says so."""
+    found: Eigenpairs | None = None
+    for t in range(start + 25):
+        values = outliers(0.93, 0.97, 1.0)
+        values[100] = 0.3 + 0.045 * max(0, t - start)
+        found = warm_started(moving(values, SLOWLY(t)), found, verify=NEVER, seed=t)
+        assert found.values[0].item() == pytest.approx(values.max().item(), rel=1e-3)
+
+
 def test_what_leaves_the_bulk_beside_the_last_wanted_one_is_seen_within_ten_calls() -> None:
     """Nothing sets it apart at first: a space that tells a gap of .012 from a spread of .7 takes 25 products a call."""
     found: Eigenpairs | None = None
@@ -189,6 +200,25 @@ def test_a_memory_survives_a_checkpoint() -> None:
     a = symmetric(crossing(2))[1]
     one, other = warm_started(a, found, seed=2), warm_started(a, stored, seed=2)
     assert one.values.equal(other.values) and one.vectors.equal(other.vectors)
+
+
+def test_a_memory_of_columns_is_read() -> None:
+    """As memories were laid out before: columns, and those of the search by themselves."""
+    found: Eigenpairs | None = None
+    for t in range(4):
+        found = warm_started(symmetric(crossing(t))[1], found, seed=t)
+    assert found is not None and found.memory is not None
+    now = found.memory.tensors()
+    before = {key: t for key, t in now.items() if not key.endswith("products") or "search" in key}
+    for name in ("last", "before"):
+        m = len(now[f"{name} values"])
+        for part in ("vectors", "images"):
+            rows = now[f"{name} {part}"]
+            before |= {f"{name} {part}": rows[:m].T, f"{name} search_{part}": rows[m:].T}
+    read = Memory.of(before)
+    assert read.last.vectors.equal(found.memory.last.vectors)
+    assert read.last.products == pytest.approx(found.memory.last.products, abs=1e-12)
+    assert len(read.last.vectors) > len(read.last.values)  # a search is going on
 
 
 def test_an_operator_of_another_size_starts_afresh() -> None:
@@ -294,5 +324,5 @@ def test_a_bound_from_above_is_at_least_the_value() -> None:
     low = replace(solved, upper=0.5)
     assert low.memory is not None
     v = solved.vectors.T
-    found = warm_start._Converged(solved.values, v, 0 * v, solved.residuals, 0.0, 1)
+    found = warm_start._Converged(solved.values, v, solved.values * v, solved.residuals, 0.0)
     assert found.eigenpairs(3, math.nan, low, low.memory).upper >= solved.values[0]
