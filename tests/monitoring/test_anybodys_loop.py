@@ -268,7 +268,9 @@ def test_validation_in_inference_mode_may_measure() -> None:
     step(net, sgd)
     with torch.inference_mode():
         monitor.step()
-        assert monitor.history.series("training", "sharpness")[-1] == pytest.approx(sharpness(monitor.objective, error=1e-9))
+        assert monitor.history.series("training", "sharpness")[-1] == pytest.approx(
+            sharpness(monitor.objective, error=1e-9)
+        )
     assert monitor.history.series("training", "sharpness")[-1] == pytest.approx(top(net), rel=1e-3)
     step(net, sgd)
 

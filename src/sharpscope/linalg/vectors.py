@@ -37,9 +37,12 @@ def length(v: Tensor) -> float:
 
 
 def gaussian(like: Tensor, seed: int) -> Tensor:
-    """Draw standard normal numbers ``(P,)`` for `like` ``(P,)``, from a generator of their own."""
+    """Draw standard normal numbers ``(P,)`` of the type of `like` ``(P,)``, from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
     out = torch.empty_like(like)
     for part in out.split(DRAWN):
-        part.copy_(torch.randn(len(part), generator=generator, dtype=torch.float64))
+        if part.device.type == "cpu":
+            part.normal_(generator=generator)
+        else:
+            part.copy_(torch.randn(len(part), generator=generator, dtype=like.dtype))
     return out

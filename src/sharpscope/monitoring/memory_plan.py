@@ -1,6 +1,6 @@
-"""What fits into the memory that is left: planned before anything is allocated.
+"""Plan the memory of measurements before anything is allocated.
 
-A measurement of P weights holds some `VECTORS` vectors of length P, and the graph of the gradient of one batch at least.
+A measurement of P weights holds some `VECTORS` vectors of length P, and the graph of the gradient of a batch at least.
 
 P parameters.
 """
@@ -31,7 +31,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The objective to measure, None where nothing fits, with k eigenpairs; and a sentence on what had to be reduced."""
+    """The objective to measure, None where nothing fits, with k eigenpairs; and what had to be reduced."""
 
     objective: Objective | None
     k: int

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..autodiff.objective import Objective
-from ..errors import InvalidType, InvalidValue, NotConverged, NotFinite, SharpscopeError
+from ..errors import InvalidType, InvalidValue, NotConverged, NotFinite
 from ..linalg.memory import Memory
 from ..linalg.operators import without_autocast
 from ..measures import measures
@@ -53,8 +53,8 @@ UNKNOWN_GROUPS = ScaleGroups({}, {}, {}, torch.empty(0, dtype=torch.long), 1.0)
 """The scale-invariant groups before `find_groups` has run."""
 
 
-ROUGH = 3e-2
-"""Relative error of eigenvalues of large models, those of at least `LARGE` weights."""
+ROUGH = 0.05
+"""Estimated relative error of eigenvalues of large models, those of at least `LARGE` weights."""
 
 UNREPORTED_STEPS = 100
 """Steps of the optimizer after which a Monitor that was never called says so."""
@@ -143,6 +143,7 @@ class Monitor:
         self._memories: dict[str, Memory] = {}
         self._directions: dict[str, Tensor] = {}  # top eigenvectors of large models
         self.first_look: FirstLook | None = None
+        self._turn = False  # whether the last measurement was of every quantity
         self._fitted: MemoryPlan | None = None  # what of the objective fits into memory
         self._at_start: tuple[Tensor, Setting] | None = None  # a measurement of step 0 that has not been taken yet
         self._weights_before: tuple[int, Tensor] | None = None  # weights after that many steps
@@ -270,6 +271,7 @@ class Monitor:
             "directions": {name: v.cpu() for name, v in self._directions.items()},
             "before": None if before is None else [before[0], before[1].cpu()],
             "groups": None if self._groups is None else asdict(self._groups),
+            "turn": self._turn,
             "seconds": [ledger.steps, ledger.trained, ledger.measured, ledger.most_expensive],
         }
 
@@ -280,7 +282,7 @@ class Monitor:
         self.tau = state["tau"]
         self._memories = {name: Memory.of(tensors).to(like) for name, tensors in state["memories"].items()}
         self._directions = {name: v.to(like) for name, v in state.get("directions", {}).items()}
-        self._at_start = None
+        self._at_start, self._turn = None, state.get("turn", False)
         self._weights_before = None if state["before"] is None else (state["before"][0], state["before"][1].to(like))
         self._use_groups(None if state["groups"] is None else ScaleGroups(**state["groups"]))
         self.ledger = Ledger(*state["seconds"])
@@ -393,9 +395,9 @@ class Monitor:
             self.ledger.measured_at_first += perf_counter() - began
         if self.budget.allows(self.ledger, step, self.plan):
             return True
-        if not self.ledger.most_expensive and self.first_look is None:
-            if self.budget.allows_look(self.ledger, self.plan):
-                self._take_first_look(self.plan.look)
+        early = not self.ledger.most_expensive and self.first_look is None
+        if early and self.budget.allows_look(self.ledger, self.plan):
+            self._take_first_look(self.plan.look)
         return False
 
     def _take_first_look(self, f: Objective) -> None:
@@ -491,7 +493,7 @@ class Monitor:
             row["applied_gradient"] = setting.gradient
         if fits and math.isfinite(row["loss"]):
             with contextlib.suppress(NotConverged, NotFinite):
-                curvature(it, at, row, full=self.plan is None or self.plan.full)
+                curvature(it, at, row, full=self._is_full(it))
             self._memories |= it.memories
             if it.error is not None and it.k == 1:
                 self._directions |= {name: pairs.vectors[:, 0] for name, pairs in it.found.items()}
@@ -501,6 +503,13 @@ class Monitor:
         self._describe()
         self.recorder.append(step, row)
         return it
+
+    def _is_full(self, it: Iterate) -> bool:
+        """Say whether to measure every quantity: of large models those that need problems of their own in turns."""
+        if self.plan is not None:
+            return self.plan.full
+        self._turn = not self._turn
+        return it.error is None or it.k > 1 or self._turn
 
     def _fits(self) -> bool:
         """Plan the memory of measurements, once; say whether there is enough, and warn where there is little."""

@@ -45,7 +45,7 @@ MAX_EXAMPLES = 4096
 """The largest number of examples of a planned probe."""
 
 PRODUCT_COST = 1.5
-"""Cost of a product with the Hessian in gradients, for the plan; that of large models is measured at twice this much."""
+"""Cost of a product with the Hessian in gradients, for the plan."""
 
 LOOK_EXAMPLES = 4
 """Number of examples of a first look at λ1, which comes before the first measurement where that has to wait."""
@@ -228,7 +228,7 @@ def limited(expand: Expand, deadline: float) -> Expand:
 
 @dataclass(frozen=True)
 class FirstLook:
-    """λ1 on a few examples, after so many steps."""
+    """The value of λ1 on a few examples, after so many steps."""
 
     step: int
     examples: int
