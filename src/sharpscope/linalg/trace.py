@@ -33,6 +33,12 @@ PILOT = 16
 COLUMNS = 8
 """Number of columns that are multiplied at once."""
 
+LONG = 2**20
+"""Length of vectors from which on sketches are narrow, and columns are taken one by one: their algebra costs most."""
+
+NARROW = 8
+"""Number of columns of the sketch of long vectors."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -57,7 +63,7 @@ class Estimate:
 
 @without_autocast()
 def trace(
-    a: SymmetricOperator, *, rtol: float = 0.02, atol: float = 0.0, max_matvecs: int = 1000, seed: int = 0
+    a: SymmetricOperator, *, rtol: float = 0.05, atol: float = 0.0, max_matvecs: int = 1000, seed: int = 0
 ) -> Estimate:
     """Estimate the trace to a standard error of ``max(rtol |tr A|, atol)`` [N16].
 
@@ -103,12 +109,13 @@ def _mean(
     if a.size <= 2 * SKETCH + PILOT:
         return _exact(a, reduce, 0)
     whole, unit = a, Unit()
+    sketch, widest = (SKETCH, WIDEST) if a.size < LONG else (NARROW, NARROW)
     a = unit.applied(whole)
     generator = torch.Generator().manual_seed(seed)
     q = z = a.like.new_empty((a.size, 0))
     used = 0
     while True:  # once for every sketch; samples of an earlier one have another spread, and are dropped
-        wider = min(max(q.shape[1], SKETCH), WIDEST - q.shape[1])
+        wider = min(max(q.shape[1], sketch), widest - q.shape[1])
         y = multiply(a, torch.randn((a.size, wider), generator=generator, dtype=torch.float64).to(a.like))
         fresh = torch.linalg.qr(torch.cat([q, y], dim=1)).Q[:, q.shape[1] :]
         q, z = torch.cat([q, fresh], dim=1), torch.cat([z, multiply(a, fresh)], dim=1)
@@ -125,7 +132,7 @@ def _mean(
                 return Estimate(unit.size * value, unit.size * error, moments.count, used)
             wanted = moments.count * (error.norm().item() / target) ** 2 if target > 0 else math.inf
             more = math.ceil(min(1.1 * wanted, 1e12)) - moments.count
-            doubled = 2 * min(q.shape[1], WIDEST - q.shape[1]) + PILOT
+            doubled = 2 * min(q.shape[1], widest - q.shape[1]) + PILOT
             if doubled > PILOT and more > 3 * used and used + doubled <= budget and 3 * doubled < a.size:
                 break
             if more >= a.size and used + a.size <= budget:
@@ -165,8 +172,9 @@ class _Moments:
 
 def _samples(a: SymmetricOperator, q: Tensor, z: Tensor, n: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Draw n samples ``v ∘ Π A Π v`` as columns ``(P, ≤ COLUMNS)``, v random signs and ``z = A q``."""
-    for done in range(0, n, COLUMNS):
-        bits = torch.randint(2, (a.size, min(COLUMNS, n - done)), generator=generator)
+    at_once, kind = (COLUMNS, torch.int64) if a.size < LONG else (1, torch.int8)
+    for done in range(0, n, at_once):
+        bits = torch.randint(2, (a.size, min(at_once, n - done)), generator=generator, dtype=kind)
         v = (2 * bits - 1).to(a.like)
         image = multiply(a, v) - z @ (q.T @ v)
         yield v * (image - q @ (q.T @ image))

@@ -56,35 +56,37 @@ def setting_of(
     return Setting(rule, stability, rate, decay, partial(rule.effective_learning_rate, state=state), norm)
 
 
-def curvature(it: Iterate, at: Setting, row: dict[str, Any], *, full: bool) -> None:
-    """Add to `row` the columns that need eigenvalues, as far as these are found; if not `full`, from one problem alone.
+def curvature(it: Iterate, at: Setting, row: dict[str, Any], *, plain: bool, sphere: bool) -> None:
+    """Add to `row` the columns that need eigenvalues, as far as these are found.
+
+    If not `plain`, or not `sphere`, that sharpness is left out where it needs a problem of its own.
 
     Raises:
         NotConverged, NotFinite: as `warm_started`; the columns found before are in the row.
     """
     if not it.objective.follows_gradient:
-        row |= _of_jacobian(it, full=full)
+        row |= _of_jacobian(it, plain=plain)
         return
     groups, whole = it.scale_groups, it.scale_groups.covers(it.objective.size)
     uniform = it.stability is None or it.stability.uniform
-    if full or uniform:
+    if plain or uniform:
         row |= {"sharpness": measures.sharpness(it), "residual": it.top.residuals[0].item()}
         row |= {f"sharpness{i}": v for i, v in enumerate(it.top.values[1:].tolist(), start=2)}
     if it.stability is not None:
         row["stability_ratio"] = measures.stability_ratio(it)
     if groups.joint.numel() > 0:
         row["radius"] = measures.radius(it)
-        if full or (uniform and whole):
+        if sphere or (uniform and whole):
             row["spherical_sharpness"] = measures.spherical_sharpness(it)
             if at.rate_at is not None:
                 row["eta_lambda"] = at.rate_at(row["radius"]) * row["spherical_sharpness"]
     row |= _by_group(it, at)
 
 
-def _of_jacobian(it: Iterate, *, full: bool) -> dict[str, float]:
+def _of_jacobian(it: Iterate, *, plain: bool) -> dict[str, float]:
     """Columns of a training with stopped gradients, whose Jacobian is not symmetric."""
     row: dict[str, float] = {}
-    if full or it.stability is None or it.stability.uniform:
+    if plain or it.stability is None or it.stability.uniform:
         row |= {"sharpness": measures.sharpness(it), "residual": it.rightmost.residual}
     if it.stability is not None:
         row["stability_ratio"] = measures.stability_ratio(it)

@@ -143,7 +143,7 @@ class Monitor:
         self._memories: dict[str, Memory] = {}
         self._directions: dict[str, Tensor] = {}  # top eigenvectors of large models
         self.first_look: FirstLook | None = None
-        self._turn = False  # whether the last measurement was of every quantity
+        self._turn = 0  # which of the quantities of a large model were measured last
         self._fitted: MemoryPlan | None = None  # what of the objective fits into memory
         self._at_start: tuple[Tensor, Setting] | None = None  # a measurement of step 0 that has not been taken yet
         self._weights_before: tuple[int, Tensor] | None = None  # weights after that many steps
@@ -282,7 +282,7 @@ class Monitor:
         self.tau = state["tau"]
         self._memories = {name: Memory.of(tensors).to(like) for name, tensors in state["memories"].items()}
         self._directions = {name: v.to(like) for name, v in state.get("directions", {}).items()}
-        self._at_start, self._turn = None, state.get("turn", False)
+        self._at_start, self._turn = None, state.get("turn", 0)
         self._weights_before = None if state["before"] is None else (state["before"][0], state["before"][1].to(like))
         self._use_groups(None if state["groups"] is None else ScaleGroups(**state["groups"]))
         self.ledger = Ledger(*state["seconds"])
@@ -493,7 +493,8 @@ class Monitor:
             row["applied_gradient"] = setting.gradient
         if fits and math.isfinite(row["loss"]):
             with contextlib.suppress(NotConverged, NotFinite):
-                curvature(it, at, row, full=self._is_full(it))
+                plain, sphere = self._wanted(it)
+                curvature(it, at, row, plain=plain, sphere=sphere)
             self._memories |= it.memories
             if it.error is not None and it.k == 1:
                 self._directions |= {name: pairs.vectors[:, 0] for name, pairs in it.found.items()}
@@ -504,12 +505,17 @@ class Monitor:
         self.recorder.append(step, row)
         return it
 
-    def _is_full(self, it: Iterate) -> bool:
-        """Say whether to measure every quantity: of large models those that need problems of their own in turns."""
+    def _wanted(self, it: Iterate) -> tuple[bool, bool]:
+        """Say whether to measure the plain and the spherical sharpness: of large models in turns.
+
+        What is measured every time is what says how stable the next step is.
+        """
         if self.plan is not None:
-            return self.plan.full
-        self._turn = not self._turn
-        return it.error is None or it.k > 1 or self._turn
+            return self.plan.full, self.plan.full
+        if it.error is None or it.k > 1:
+            return True, True
+        self._turn = (self._turn + 1) % 4
+        return self._turn == 1, self._turn == 3
 
     def _fits(self) -> bool:
         """Plan the memory of measurements, once; say whether there is enough, and warn where there is little."""
