@@ -165,7 +165,7 @@ CLAIMS = under(
             note="Late runs burst, and a reading may fall into a burst: what decides is the median of many.",
         ),
         comparison(
-            "Cross-entropy on soft labels: weight decay reduces sharpness (median λ1 from τ = 2 to 4 over that without)",
+            "Cross-entropy on soft labels: weight decay reduces sharpness (median λ1 of τ = 2 to 4 over that without)",
             run("soft labels").between(tau=(2, 4))["spherical_sharpness"].median()
             / run("soft labels, no decay")["spherical_sharpness"].last()
             <= 0.2,
