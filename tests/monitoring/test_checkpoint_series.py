@@ -549,3 +549,13 @@ def test_a_killed_analysis_goes_on_to_the_last_bit(here: Path, capsys: pytest.Ca
     assert main([*command[:-1], "whole"]) == 0
     for name in ("history.parquet", "analysis.json", state.with_suffix(".jsonl").name):
         assert (here / "out" / name).read_bytes() == (here / "whole" / name).read_bytes()
+
+
+def test_values_of_large_models_are_those_of_small_ones_to_a_thousandth(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = measured(tmp_path, folder).history.columns
+    monkeypatch.setattr(checkpoint_series, "LARGE", 1)
+    rough = analyze(net(), MSE, data(), (folder,), tmp_path / "again").history.columns
+    for name in ("sharpness", "spherical_sharpness"):
+        assert rough[name] == pytest.approx(exact[name], rel=1e-3) and rough[name] != exact[name]

@@ -29,7 +29,7 @@ from ..autodiff.whole import Loss
 from ..errors import InvalidValue, NoSecondDerivative, NotConverged, Unusable
 from ..linalg.memory import Memory
 from ..measures import measures
-from ..measures.iterate import Iterate
+from ..measures.iterate import ERROR, LARGE, Iterate
 from ..optimizers.gd import GD
 from ..records import checkpoints
 from ..records.fields import from_fields
@@ -357,7 +357,10 @@ class _Probe:
         if self.groups is None:  # found at the first checkpoint, and the same for all
             self.groups = find_groups(self.f, w)
         groups = self.groups
-        it = Iterate(self.f, w, step=self.calls, groups=groups, k=self.k, rtol=RTOL, start=self.memories)
+        options: dict[str, Any] = {"k": self.k, "rtol": RTOL, "start": self.memories}
+        if self.f.size >= LARGE and self.k == 1:
+            options["error"] = ERROR
+        it = Iterate(self.f, w, step=self.calls, groups=groups, **options)
         row: dict[str, Value] = {"sharpness": measures.sharpness(it), "residual": it.top.residuals[0].item()}
         row |= {f"sharpness{i}": v for i, v in enumerate(it.top.values[1:].tolist(), start=2)}
         products = it.top.num_matvecs

@@ -30,6 +30,7 @@ from ..autodiff.data import head
 from ..autodiff.expansion import Expansion
 from ..autodiff.objective import Expand, Objective
 from ..errors import InvalidValue, OutOfTime
+from ..measures.iterate import LARGE
 from .diagnosis import Finding
 
 SAFETY = 0.9
@@ -58,6 +59,12 @@ GROUPS_COST = 3.0
 
 GROUPS_EXAMPLES = 8
 """Number of examples on which `find_groups` runs."""
+
+LARGE_GROUPS = (50, 4)
+"""Number of the gradients of `find_groups` on a large model, and the number of examples of most of them."""
+
+LARGE_COSTS = (9, 5, 2.0)
+"""Products for an eigenvalue of a large model, in the first and in a later measurement, and the cost of one."""
 
 
 def parse_fraction(budget: float | str) -> float:
@@ -180,10 +187,13 @@ def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: 
     total = sum(map(f.form.size, largest))
     allowed = budget.planned(ledger)
 
+    large = f.size >= LARGE and k == 1
+    cold, warm, product = LARGE_COSTS if large else (25, 6, PRODUCT_COST)
+
     def cost(pairs: int) -> tuple[float, float]:
         """Gradients of the first measurement, and of all."""
-        first = 4 + 25 * PRODUCT_COST * pairs
-        return first, first + PLANNED_MEASUREMENTS * (2 + 6 * PRODUCT_COST * pairs)
+        first = 4 + cold * product * pairs
+        return first, first + PLANNED_MEASUREMENTS * (2 + warm * product * pairs)
 
     def fitting(pairs: int) -> int:
         """Examples with which all measurements fit into the budget."""
@@ -195,7 +205,7 @@ def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: 
     full, pairs = next((c for c in choices if fitting(_pairs(*c, solves)) >= min(4 * least, total)), choices[-1])
     n = min(max(fitting(_pairs(full, pairs, solves)), least), total)
     first, all_of_them = (c * (fixed + slope * n) for c in cost(_pairs(full, pairs, solves)))
-    groups_examples = min(GROUPS_EXAMPLES, total)
+    gradients, at_once = LARGE_GROUPS if large else (12 + len(f.slices), GROUPS_EXAMPLES)
     return ProbePlan(
         objective=f.on(head(largest, n, f.form)),
         examples=n,
@@ -203,8 +213,8 @@ def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: 
         k=pairs,
         first_seconds=first,
         usual_seconds=(all_of_them - first) / PLANNED_MEASUREMENTS,
-        groups_objective=f.on(head(largest, groups_examples, f.form)),
-        groups_seconds=GROUPS_COST * (12 + len(f.slices)) * (fixed + slope * groups_examples),
+        groups_objective=f.on(head(largest, min(GROUPS_EXAMPLES, total), f.form)),
+        groups_seconds=GROUPS_COST * gradients * (fixed + slope * min(at_once, total)),
         look=f.on(head(largest, LOOK_EXAMPLES, f.form)),
         look_seconds=LOOK_COST * (fixed + slope * min(LOOK_EXAMPLES, total)),
     )
