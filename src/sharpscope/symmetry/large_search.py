@@ -8,7 +8,6 @@ is written by whole classes.  Whatever is found is confirmed in double precision
 P parameters, n rows or columns, m points.
 """
 
-import copy
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ..autodiff.objective import Objective
 from ..errors import InvalidValue
 from .confirmation import DOUBLE, MAX_CANDIDATE_COSINE, MAX_CHANGE, SINGLE, confirmed, factors
 from .parts import Left, Part, Piece, first, inside, lines, overlap, runs, size, views, whole
-from .points import at_ordinary_size, perturbed_by_rank_one, perturbed_by_tensors
+from .points import at_ordinary_size, in_double_if_possible, perturbed_by_rank_one, perturbed_by_tensors
 from .relations import Sums, joint_sets, paired, place, title, zero_runs
 
 EXAMPLES = 4
@@ -375,7 +374,7 @@ class _Exact:
 
     def __init__(self, search: _LargeSearch) -> None:
         self.search, self.at = search, search.at
-        self.f = _in_double_if_possible(search.few, search.at)
+        self.f = in_double_if_possible(search.few, search.at)
         self.floor, self.zero = DOUBLE if self.f.dtype is torch.float64 else SINGLE
         self.axes = {(name, axis) for name, shape in search.f.shapes.items() for axis in range(min(len(shape), 2) or 1)}
         self.base: list[Tally] = []
@@ -494,18 +493,6 @@ def few_examples(f: Objective, w: Tensor) -> tuple[Objective, list[Objective]]:
     if not abs(one_by_one - both) <= MAX_DIFFERENCE * abs(both):
         return together, [together]
     return two, [f.on([row]) for row in rows]
-
-
-def _in_double_if_possible(f: Objective, w: Tensor) -> Objective:
-    """Take `f` to double precision, or leave it as it is where it is there already or its model does not allow it."""
-    if w.dtype is torch.float64:
-        return f
-    try:
-        double = f.in_double()
-        double.value(w.double())
-    except (RuntimeError, TypeError, ValueError, copy.Error):
-        return f
-    return double
 
 
 def _rescaled(f: Objective, w: Tensor, moves: Iterable[tuple[Part, float]]) -> Tensor:

@@ -3,6 +3,8 @@
 P parameters.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -67,3 +69,15 @@ def _spread(part: Tensor) -> Tensor:
     size = part.square().mean(list(range(1, part.dim())), keepdim=True).sqrt() if part.dim() > 1 else part.abs()
     whole = part.square().mean().sqrt()
     return torch.where(size > 0, size, torch.where(whole > 0, whole, 1))
+
+
+def in_double_if_possible(f: Objective, w: Tensor) -> Objective:
+    """Take `f` to double precision, or leave it as it is where it is there already or its model does not allow it."""
+    if w.dtype is torch.float64:
+        return f
+    try:
+        double = f.in_double()
+        double.value(w.double())
+    except (RuntimeError, TypeError, ValueError, copy.Error):
+        return f
+    return double

@@ -16,7 +16,6 @@ out of it.  Where no tensor or module is invariant alone, `relations` finds part
 P parameters, n of them in a group.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from .confirmation import DOUBLE, MAX_CANDIDATE_COSINE, MAX_CHANGE, SINGLE, conf
 from .large_search import Found, search_large
 from .parts import indices as places
 from .parts import views
-from .points import at_ordinary_size, noise, perturbed
+from .points import at_ordinary_size, in_double_if_possible, noise, perturbed
 from .relations import Sample, Sums, blocks, euler_cosine, joint_groups, rescaled_pairs, row_products
 
 LARGE = 500_000
@@ -158,7 +157,7 @@ class _Search:
     """Gradients of one objective and the result so far: `groups`, `null`, and which weights are `left`."""
 
     def __init__(self, f: Objective, w: Tensor) -> None:
-        self.f, self.count = _double_if_possible(f, w), 0
+        self.f, self.count = in_double_if_possible(f, w), 0
         self.given_in_double = w.dtype is torch.float64
         self.w = w.double() if self.f is not f else w
         self.start = at_ordinary_size(f, self.w)
@@ -294,18 +293,6 @@ def _quiet_runs(name: str, indices: Tensor, quiet: Tensor) -> Iterator[tuple[str
     starts, stops = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
     for start, stop in zip(starts, stops, strict=True):
         yield f"{name}[{start}:{stop}]", indices[start:stop]
-
-
-def _double_if_possible(f: Objective, w: Tensor) -> Objective:
-    """Take `f` to double precision, or leave it as it is where it is there already or its model does not allow it."""
-    if w.dtype is torch.float64:
-        return f
-    try:
-        double = f.in_double()
-        double.value(w.double())
-    except (RuntimeError, TypeError, ValueError, copy.Error):
-        return f
-    return double
 
 
 def _first_batch(f: Objective, device: torch.device) -> object:

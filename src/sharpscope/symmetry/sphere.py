@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.operators import SymmetricOperator, projected, scaled
+from ..linalg.vectors import dot
 
 
 def direction(w: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def rmsprop_constants(lr: float, wd: float) -> tuple[float, float]:
 
 def on_sphere(hessian: SymmetricOperator, w: Tensor) -> SymmetricOperator:
     """Scale the Hessian to that at w/‖w‖, ``‖w‖² ∇²L(w)``, for a scale-invariant L [N7]."""
-    return scaled(hessian, (w @ w).item())
+    return scaled(hessian, dot(w, w))
 
 
 def riemannian_hessian(hessian: SymmetricOperator, w: Tensor) -> SymmetricOperator:
