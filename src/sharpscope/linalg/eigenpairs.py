@@ -36,6 +36,8 @@ class Eigenpairs:
     def __str__(self) -> str:
         rows = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
         lines = [f"λ{i} = {value:.6g}, residual {residual:.1e}" for i, (value, residual) in enumerate(rows, start=1)]
+        if math.isfinite(self.error):
+            lines[0] += f", error of the value about {self.error:.0e}"
         if math.isfinite(self.upper):
             lines[0] += f"; at most {self.upper:.6g} with probability {self.confidence:.1%}"
         return "\n".join([*lines, f"{self.num_matvecs} products, rounding {self.floor:.0e}"])
