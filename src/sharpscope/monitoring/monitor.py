@@ -33,6 +33,7 @@ from ..report.html import write_page
 from ..symmetry.scale_groups import ScaleGroups, find_groups
 from .diagnosis import Facts, Finding, diagnose
 from .memory_plan import MemoryPlan, free_bytes, plan_memory
+from .meters import Meter, Meters, Step
 from .optimizer_state import OptimizerState
 from .page import render_run
 from .recorder import RUN, Recorder, Sink
@@ -79,6 +80,7 @@ class Monitor:
             oscillation of the edge of stability from the measurement.
         k: eigenvalues to follow; those after the first are the columns sharpness2, sharpness3, ...
         rule: overrides what is read from the optimizer, for all its parameters.
+        meters: what else to read along the steps, each at its own pace; their columns stand in the history.
         sinks: functions ``(step, values)`` that get the numbers of every measurement, such as those of `integrations`.
         directory: where rows are written as they come, for ``sharpscope watch``.
 
@@ -111,18 +113,11 @@ class Monitor:
         point: Callable[[Tensor, Tensor], Tensor] = midpoint,
         k: int = 1,
         rule: UpdateRule | None = None,
+        meters: Sequence[Meter] = (),
         sinks: Sequence[Sink] = (),
         directory: str | Path | None = None,
     ) -> None:
-        if every is not None and budget is not None:
-            raise InvalidValue("give either every= or budget=, not both")
-        if steps is not None and steps < 1:
-            raise InvalidValue(f"steps={steps}: the number of steps that are planned is at least 1")
-        if not isinstance(objective, Objective):
-            raise InvalidType(
-                f"a Monitor watches an Objective, not a {type(objective).__name__};"
-                " make one of the model, its loss and a few fixed batches: Objective(model, loss, batches)"
-            )
+        _check(objective, every, budget, steps)
         began = perf_counter()
         self.objective = objective
         self.optimizer = optimizer = unwrapped(optimizer)
@@ -153,7 +148,9 @@ class Monitor:
         self._unseen = 0  # changes of the weights without a step that was counted
         self._versions = self._weight_versions()
         self._failures = 0  # of measurements, one after the other
-        self._hook = wrapped(optimizer).register_step_post_hook(self._stepped)
+        self._meters = Meters(meters)
+        self._read: dict[str, float] = {}  # by the meters, at the step that is being handled
+        self._hooks = self._watch(optimizer)
         if self.budget is None:
             self._weights_before = (0, objective.weights())
             if self._due(0):
@@ -169,7 +166,8 @@ class Monitor:
 
     def close(self, note: str = "") -> None:
         """Stop watching the optimizer; a run on disk is marked as finished."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._measure_start()
         self.recorder.close(note)
 
@@ -208,14 +206,18 @@ class Monitor:
         return self.ledger.overhead
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_hook"}
+        return {name: value for name, value in self.__dict__.items() if name != "_hooks"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._hook = wrapped(self.optimizer).register_step_post_hook(self._stepped)
+        self._hooks = self._watch(self.optimizer)
 
-    def step(self) -> None:
-        """Call this after every step of the optimizer."""
+    def step(self, loss: float | Tensor | None = None, batch: Any = None) -> None:
+        """Call this after every step of the optimizer.
+
+        Some meters read the `loss` of the step's batch, as it was before the step, and the `batch` itself, in the form
+        of the objective's own.
+        """
         began = perf_counter()
         self._training_seconds += began - self.resumed
         self._measure_start()
@@ -228,9 +230,12 @@ class Monitor:
             began += waited
             self.ledger.add_steps(self._training_seconds + waited, len(taken))
             self._training_seconds = 0.0
+            self._read_meters(loss, batch)
             if due:
                 self._measure_safely()
                 self.ledger.add_measurement(perf_counter() - began)
+            if self._read:
+                self.recorder.append(self.steps, self._taken())
             self._weights_before = (self.steps, self.objective.weights()) if self._next_is_due_safely() else None
         self.resumed = perf_counter()
         self.ledger.measured += self.resumed - began
@@ -308,17 +313,44 @@ class Monitor:
             stops_gradients=not self.objective.follows_gradient,
         )
 
+    def _watch(self, optimizer: Optimizer) -> list[Any]:
+        """Be called before and after every step of an optimizer."""
+        inside = wrapped(optimizer)
+        hooks = [inside.register_step_post_hook(self._stepped)]
+        return [*hooks, inside.register_step_pre_hook(self._stepping)] if self._meters else hooks
+
+    def _stepping(self, optimizer: Optimizer, *_: Any) -> None:
+        """Let the meters look at what a step starts from."""
+        began = perf_counter()
+        self._meters.before(self.steps + 1, optimizer, self.objective)
+        self._not_training(perf_counter() - began)
+
+    def _not_training(self, seconds: float) -> None:
+        """Enter seconds of measuring that lie within the time of training."""
+        self.resumed += seconds
+        self.ledger.measured += seconds
+
+    def _read_meters(self, loss: float | Tensor | None, batch: Any) -> None:
+        """Read the meters that are due at this step."""
+        if self._meters:
+            number = loss.item() if isinstance(loss, Tensor) else loss
+            self._read = self._meters.read(Step(self.steps, self.objective, number, batch))
+
+    def _taken(self) -> dict[str, float]:
+        """Take what the meters have read, once."""
+        taken, self._read = self._read, {}
+        return taken
+
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
         """Count a real step of the optimizer, and advance the intrinsic time."""
         began = perf_counter()
         self.steps += 1
+        self._meters.after(self.steps, optimizer, self.objective)
         rule = self.optimizer_state.rule
         self.tau += rule.intrinsic_time_per_step if rule and rule.intrinsic_time_per_step > 0 else 0.0
         if self._is_due((self.steps,)):
             self._setting_at = (self.steps, self.optimizer_state.setting())
-        spent = perf_counter() - began
-        self.resumed += spent  # not time of training
-        self.ledger.measured += spent
+        self._not_training(perf_counter() - began)
 
     @property
     def _uncounted(self) -> Finding | None:
@@ -501,6 +533,8 @@ class Monitor:
             row |= {f"rotation/{name}": a for name, a in angles(it.scale_groups, turned).items()}
         if self.ledger.trained:
             row["overhead"] = self.overhead
+        if step == self.steps:
+            row |= self._taken()
         self._describe()
         self.recorder.append(step, row)
         return it
@@ -547,3 +581,16 @@ class Monitor:
         """Write the description of the run where there is none yet, or groups have been found since."""
         if not self.recorder.described:
             self.recorder.describe(type(self.objective.model).__name__, self.facts, self._config())
+
+
+def _check(objective: object, every: object, budget: object, steps: int | None) -> None:
+    """Raise InvalidValue or InvalidType where the arguments of a Monitor make no sense."""
+    if every is not None and budget is not None:
+        raise InvalidValue("give either every= or budget=, not both")
+    if steps is not None and steps < 1:
+        raise InvalidValue(f"steps={steps}: the number of steps that are planned is at least 1")
+    if not isinstance(objective, Objective):
+        raise InvalidType(
+            f"a Monitor watches an Objective, not a {type(objective).__name__};"
+            " make one of the model, its loss and a few fixed batches: Objective(model, loss, batches)"
+        )
