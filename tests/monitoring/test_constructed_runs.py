@@ -1,5 +1,6 @@
 """Runs whose regime is known from theory: the diagnosis is right or undecided, never wrong."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,8 +9,12 @@ import cases
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import lr_scheduler as schedules
+from torch.optim.lr_scheduler import LRScheduler
 
+from sharpscope import monitoring
 from sharpscope.autodiff.objective import Objective
+from sharpscope.monitoring.diagnosis import Finding
 from sharpscope.monitoring.monitor import Monitor
 
 DTYPE = torch.float64
@@ -79,19 +84,27 @@ def regression(eps: float, radius: float) -> Objective:
     return on(law, (radius * start / start.norm()).tolist())
 
 
+# Of the 71 runs below, written before the rules were changed for them, the rules of before had 47 regimes right,
+# 8 wrong and 1 undecided, and could not watch 15; of the 36 new ones 12 right.
+
+
 @dataclass(frozen=True)
 class Run:
     """A run, its regime by theory, further findings that must and that must not appear."""
 
     objective: Callable[[], Objective]
     regime: str
-    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    optimizer: Callable[[list[nn.Parameter]], Any]
     steps: int = 200
-    every: int = 10
+    every: int | Callable[[int], bool] = 10
     present: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     clip: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None
+    known: bool = True  # whether the monitor is given the schedule
+    meters: tuple[str, ...] = ()
+    bad_step: int = -1  # at which the batch is another one, with a loss of far more
 
 
 def sgd(lr: float, wd: float = 0.0, **options: Any) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
@@ -169,37 +182,206 @@ RUNS: dict[str, Run] = {
 }  # fmt: skip
 
 
-def watch(run: Run) -> dict[str, str]:
-    """Sentences by name."""
+def scheduled(kind: type[LRScheduler], **options: Any) -> Callable[[torch.optim.Optimizer], LRScheduler]:
+    return lambda optimizer: kind(optimizer, **options)
+
+
+def factors(law: Callable[[int], float]) -> Callable[[torch.optim.Optimizer], LRScheduler]:
+    """A schedule by a factor of the rate at every step."""
+    return scheduled(schedules.LambdaLR, lr_lambda=law)
+
+
+def warm_up(steps: int, total: int = 0) -> Callable[[torch.optim.Optimizer], LRScheduler]:
+    """Linear up over `steps`, then constant, or along a cosine to zero at `total`."""
+
+    def law(t: int) -> float:
+        if t < steps:
+            return (t + 1) / steps
+        return (1 + math.cos(math.pi * min((t - steps) / (total - steps), 1.0))) / 2 if total else 1.0
+
+    return factors(law)
+
+
+def at_steps(*steps: int) -> Callable[[int], bool]:
+    return lambda step: step in steps
+
+
+class Lion(torch.optim.Optimizer):
+    """Sign of an average, as published by Chen et al. (2023)."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                p.add_((0.9 * m + 0.1 * p.grad).sign(), alpha=-group["lr"])
+                m.lerp_(p.grad, 0.01)
+
+
+def hill() -> Objective:
+    """The bowl upside down, for who climbs."""
+    h = torch.tensor([-1.0, -0.3], dtype=DTYPE)
+    return on(lambda w: (h * w.square()).sum() / 2, [0.3, 1.0])
+
+
+def low_precision() -> Objective:
+    """A bowl in bfloat16, most of whose weights are too large for steps of a small rate to change them."""
+    f = bowl(1.0)
+    return Objective(f.model.bfloat16(), f.loss, [(x.bfloat16(), y.bfloat16()) for x, y in f.data])
+
+
+def two(p: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """An optimizer for each half of the bowl, at .6 and at .36 of its threshold."""
+    return [torch.optim.SGD(p[:1], lr=1.2), torch.optim.SGD(p[1:], lr=2.4)]
+
+
+def muon_and_adamw(p: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    matrices, others = [q for q in p if q.dim() == 2], [q for q in p if q.dim() != 2]
+    return [torch.optim.Muon(matrices, lr=1e-2), torch.optim.AdamW(others, lr=1e-2)]
+
+
+def torch_s(name: str, lr: float, **options: Any) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    return lambda p: getattr(torch.optim, name)(p, lr=lr, **options)
+
+
+AHEAD = ("peak ahead",)
+"""The finding that a rate still to come is past the edge."""
+
+OF_THE_PRESENT = ("twice the rate", "steps to the edge")
+"""Findings that speak of the present rate as that of the run."""
+
+NEW_RUNS: dict[str, Run] = {
+    # schedules on a surface of fixed curvature
+    "cosine, near its end": Run(
+        lambda: bowl(1.0), "below", of_threshold(0.8), 190, schedule=scheduled(schedules.CosineAnnealingLR, T_max=200),
+        absent=(*OF_THE_PRESENT, *AHEAD),
+    ),
+    "warm-up and cosine, near its end": Run(
+        lambda: bowl(1.0), "below", of_threshold(0.8), 180, schedule=warm_up(20, 200), absent=OF_THE_PRESENT
+    ),
+    "warm-up to past the edge": Run(
+        lambda: bowl(1.0), "below", of_threshold(1.5), 20, 4, schedule=warm_up(40), present=AHEAD,
+        options={"steps": 200},
+    ),
+    "warm-up to a half": Run(
+        lambda: bowl(1.0), "below", of_threshold(0.5), 20, 4, schedule=warm_up(40), absent=AHEAD, options={"steps": 200}
+    ),
+    "warm-up nobody knows of": Run(
+        lambda: bowl(1.0), "below", of_threshold(0.8), 30, 5, schedule=warm_up(40), known=False, present=("schedule",)
+    ),
+    "linear to zero, at its end": Run(
+        lambda: bowl(1.0), "below", of_threshold(0.7, momentum=0.9), 200,
+        schedule=factors(lambda t: max(1 - t / 200, 0.0)), absent=OF_THE_PRESENT,
+    ),
+    "restarts, before one": Run(
+        lambda: bowl(1.0), "below", of_threshold(1.2), 145, 5, present=AHEAD, options={"steps": 200},
+        schedule=scheduled(schedules.CosineAnnealingWarmRestarts, T_0=50),
+    ),
+    "steps down": Run(
+        lambda: bowl(1.0), "below", of_threshold(0.9), 200, absent=(*OF_THE_PRESENT, *AHEAD),
+        schedule=scheduled(schedules.MultiStepLR, milestones=[100], gamma=0.1),
+    ),
+    "a step up past the edge": Run(
+        lambda: bowl(1.0), "above", of_threshold(1.2), 175, 5, schedule=factors(lambda t: 0.4 if t < 150 else 1.0)
+    ),
+    # schedules on nets
+    "net, BN, cosine": Run(
+        lambda: cases.invariant("BN"), "below", sgd(0.3, 0.01), 290,
+        schedule=scheduled(schedules.CosineAnnealingLR, T_max=300),
+        absent=OF_THE_PRESENT,
+    ),
+    "net, BN, warm-up": Run(lambda: cases.invariant("BN"), "edge", sgd(0.3, 0.01), 300, schedule=warm_up(50)),
+    "plain net, warm-up": Run(cases.plain, "edge", sgd(0.6), 300, schedule=warm_up(50)),
+    "plain net, cosine": Run(
+        cases.plain, "below", sgd(0.6), 390, schedule=scheduled(schedules.CosineAnnealingLR, T_max=400)
+    ),
+    "plain net, AdamW, warm-up and cosine": Run(
+        cases.plain, "below", torch_s("AdamW", 0.02), 390, schedule=warm_up(40, 400), absent=OF_THE_PRESENT
+    ),
+    # further optimizers
+    "bowl, ASGD": Run(lambda: bowl(1.0), "below", torch_s("ASGD", 1.0, lambd=0.0)),
+    "hill, maximized": Run(hill, "below", sgd(1.0, maximize=True)),
+    "bowl, two optimizers": Run(lambda: bowl(1.0, 2), "below", two),
+    "bowl, Adagrad": Run(lambda: bowl(1.0), "below", torch_s("Adagrad", 0.3)),
+    "bowl, Adadelta": Run(lambda: bowl(1.0), "below", torch_s("Adadelta", 1.0), 100, 5),
+    "plain net, amsgrad": Run(cases.plain, "edge", torch_s("Adam", 0.02, betas=(0.9, 0.99), amsgrad=True), 1200, 20),
+    "plain net, NAdam": Run(cases.plain, "edge", torch_s("NAdam", 0.02, betas=(0.9, 0.99)), 1200, 20),
+    "plain net, RAdam, slow": Run(cases.plain, "below", torch_s("RAdam", 1e-5), 60, 5),
+    "plain net, Adamax, slow": Run(cases.plain, "below", torch_s("Adamax", 1e-5), 60, 5),
+    "plain net, RMSprop, centred": Run(cases.plain, "edge", torch_s("RMSprop", 0.01, centered=True), 600, 20),
+    "plain net, Lion": Run(cases.plain, "observed", lambda p: Lion(p, 1e-3), 60, 5, absent=("largest rate",)),
+    "plain net, Muon and AdamW": Run(cases.plain, "observed", muon_and_adamw, 60, 5, absent=("largest rate",)),
+    "plain net, Rprop": Run(cases.plain, "observed", torch_s("Rprop", 1e-3), 60, 5),
+    # few measurements
+    "one measurement": Run(lambda: bowl(1.0), "too few", of_threshold(2.0), 12, at_steps(2)),
+    "two measurements": Run(lambda: bowl(1.0), "too few", of_threshold(0.5), 60, at_steps(20, 40)),
+    "before the first step": Run(lambda: bowl(1.0), "too few", of_threshold(1.0), 0),
+    "three early ones": Run(
+        lambda: bowl(1.0), "out of date", of_threshold(0.5), 200, at_steps(5, 10, 15), absent=OF_THE_PRESENT
+    ),
+    "three in the warm-up": Run(
+        lambda: bowl(1.0), "out of date", of_threshold(0.9), 200, at_steps(2, 5, 10), schedule=warm_up(40)
+    ),
+    "three, spread": Run(lambda: bowl(1.0), "below", of_threshold(0.5), 170, at_steps(50, 100, 150)),
+    # what lies between the rate and the step
+    "bowl above, clipped": Run(lambda: bowl(1.0), "above", of_threshold(1.5), 60, 5, present=("clipping",), clip=0.01),
+    "bowl in low precision": Run(
+        low_precision, "below", sgd(1e-3), 60, 5, present=("absorbed",), meters=("TensorTable",)
+    ),
+    "plain net with a bad batch": Run(
+        cases.plain, "below", sgd(1e-3), 150, 5, present=("loss spike",), meters=("LossWatch",), bad_step=120
+    ),
+}  # fmt: skip
+
+
+ALL_RUNS = RUNS | NEW_RUNS
+
+
+def watch(run: Run) -> dict[str, Finding]:
+    """Findings by name."""
     f = run.objective()
-    optimizer = run.optimizer(list(f.model.parameters()))
-    monitor = Monitor(f, optimizer, every=run.every, **run.options)
+    made = run.optimizer(list(f.model.parameters()))
+    optimizers = made if isinstance(made, list) else [made]
+    scheduler = None if run.schedule is None else run.schedule(optimizers[0])
+    options = run.options | ({"scheduler": scheduler} if run.known and scheduler else {})
+    if run.meters:
+        options["meters"] = [getattr(monitoring, name)() for name in run.meters]
+    monitor = Monitor(f, made, every=run.every, **options)
     x, y = next(iter(f.data))
-    for _ in range(run.steps):
-        optimizer.zero_grad()
-        f.loss(f.model(x), y).backward()
+    for step in range(1, run.steps + 1):
+        target = y + 10 if step == run.bad_step else y
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = f.loss(f.model(x), target)
+        loss.backward()
         if run.clip:
             nn.utils.clip_grad_norm_(f.model.parameters(), run.clip)
-        optimizer.step()
-        monitor.step()
-    return {found.name: found.text for found in monitor.findings()}
+        for optimizer in optimizers:
+            optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        monitor.step(loss, (x, target))
+    return {found.name: found for found in monitor.findings()}
 
 
-REGIMES = ("diverged", "edge", "above", "undecided", "below", "approaching", "sharpening")
-UNDECIDED: set[str] = set()
-"""Runs on which the monitor does not commit itself; at most two of thirty."""
+REGIMES = (
+    *("diverged", "observed", "too few", "out of date"),
+    *("edge", "above", "undecided", "below", "approaching", "sharpening"),
+)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ALL_RUNS)
 def test_the_regime_is_right(name: str) -> None:
-    run, said = RUNS[name], watch(RUNS[name])
-    regime = next(r for r in REGIMES if r in said)
-    assert regime == ("undecided" if name in UNDECIDED else run.regime), said[regime]
-    assert [p for p in run.present if p not in said] == []
-    assert [a for a in run.absent if a in said] == []
+    run, found = ALL_RUNS[name], watch(ALL_RUNS[name])
+    regime = next(r for r in REGIMES if r in found)
+    assert regime == run.regime, found[regime].text
+    assert [p for p in run.present if p not in found] == []
+    assert [a for a in run.absent if a in found] == []
 
 
 def test_there_are_enough_of_them() -> None:
-    assert len(RUNS) >= 30
-    assert len(UNDECIDED) <= 2
-    assert len({run.regime for run in RUNS.values()}) >= 6
+    assert len(ALL_RUNS) >= 70
+    assert len({run.regime for run in ALL_RUNS.values()}) >= 9
