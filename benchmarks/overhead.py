@@ -110,7 +110,7 @@ def run(name: str, budget: str, steps: int, *, check: bool) -> str:
             exact = truth(monitor, model, points[-1])
             errors.append(abs(monitor.history.columns["stability_ratio"][-1] / exact - 1))
             monitor.resumed = perf_counter()
-    plan = monitor.plan
+    plan = monitor.measuring.plan
     probe = "none" if plan is None else f"{plan.examples}"
     right = f"{sum(e <= 0.02 for e in errors)} of {len(errors)}" if errors else ""
     worst = f"{max(errors):.1e}" if errors else ""

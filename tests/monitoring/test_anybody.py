@@ -240,7 +240,7 @@ def compare(run: Training, make_data: Callable[[], Data]) -> None:
     tolerance = (2e-3 if single or run.kind.stops else 2e-4) * torch.linalg.matrix_norm(matrix, 2).item()
     found = float(history.series("training", "sharpness")[-1])
     assert found == pytest.approx(expected[-1].item(), abs=tolerance)
-    if run.monitor.k > 1 and not run.kind.stops:
+    if run.monitor.measuring.k > 1 and not run.kind.stops:
         second = float(history.series("training", "sharpness2")[-1])
         assert second == pytest.approx(expected[-2].item(), abs=tolerance)
 

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from sharpscope import monitoring
 from sharpscope.autodiff.objective import Objective
-from sharpscope.monitoring.diagnosis import Finding
+from sharpscope.monitoring.finding import Finding
 from sharpscope.monitoring.monitor import Monitor
 
 DTYPE = torch.float64
@@ -213,7 +213,7 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 m = self.state[p].setdefault("m", torch.zeros_like(p))
@@ -285,7 +285,7 @@ NEW_RUNS: dict[str, Run] = {
         schedule=scheduled(schedules.MultiStepLR, milestones=[100], gamma=0.1),
     ),
     "a step up past the edge": Run(
-        lambda: bowl(1.0), "above", of_threshold(1.2), 175, 5, schedule=factors(lambda t: 0.4 if t < 150 else 1.0)
+        lambda: bowl(1.0), "above", of_threshold(1.5), 175, 5, schedule=factors(lambda t: 0.05 if t < 150 else 1.0)
     ),
     # schedules on nets
     "net, BN, cosine": Run(

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from sharpscope.monitoring.diagnosis import AT_THE_EDGE, Facts, Finding, diagnose
+from sharpscope.monitoring.diagnosis import AT_THE_EDGE, diagnose
+from sharpscope.monitoring.finding import Finding
+from sharpscope.monitoring.measurements import Facts, Now
 from sharpscope.records.history import History
 
-REGIMES = {"edge", "above", "undecided", "below", "approaching", "sharpening"}
+REGIMES = {"too few", "out of date", "observed", "edge", "above", "undecided", "below", "approaching", "sharpening"}
 PLAIN = Facts(100)
 INVARIANT = Facts(100, 60, 3e-16, {"a": 40, "b": 20})
 
@@ -42,26 +44,34 @@ def regime(ratios: Sequence[float | None], **columns: Any) -> Finding:
 @pytest.mark.parametrize(
     ("ratios", "name", "numbers"),
     [
-        ([0.2, 0.9, 1.02, 0.98, 1.0], "edge", "is 1.00 (median of the last 3 measurements)"),
-        ([1.0] * 9 + [1.04, 1.1, 1.05], "edge", "is 1.05 (median of the last 3 measurements)"),
-        ([0.5] * 9 + [1.2, 1.25, 1.31], "edge", "is 1.25 (median of the last 3 measurements)"),
         (
-            [1.0] * 4 + [1.06, 1.04, 1.05, 9.0],
-            "undecided",
-            "is 1.05 (median of the last 3 measurements), with half of them",
+            [0.2, 0.9, 1.02, 0.98, 1.0],
+            "edge",
+            "is 1.00 at the learning rate 0.1 (median of 3 measurements, steps 20 to 40)",
         ),
+        ([1.0] * 9 + [1.04, 1.1, 1.05], "edge", "is 1.05 at the learning rate 0.1 (median of 3 measurements, "),
+        ([0.5] * 9 + [1.2, 1.25, 1.31], "edge", "is 1.25 at"),
+        ([1.0] * 4 + [1.06, 1.04, 1.05, 9.0], "undecided", "is 1.05 at the learning rate 0.1 (median of 3 measure"),
         ([0.5] * 9 + [1.2, 1.31, 1.32], "undecided", "between 1.25 and 1.31"),
         ([0.5] * 9 + [0.5, 0.94, 1.2], "undecided", "between 0.72 and 1.07"),
-        ([0.5] * 9 + [1.4, 1.35, 1.36], "above", "is 1.36 (median of the last 3 measurements)"),
-        ([5.0], "above", "is 5.00 (median of the last 1 measurement)"),
-        ([0.40, 0.5, 0.6, 0.7], "sharpening", "is 0.60 (median of the last 3 measurements), up from 0.40"),
+        ([0.5] * 9 + [1.4, 1.35, 1.36], "above", "is 1.36 at the learning rate 0.1 (median of 3 measurements,"),
+        ([5.0], "too few", "At step 0 sharpness / threshold was 5.00, at a learning rate of 0.1: the only measurement"),
+        (
+            [0.5, 5.0],
+            "too few",
+            "At step 10 sharpness / threshold was 5.00, at a learning rate of 0.1: one measurement",
+        ),
+        ([0.5, 0.7, 5.0], "too few", "At step 20 sharpness / threshold was 5.00, at a learning rate of 0.1: two"),
+        (
+            [0.40, 0.5, 0.6, 0.7],
+            "sharpening",
+            "is 0.60 at the learning rate 0.1 (median of 3 measurements, steps 10 to 30), up from 0.40 at step 0",
+        ),
         ([0.3, 0.6, *[0.7] * 10], "below", "it may grow 1.43-fold"),
-        ([0.5, 0.5, 0.5], "below", "is 0.50 (median of the last 3 measurements); it may grow 2-fold"),
-        ([0.5, 0.8], "below", "grow 1.54-fold"),
-        ([0.9, 0.6, 0.25], "below", "grow 1.67-fold"),
-        ([0.5], "below", "grow 2-fold"),
-        ([0.5, 0.0, 0.0], "below", "is 0.00 (median of the last 3 measurements); no direction curves upwards"),
-        ([-0.5, -0.2, -0.1], "below", "no direction curves upwards"),
+        ([0.5] * 4, "below", "steps 10 to 30); it may grow 2-fold"),
+        ([0.9, 0.9, 0.6, 0.25], "below", "grow 1.67-fold"),
+        ([0.5, 0.0, 0.0, 0.0], "below", "steps 10 to 30); no direction curves upwards"),
+        ([-0.5, -0.2, -0.1, -0.1], "below", "no direction curves upwards"),
     ],
 )
 def test_regimes(ratios: list[float], name: str, numbers: str) -> None:
@@ -69,13 +79,14 @@ def test_regimes(ratios: list[float], name: str, numbers: str) -> None:
     assert found.name == name
     assert numbers in found.text
     assert found.source
+    assert (found.severity == "warning") == (found.name == "above") == bool(found.remedy)
 
 
 def test_regimes_meet_at_their_bounds() -> None:
     low, high = AT_THE_EDGE
-    assert regime([low]).name == regime([high]).name == "edge"
-    assert regime([math.nextafter(low, 0)]).name == "below"
-    assert regime([math.nextafter(high, 2)]).name == "above"
+    assert regime([low] * 4).name == regime([high] * 4).name == "edge"
+    assert regime([math.nextafter(low, 0)] * 4).name == "below"
+    assert regime([math.nextafter(high, 2)] * 4).name == "above"
 
 
 def test_a_loss_that_grows_and_grows_is_no_edge() -> None:
@@ -107,12 +118,15 @@ def test_measurements_without_curvature_are_counted() -> None:
 
 def test_no_threshold_no_regime() -> None:
     (found,) = [f for f in diagnose(History(rows(3, loss=1.0)), "r", Facts(10)) if f.name in REGIMES]
-    assert found.name == "undecided" and "no measurement of the curvature at a positive learning rate" in found.text
+    assert found.name == "too few" and "no measurement of the curvature at a positive learning rate" in found.text
 
 
 def test_where_the_curvature_lives() -> None:
     inside = say([1.0] * 4, INVARIANT, **{"fraction/a": 0.7, "fraction/b": 0.1})["top eigenvector"]
-    assert "80% of the top eigenvector lies in scale-invariant weights (most in a)" in inside.text
+    assert (
+        "80% of the top eigenvector lies in scale-invariant weights (most in a; 3 measurements, steps 10 to 30)"
+        in inside.text
+    )
     outside = say([1.0] * 4, INVARIANT, **{"fraction/a": 0.1, "fraction/b": 0.1})["top eigenvector"]
     assert "Only 20%" in outside.text and "that of the 40 other weights" in outside.text
     whole = Facts(60, 60, 3e-16, {"a": 40, "b": 20})
@@ -123,7 +137,7 @@ def test_where_the_curvature_lives() -> None:
 def test_the_largest_stable_rate() -> None:
     found = say([0.5] * 4)["largest rate"]
     assert found.numbers["largest"] == pytest.approx(0.2)
-    assert "the largest stable learning rate is 0.2 (it is 0.1 now)" in found.text
+    assert "3 measurements, steps 10 to 30, the largest stable learning rate is 0.2 (the rate is 0.1)" in found.text
     assert "largest rate" not in say([-0.5] * 4)
     assert "largest rate" not in say([0.5] * 4, learning_rate=0.0)
 
@@ -189,8 +203,8 @@ def test_weight_decay_that_only_rescales() -> None:
 def test_the_intrinsic_time_of_weight_decay() -> None:
     assert "no decay" in say([1.0], INVARIANT)
     early = say([1.0], INVARIANT, intrinsic_time_per_step=0.002, tau=0.25)["intrinsic time"].text
-    assert "τ = 0.25 (by now 0.002 a step)" in early
-    assert "takes 375 more steps" in early and "time to settle" not in early
+    assert "τ = 0.25 by step 0 (0.002 a step at the last measurement)" in early
+    assert "375 steps from now at this rate" in early and "time to settle" not in early
     late = say([1.0], INVARIANT, intrinsic_time_per_step=0.002, tau=1.5)["intrinsic time"].text
     assert late.startswith("Weight decay has acted for τ = 1.5 ") and late.endswith("norms have had time to settle.")
     for names in (
@@ -206,12 +220,80 @@ def test_weight_decay_without_time() -> None:
     assert found.numbers["tau at the end"] == pytest.approx(0.03 + 20 * 1e-3)
     assert "weight decay has no time to act in this run" in found.text
     enough = say([0.5] * 4, Facts(100, 60, 0.0, {"a": 60}, steps=500), intrinsic_time_per_step=1e-3, tau=0.03)
-    assert "no time" not in enough and "will have for τ = 0.5 at the end" in enough["intrinsic time"].text
+    assert (
+        "no time" not in enough and "will have for τ = 0.5 after the 500 steps planned" in enough["intrinsic time"].text
+    )
     assert "no time" not in say([0.5] * 4, INVARIANT, intrinsic_time_per_step=1e-3, tau=0.03)  # nobody knows the end
 
 
+def test_a_schedule_that_is_known_gives_the_time_at_the_end() -> None:
+    """Rate falling linearly to zero from step 30 of 130, by the schedule: half the time of a constant one."""
+    points = tuple((30.0 + 10 * i, 0.1 * (1 - i / 10)) for i in range(11))
+    facts = Facts(100, 60, 0.0, {"a": 60}, steps=130, schedule=points)
+    found = say([0.5] * 4, facts, intrinsic_time_per_step=0.01, tau=0.3)["intrinsic time"]
+    assert found.numbers["tau at the end"] == pytest.approx(0.3 + 0.5 * 100 * 0.01)
+    assert "which this run does not reach" in found.text
+
+
+def test_a_schedule_that_is_not_known_is_no_ground_for_a_forecast() -> None:
+    """The rate fell: nothing is found about the end of the run, nor about the peak as if it were now."""
+    falling = [0.1, 0.08, 0.06, 0.04, 0.02, 0.01, 0.005, 0.001]
+    facts = Facts(100, 60, 0.0, {"a": 60}, steps=1000)
+    found = say([rate * 9 for rate in falling], facts, learning_rate=falling, intrinsic_time_per_step=1e-3, tau=0.03)
+    assert "how it goes on is not known here" in found["schedule"].text and found["schedule"].remedy
+    assert math.isnan(found["intrinsic time"].numbers["tau at the end"])
+    assert not {"twice the rate", "steps to the edge", "settling", "no time"} & set(found)
+    below = found["below"]
+    assert below.numbers["ratio"] == pytest.approx(0.009)
+    assert below.numbers["ratio at largest rate"] == pytest.approx(0.9)
+    assert "is 0.009 at the learning rate 0.001" in below.text
+    assert "At the largest rate so far, 0.1, the same curvature would give 0.90." in below.text
+
+
+def test_curvature_that_follows_a_falling_threshold_is_at_the_edge() -> None:
+    falling = [0.1 * 0.85**i for i in range(12)]
+    assert regime([0.7] * 3 + [1.0] * 9, learning_rate=falling).name == "edge"
+    assert regime([0.7] * 3 + [0.5] * 9, learning_rate=falling).name == "below"
+
+
+def test_a_rate_still_to_come_is_past_the_edge() -> None:
+    warm_up = Facts(100, steps=100, schedule=tuple((30.0 + i, 0.1 + 0.01 * i) for i in range(20)))
+    found = say([0.5] * 4, warm_up)["peak ahead"]
+    assert found.numbers == pytest.approx({"peak": 0.29, "step": 49, "ratio": 1.45, "largest": 0.2})
+    assert found.severity == "advice" and "lower the peak to 0.16" in found.remedy
+    assert "peak ahead" not in say([0.2] * 4, warm_up)
+    assert "peak ahead" not in say([0.5] * 4)
+    cycles = Facts(100, schedule=tuple((30.0 + i, 0.1 - 0.01 * i if i < 9 else 0.3) for i in range(20)))
+    assert "peak ahead" not in say([0.5] * 4, cycles)  # it may end before the next one
+
+
+def test_old_measurements_are_told_as_such() -> None:
+    history = History(rows(4, stability_ratio=5.0, learning_rate=0.1, loss=1.0, tau=0.0))
+    (found, rate, *_) = diagnose(history, "r", PLAIN, Now(step=400, learning_rate=0.01, largest_rate=0.2))
+    assert found.name == "out of date" and found.remedy
+    assert found.text.startswith("At step 30, 370 steps ago, sharpness / threshold was 5.00, at a learning rate of 0.1")
+    assert "at the present 0.01 the same curvature would give 0.50" in found.text
+    assert rate.name == "largest rate" and "370 steps ago, the largest stable learning rate was 0.02;" in rate.text
+    fresh = diagnose(history, "r", PLAIN, Now(step=45, learning_rate=0.1))
+    assert fresh[0].name == "above"
+
+
+def test_above_the_edge_while_the_loss_falls() -> None:
+    falling = regime([3.0] * 4, loss=[8.0, 4.0, 2.0, 1.0])
+    assert falling.name == "above" and "meanwhile the loss fell from 4 to 1" in falling.text
+    assert falling.remedy == "Lower the learning rate from 0.1 to 0.0267, 0.8 of the largest stable one."
+    assert "expect the loss to rise" in regime([3.0] * 4).text
+    assert "are clipped" in regime([3.0] * 4, applied_gradient=1.0).text
+
+
+def test_an_optimizer_without_a_law_gets_no_threshold() -> None:
+    found = say([None] * 3, Facts(100, observed=("Lion",)), sharpness=[1.0, 2.0, 3.0], loss=1.0)
+    assert "No threshold is known for Lion" in found["observed"].text and "sharpness is 3 " in found["observed"].text
+    assert not {"largest rate", "twice the rate", "below", "too few"} & set(found)
+
+
 @pytest.mark.parametrize(
-    ("steps", "word"), [(100, "does not fit"), (1000, "only just fits"), (2000, "fits in the 2000")]
+    ("steps", "word"), [(100, "does not fit"), (1000, "only just fits"), (2000, "fits in its 2000")]
 )
 def test_time_to_balance(steps: int, word: str) -> None:
     found = say([0.5] * 4, Facts(100, 60, 0.0, {"a": 60}, steps=steps), intrinsic_time_per_step=1e-3, tau=0.03)[
@@ -256,7 +338,7 @@ def test_eps_that_holds_a_layer_up() -> None:
 
 def test_clipped_gradients() -> None:
     found = say([0.5] * 4, applied_gradient=[3.0, 1.0, 1.0, 1.0])["clipping"]
-    assert "clipped to norm 1:" in found.text
+    assert "clipped to norm 1 (3 measurements, steps 10 to 30):" in found.text
     assert "clipping" not in say([0.5] * 4, applied_gradient=[3.0, 1.0, 0.99, 1.0])
     assert "clipping" not in say([0.5] * 4, applied_gradient=1.0, loss=1.0)  # nothing changes at all
 

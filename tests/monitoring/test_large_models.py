@@ -17,8 +17,7 @@ from sharpscope.autodiff.curvature import hessian
 from sharpscope.autodiff.data import head
 from sharpscope.autodiff.objective import Objective
 from sharpscope.measures.iterate import Iterate
-from sharpscope.monitoring import memory_plan
-from sharpscope.monitoring import monitor as monitoring
+from sharpscope.monitoring import measuring, memory_plan
 from sharpscope.monitoring.memory_plan import free_bytes, plan_memory
 from sharpscope.monitoring.monitor import Monitor
 from sharpscope.monitoring.time_budget import Budget, Ledger, plan_probe
@@ -29,7 +28,7 @@ Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 @pytest.fixture(autouse=True)
 def _small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitoring, "LARGE", 1)
+    monkeypatch.setattr(measuring, "LARGE", 1)
 
 
 def network(norm: str = "LN") -> tuple[nn.Module, Objective]:
@@ -158,7 +157,7 @@ def test_memory_is_planned_before_anything_is_allocated() -> None:
 
 
 def test_without_memory_a_run_goes_on_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitoring, "free_bytes", lambda device: 1000.0)
+    monkeypatch.setattr(measuring, "free_bytes", lambda device: 1000.0)
     _, f = network()
     optimizer = adamw(f)
     monitor = Monitor(f, optimizer, every=2)
@@ -180,16 +179,16 @@ def test_a_first_look_comes_where_the_first_measurement_has_to_wait() -> None:
     budget = Budget(0.05)
     plan = plan_probe(f, f.weights(), ledger, budget, 2, 1)
     slow = type(plan)(**{**vars(plan), "first_seconds": 30.0, "look_seconds": 1.0})
-    assert not budget.allows_look(ledger, slow)  # 5 % of 10 s are less than a second
+    assert budget.allows_look(ledger, 10, slow)  # 200 steps of a second are to come, and 5 % of them are spent ahead
+    assert not budget.allows_look(ledger, 210, slow)  # 5 % of 10 s are less than a second
     ledger.add_steps(50.0, 50)
-    assert budget.allows_look(ledger, slow)
-    assert not budget.allows_look(ledger, type(plan)(**{**vars(plan), "first_seconds": 2.0, "look_seconds": 1.0}))
-    monitor.plan = slow
-    monitor._take_first_look(slow.look)
-    look = monitor.first_look
+    assert budget.allows_look(ledger, 210, slow)
+    assert not budget.allows_look(ledger, 10, type(plan)(**{**vars(plan), "first_seconds": 2.0, "look_seconds": 1.0}))
+    monitor.measuring.follow(slow)
+    monitor.pace.look = look = measuring.first_look(slow.look, 0)
     assert look is not None and look.examples == 4
     few = f.on(head(f.source, 4, f.form))
     assert look.sharpness == pytest.approx(cases.dense_top(hessian(few, f.weights()).dense()), rel=0.1)
     text = monitor.diagnosis()
-    assert "A first look on 4 examples only, at step 0: λ1 is about" in text
+    assert "A first look on 4 examples only, at step 0: λ1 was about" in text
     assert len(monitor.history) == 0

@@ -1,6 +1,6 @@
 """Watching a training loop: when to measure, what it means, and what to do."""
 
-from .diagnosis import Finding
+from .finding import Finding
 from .meters import Meter
 from .monitor import Monitor
 from .recorder import Sink as Sink

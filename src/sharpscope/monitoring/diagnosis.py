@@ -1,17 +1,19 @@
 """Diagnoses a run: sentences, each with the numbers it rests on and where its rule comes from.
 
-A rule is a function of the measurements that returns a `Finding`, or None where it has nothing to say; `RULES` holds
-them in the order in which they are read.  They see columns of a history and `Facts` alone, so that a run on disk is
-diagnosed like a live one.  r is the ratio of sharpness to its threshold, τ the intrinsic time of weight decay.
+A rule is a function of the measurements that returns a `Finding`, or None where it does not apply; `RULES` holds them
+in the order in which they are read.  They see columns of a history, `Facts` and `Now` alone, so that a run on disk is
+diagnosed like a live one.  r is the ratio of sharpness to its threshold at the present learning rate, τ the intrinsic
+time of weight decay.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import numpy as np
 
 from ..records.history import History
+from .finding import Finding
+from .measurements import ENOUGH, Facts, Measurements, Now
 
 AT_THE_EDGE = (0.95, 1.3)
 """Range of r called "at the edge": oscillation and several unstable modes push it above one."""
@@ -19,85 +21,17 @@ AT_THE_EDGE = (0.95, 1.3)
 BURSTS = (0.7, 2.0)
 """Range in which the middle half of the late measurements lies for a run at the edge."""
 
+SAFE = 0.8
+"""Fraction of the largest stable rate that remedies advise."""
+
 LYU = "Lyu, Li & Arora 2022, arXiv 2206.07085"
 COHEN = "Cohen et al. 2021, arXiv 2103.00065"
 KOSSON = "Kosson et al. 2024, arXiv 2305.17212"
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Numbers that stay the same along a run: counts of weights, and the number of planned steps (None: unknown)."""
-
-    size: int = 0
-    invariant: int = 0
-    defect: float = 1.0
-    groups: Mapping[str, int] = field(default_factory=dict)
-    null: Mapping[str, int] = field(default_factory=dict)
-    decayed_null: int = 0
-    pairs: tuple[str, ...] = ()  # "a -> b": what may be rescaled by c and 1/c
-    steps: int | None = None
-    overhead: float | None = (
-        None  # time of measuring over time of training, where it is newer than the last measurement
-    )
-    groups_known: bool = True  # whether it is known which weights are invariant
-    stops_gradients: bool = False  # on the way, so that training follows no gradient of one function
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A sentence or two on a run: `name` is its rule's, `numbers` what the rule used, `source` whose law it is."""
-
-    name: str
-    text: str
-    numbers: Mapping[str, float] = field(default_factory=dict)
-    source: str = ""
-
-    def __str__(self) -> str:
-        return self.text
-
-
-class Measurements:
-    """The columns of one run, and the facts beside them."""
-
-    def __init__(self, history: History, run: str, facts: Facts) -> None:
-        self.history, self.run, self.facts = history, run, facts
-
-    def series(self, name: str) -> np.ndarray:
-        """The measured values of a column, none where there is no such column."""
-        known = name in self.history.columns and self.run in self.history.runs
-        return self.history.series(self.run, name) if known else np.empty(0)
-
-    def last(self, name: str) -> float:
-        """The latest value of a column; not a number where there is none."""
-        values = self.series(name)
-        return float(values[-1]) if len(values) else math.nan
-
-    def late(self, name: str) -> np.ndarray:
-        """The last quarter of the values of a column, at least three."""
-        values = self.series(name)
-        return values[-max(3, len(values) // 4) :]
-
-    def by_group(self, name: str) -> dict[str, float]:
-        """The median of the late values of the column ``name/GROUP``, by group."""
-        prefix = f"{name}/"
-        columns = [c for c in self.history.columns if c.startswith(prefix) and len(self.series(c))]
-        return {c.removeprefix(prefix): float(np.median(self.late(c))) for c in columns}
-
-    @property
-    def ratio(self) -> float:
-        """The median of the late r; not a number where there is none."""
-        late = self.late("stability_ratio")
-        return float(np.median(late)) if len(late) else math.nan
-
-    @property
-    def steps_left(self) -> float:
-        """Number of steps that are still planned; not a number where it is unknown."""
-        return math.nan if self.facts.steps is None else max(self.facts.steps - self.last("step"), 0.0)
-
-
-def diagnose(history: History, run: str, facts: Facts) -> list[Finding]:
+def diagnose(history: History, run: str, facts: Facts, now: Now | None = None) -> list[Finding]:
     """Say what the measurements of `run` mean, most urgent first."""
-    measurements = Measurements(history, run, facts)
+    measurements = Measurements(history, run, facts, now)
     return [finding for rule in RULES for finding in [rule(measurements)] if finding is not None]
 
 
@@ -109,7 +43,9 @@ def divergence(at: Measurements) -> Finding | None:
     if not lost:
         return None
     text = f"The run diverged: at step {lost[0]} the loss was not finite; what follows is about the steps before."
-    return Finding("diverged", text, {"step": float(lost[0])})
+    remedy = "Go back to weights from before, with a lower learning rate" if math.isnan(at.stable_rate) else ""
+    remedy = remedy or f"Go back to weights from before, with a learning rate below {_n(at.stable_rate)}"
+    return Finding("diverged", text, {"step": float(lost[0])}, severity="alarm", remedy=f"{remedy}.")
 
 
 def stopped_gradients(at: Measurements) -> Finding | None:
@@ -136,58 +72,120 @@ def gaps(at: Measurements) -> Finding | None:
         f"At {len(missing)} of {len(finite)} measurements, first at step {missing[0]}, no curvature was found (not"
         " finite, or not converged); what follows is about the others."
     )
-    return Finding("gaps", text, {"missing": float(len(missing)), "of": float(len(finite))})
+    return Finding("gaps", text, {"missing": float(len(missing)), "of": float(len(finite))}, severity="warning")
 
 
 def regime(at: Measurements) -> Finding:
     """Say on which side of the edge of stability the run is, and whether it is approaching."""
-    ratios, late = at.series("stability_ratio"), at.late("stability_ratio")
-    if not len(ratios):
-        text = (
-            "There is no measurement of the curvature at a positive learning rate yet, so no threshold to compare with."
-        )
-        return Finding("undecided", text)
-    r, count = at.ratio, len(late)
-    low, high = (float(q) for q in np.quantile(late, (0.25, 0.75)))
-    numbers = {"ratio": r, "quarter": low, "three quarters": high, "measurements": float(count)}
-    seen = f"sharpness / threshold is {r:.2f} (median of the last {count} measurement{'s' * (count > 1)})"
-
-    def found(name: str, text: str, source: str = COHEN) -> Finding:
+    if at.facts.observed:
+        return _observed(at)
+    if not len(at.curvature[0]):
+        text = "There is no measurement of the curvature at a positive learning rate, so no threshold to compare with."
+        return Finding("too few", text)
+    if not at.decided:
+        return _number_only(at)
+    name, text, source = _side(at)
+    own, present = at.curvature[1][at.window], at.at_rate(at.rate)[at.window]
+    numbers = {"ratio": at.ratio, "learning rate": at.rate, "step": at.step, "measurements": float(at.count)}
+    numbers |= {"first step": float(at.curvature[0][at.window][0]), "last step": float(at.curvature[0][-1])}
+    numbers |= {"quarter": float(np.quantile(present, 0.25)), "three quarters": float(np.quantile(present, 0.75))}
+    if at.varied:
+        at_peak = float(np.median(at.at_rate(at.largest_rate)[at.window]))
+        numbers |= {"largest rate": at.largest_rate, "ratio at largest rate": at_peak}
+        numbers |= {"ratio when measured": float(np.median(own))}
+        if at.rate < at.largest_rate:
+            text += f" At the largest rate so far, {_n(at.largest_rate)}, the same curvature would give {_r(at_peak)}."
+    if name != "above":
         return Finding(name, text, numbers, source)
+    remedy = f"Lower the learning rate from {_n(at.rate)} to {_n(SAFE * at.stable_rate)}"
+    return Finding(name, text, numbers, source, "warning", f"{remedy}, {SAFE:g} of the largest stable one.")
 
+
+def _observed(at: Measurements) -> Finding:
+    """Say that there is no threshold, and what is measured instead."""
+    kinds = ", ".join(at.facts.observed)
+    text = (
+        f"No threshold is known for {kinds}: what is measured is the curvature itself, and how weights move, but not"
+        " how far the edge of stability is."
+    )
+    if (sharpness := at.last("sharpness")) == sharpness:
+        text += f" The sharpness is {sharpness:.3g} ({at.when('sharpness')})."
+    return Finding("observed", text, {"sharpness": sharpness} if sharpness == sharpness else {})
+
+
+def _number_only(at: Measurements) -> Finding:
+    """Give the last number without a verdict, where measurements are too few or too old."""
+    steps, ratios, rates = (float(column[-1]) for column in at.curvature)
+    numbers = {"ratio": ratios, "learning rate": rates, "step": steps, "age": at.age, "measurements": float(at.count)}
+    when = f"At step {steps:.0f}{f', {at.age:.0f} steps ago,' if at.age > 0 else ''}"
+    text = f"{when} sharpness / threshold was {_r(ratios)}, at a learning rate of {_n(rates)}"
+    if at.rate > 0 and not math.isclose(at.rate, rates, rel_tol=1e-6):
+        text += f" (at the present {_n(at.rate)} the same curvature would give {_r(ratios * at.rate / rates)})"
+    if at.count < ENOUGH:
+        have = {0: "the only measurement, of the start,", 1: "one measurement", 2: "two measurements"}[at.count]
+        return Finding("too few", f"{text}: {have} gives a number and no verdict; {ENOUGH} will.", numbers, COHEN)
+    text += ": too long ago for a verdict on the present."
+    remedy = "Measure more often (every=), or with a larger budget."
+    return Finding("out of date", text, numbers, COHEN, remedy=remedy)
+
+
+def _side(at: Measurements) -> tuple[str, str, str]:
+    """Name, sentence and source of the regime, from enough fresh measurements."""
+    present, r = at.at_rate(at.rate)[at.window], at.ratio
+    low, high = (float(q) for q in np.quantile(present, (0.25, 0.75)))
+    seen = f"sharpness / threshold is {_r(r)} at the learning rate {_n(at.rate)} (median of {at.when()})"
     floor, ceiling = AT_THE_EDGE
+    if at.rate <= 0:
+        return "below", f"Below the edge of stability: the learning rate is zero now ({at.when()}).", COHEN
     if r >= floor and _blowing_up(at):
-        text = (
-            f"Above the edge of stability: {seen}, and the loss grows from measurement to measurement: lower the rate."
-        )
-        return found("above", text)
-    if floor <= r <= ceiling and low >= BURSTS[0] and high <= BURSTS[1]:
+        text = f"Above the edge of stability: {seen}, and the loss grows from measurement to measurement."
+        return "above", text, COHEN
+    if _at_edge(present) or (not at.steady and _at_edge(at.curvature[1][at.window]) and present[-1] >= floor):
         text = f"At the edge of stability: {seen}; the learning rate now sets the sharpness, not the other way round."
-        return found("edge", text)
+        return "edge", text, COHEN
     if low > ceiling:
-        text = f"Above the edge of stability: {seen}; expect the loss to rise, or a jump to a flatter place."
-        return found("above", text)
+        return "above", f"Above the edge of stability: {seen}; {_above(at)}", COHEN
     if high >= floor:
         text = (
-            f"Undecided: {seen}, with half of them between {low:.2f} and {high:.2f}, on both sides of {floor:g} or"
-            f" {ceiling:g}; a few more measurements will tell."
+            f"Undecided: {seen}, but half of them lie between {_r(low)} and {_r(high)}, on both sides of"
+            f" {floor:g} to {ceiling:g}, the range of the edge; a few more measurements will tell."
         )
-        return found("undecided", text)
+        return "undecided", text, COHEN
     if r <= 0:
-        return found("below", f"Below the edge of stability: {seen}; no direction curves upwards.")
-    if _rising(ratios):
-        up = f"up from {ratios[0]:.2f}; the edge is not reached yet"
+        return "below", f"Below the edge of stability: {seen}; no direction curves upwards.", COHEN
+    if _rising(at.at_rate(at.rate)) and _rising(at.curvature[1]):  # neither the rate alone nor against it
+        up = f"up from {_r(at.at_rate(at.rate)[0])} at step {at.curvature[0][0]:.0f}; the edge is not reached yet"
         if _by_norm(at):
-            return found("approaching", f"Approaching the edge as the norm of the weights shrinks: {seen}, {up}.", LYU)
-        return found("sharpening", f"Progressive sharpening: {seen}, {up}.")
-    return found("below", f"Below the edge of stability: {seen}; it may grow {1 / r:.3g}-fold before steps overshoot.")
+            text = f"Approaching the edge as the norm of the weights shrinks: {seen}, {up}."
+            return "approaching", text, LYU
+        return "sharpening", f"Progressive sharpening: {seen}, {up}.", COHEN
+    text = f"Below the edge of stability: {seen}; it may grow {1 / r:.3g}-fold before steps overshoot."
+    return "below", text, COHEN
+
+
+def _above(at: Measurements) -> str:
+    """Say what being above the edge does to this run, as its loss has it."""
+    if clipping(at):
+        return "steps overshoot, but are clipped, which keeps them short."
+    losses = at.late_losses
+    if len(losses) >= ENOUGH and losses[-1] < losses[0]:
+        return (
+            f"steps overshoot along that direction, but meanwhile the loss fell from {losses[0]:.3g} to"
+            f" {losses[-1]:.3g} ({len(losses)} measurements)."
+        )
+    return "expect the loss to rise, or a jump to a flatter place."
+
+
+def _at_edge(ratios: np.ndarray) -> bool:
+    low, high = (float(q) for q in np.quantile(ratios, (0.25, 0.75)))
+    median = float(np.median(ratios))
+    return AT_THE_EDGE[0] <= median <= AT_THE_EDGE[1] and low >= BURSTS[0] and high <= BURSTS[1]
 
 
 def _blowing_up(at: Measurements) -> bool:
     """Say whether the loss has grown at each of the late measurements, and doubled: at the edge it goes up and down."""
-    losses = at.late("loss")
-    losses = losses[np.isfinite(losses)]
-    return len(losses) >= 3 and bool((np.diff(losses) > 0).all()) and bool(losses[-1] > 2 * losses[0] > 0)
+    losses = at.late_losses
+    return len(losses) >= ENOUGH and bool((np.diff(losses) > 0).all()) and bool(losses[-1] > 2 * losses[0] > 0)
 
 
 def _rising(ratios: np.ndarray) -> bool:
@@ -200,9 +198,10 @@ def _rising(ratios: np.ndarray) -> bool:
 
 def _by_norm(at: Measurements) -> bool:
     """Say whether the norm explains more of the late rise than the spherical sharpness does."""
-    if "spherical_sharpness" not in at.history.columns:
+    ratio, rates, spherical = at.table("stability_ratio", "learning_rate", "spherical_sharpness")
+    if not (rates > 0).all():
         return False
-    ratio, spherical = at.history.table(at.run, "stability_ratio", "spherical_sharpness")
+    ratio = ratio * (at.rate / rates)
     n = max(1, len(ratio) // 4)
     if len(ratio) <= n or min(ratio[-1 - n], spherical[-1 - n], spherical[-1]) <= 0:
         return False
@@ -213,62 +212,101 @@ def top_eigenvector(at: Measurements) -> Finding | None:
     """Say whether the curvature is that of the invariant or of the other weights, where there are both."""
     fractions = at.by_group("fraction")
     other = at.facts.size - at.facts.invariant - sum(at.facts.null.values())
-    if not fractions or other <= 0 or not at.ratio > 0:
+    if not fractions or other <= 0 or not (at.stable_rate > 0 or at.facts.observed):
         return None
     inside = min(sum(fractions.values()), 1.0)
     largest = max(fractions, key=lambda name: fractions[name])
     numbers = {"fraction": inside, "other weights": float(other)}
+    when = at.when(f"fraction/{largest}")
     if inside >= 0.5:
         text = (
-            f"{inside:.0%} of the top eigenvector lies in scale-invariant weights (most in {largest}): their norm can"
-            " adapt to the curvature, and weight decay governs it."
+            f"{inside:.0%} of the top eigenvector lies in scale-invariant weights (most in {largest}; {when}): their"
+            " norm can adapt to the curvature, and weight decay governs it."
         )
     else:
         text = (
-            f"Only {inside:.0%} of the top eigenvector lies in scale-invariant weights: the curvature that meets the"
-            f" edge is that of the {other} other weights, whose steps weight decay does not adapt."
+            f"Only {inside:.0%} of the top eigenvector lies in scale-invariant weights ({when}): the curvature that"
+            f" meets the edge is that of the {other} other weights, whose steps weight decay does not adapt."
         )
     return Finding("top eigenvector", text, numbers, LYU)
 
 
 def largest_rate(at: Measurements) -> Finding | None:
-    """Give the learning rate at which the present curvature is at the edge, lr/r."""
-    if not (at.last("learning_rate") > 0 and at.ratio > 0):
+    """Give the learning rate at which the measured curvature is at the edge, lr/r."""
+    largest, rate, peak = at.stable_rate, at.rate, at.largest_rate
+    if not (largest > 0 and peak > 0):
         return None
-    rates, ratios = at.history.table(at.run, "learning_rate", "stability_ratio")
-    n = max(3, len(ratios) // 4)
-    largest, lr = float(np.median(rates[-n:] / ratios[-n:])), at.last("learning_rate")
-    text = f"At the present curvature the largest stable learning rate is {largest:.3g} (it is {lr:.3g} now)."
-    return Finding("largest rate", text, {"largest": largest, "learning rate": lr}, COHEN)
+    numbers = {"largest": largest, "learning rate": rate, "largest so far": peak}
+    verb = "is" if at.decided else "was"
+    text = f"At the curvature of {at.when()}, the largest stable learning rate {verb} {_n(largest)}"
+    if not at.varied:
+        return Finding("largest rate", f"{text} (the rate is {_n(rate)}).", numbers, COHEN)
+    times = f", {_r(rate / largest)} of it" if rate > 0 else ""
+    text += f"; the rate is {_n(rate)} now{times}"
+    text += f", and was at most {_n(peak)}, {_r(peak / largest)} of it." if rate < peak else "."
+    return Finding("largest rate", text, numbers, COHEN)
+
+
+def peak_ahead(at: Measurements) -> Finding | None:
+    """Notice that a learning rate that is still to come is past the edge of the present curvature."""
+    step, peak = at.peak_ahead
+    if not (at.decided and peak > 1.02 * at.rate and peak > AT_THE_EDGE[1] * SAFE * at.stable_rate):
+        return None
+    ratio = peak / at.stable_rate
+    text = (
+        f"The learning rate will rise to {_n(peak)} at step {step:.0f}, where the curvature of {at.when()} would make"
+        f" the ratio {_r(ratio)}: {'past' if ratio > 1 else 'at'} the edge, unless the curvature falls until then."
+    )
+    numbers = {"peak": peak, "step": step, "ratio": ratio, "largest": at.stable_rate}
+    remedy = f"Where the loss jumps there, lower the peak to {_n(SAFE * at.stable_rate)}, or warm up for longer."
+    return Finding("peak ahead", text, numbers, COHEN, "advice", remedy)
+
+
+def schedule(at: Measurements) -> Finding | None:
+    """Say that the learning rate follows a schedule which is not known here."""
+    if not at.varied or len(at.coming[0]) or at.steps_left == 0:
+        return None
+    text = (
+        f"The learning rate has changed, to {_n(at.rate)} by step {at.step:.0f} with {_n(at.largest_rate)} as the"
+        " largest, and how it goes on is not known here: what is found holds at the rate of now."
+    )
+    remedy = "Monitor(..., scheduler=..., steps=...) takes it into account."
+    return Finding("schedule", text, {"learning rate": at.rate, "largest": at.largest_rate}, remedy=remedy)
 
 
 def twice_the_rate(at: Measurements) -> Finding | None:
-    """Say what doubling the learning rate would change."""
+    """Say what doubling the learning rate would change; not where a schedule has brought it far down."""
     r = at.ratio
-    if not (r > 0 and at.last("learning_rate") > 0):
+    if not (at.decided and r > 0 and at.rate >= 0.5 * at.largest_rate > 0):
         return None
+    doubled = f"Twice the present learning rate, {_n(2 * at.rate)},"
     if 2 * r < AT_THE_EDGE[0]:
-        text = f"Twice the learning rate would bring the ratio to {2 * r:.2f}, still below the edge."
+        text = f"{doubled} would bring the ratio to {_r(2 * r)}, still below the edge."
     elif r < AT_THE_EDGE[0]:
         text = (
-            f"Twice the learning rate would bring the ratio to {2 * r:.2f}, past the edge: expect the loss to jump"
-            " until the sharpness has fallen to the new threshold."
+            f"{doubled} would bring the ratio to {_r(2 * r)}, past the edge: expect the loss to jump until the"
+            " sharpness has fallen to the new threshold."
         )
     else:
-        text = "Twice the learning rate would halve the sharpness that training can hold"
+        text = f"{doubled} would halve the sharpness that training can hold"
         inside = sum(at.by_group("fraction").values()) >= 0.5
         text += ": invariant weights get there by √2 times their norm." if inside else ": expect a jump first."
-    return Finding("twice the rate", text, {"ratio": r, "doubled": 2 * r}, COHEN)
+    return Finding("twice the rate", f"{text[:-1]} ({at.when()}).", {"ratio": r, "doubled": 2 * r}, COHEN)
 
 
 def steps_to_the_edge(at: Measurements) -> Finding | None:
     """Predict when shrinking norms reach the edge, if gradients have died: after τ = ½ ln(1/r) of weight decay."""
     r, rate = at.ratio, at.last("intrinsic_time_per_step")
-    if not (0 < r < AT_THE_EDGE[0] and rate > 0) or sum(at.by_group("fraction").values()) < 0.5 or eps(at):
+    if not (at.decided and 0 < r < AT_THE_EDGE[0] and rate > 0) or not at.steady:
+        return None
+    if sum(at.by_group("fraction").values()) < 0.5 or eps(at) or at.rate < 0.5 * at.largest_rate:
         return None
     tau = 0.5 * math.log(1 / r)
     steps = tau / rate
-    text = f"By weight decay alone the edge is {steps:.0f} steps away at the earliest (τ = ½ ln(1/{r:.2f}) = {tau:.2g})"
+    text = (
+        f"By weight decay alone, at the learning rate {_n(at.rate)}, the edge is {steps:.0f} steps away at the earliest"
+        f" (τ = ½ ln(1/{_r(r)}) = {tau:.2g})"
+    )
     if at.steps_left > 0:
         text += f"; {at.steps_left:.0f} are left"
     text += ", so it will not get there." if steps > at.steps_left > 0 else "."
@@ -304,70 +342,82 @@ def decay_rescales(at: Measurements) -> Finding | None:
         )
     if idle:
         names = ", ".join(at.facts.null)
-        parts.append(f"It also shrinks {idle} parameters that have no effect on the loss ({names}): leave these out.")
+        parts.append(f"It also shrinks {idle} parameters that have no effect on the loss ({names}).")
     if pairs:
         which = f"{len(pairs)} pairs of tensors ({pairs[0]}, ..)" if pairs[1:] else f"1 pair of tensors ({pairs[0]})"
-        parts.append(f"In {which}, which may be rescaled against each other, it only evens out the norms of the two.")
+        parts.append(
+            f"In {which}, one may be made larger and the other smaller without effect on the loss: there weight decay"
+            " only evens out the norms of the two."
+        )
     numbers = {"invariant": float(n), "idle": float(idle), "pairs": float(len(pairs))}
-    return Finding("decay rescales", " ".join(parts), numbers, LYU)
+    remedy = "Leave out of weight decay what has no effect on the loss." if idle else ""
+    return Finding("decay rescales", " ".join(parts), numbers, LYU, "advice" if idle else "note", remedy)
 
 
 def intrinsic_time(at: Measurements) -> Finding | None:
     """Say whether weight decay has had time to act: τ so far and at the end."""
-    rate, tau = at.last("intrinsic_time_per_step"), at.last("tau")
+    rate, tau, end = at.last("intrinsic_time_per_step"), at.tau, at.tau_at_end
     if at.facts.invariant == 0 or math.isnan(rate):
         return None
-    if rate == 0:
+    if rate == 0 and tau == 0:
         text = "There is no weight decay: the norm of the invariant weights can only grow, and their steps shrink."
         return Finding("no decay", text, {"intrinsic time per step": 0.0}, LYU)
-    end = tau + rate * at.steps_left
     numbers = {"tau": tau, "intrinsic time per step": rate, "tau at the end": end}
-    acted = f"Weight decay has acted for τ = {tau:.3g} (by now {rate:.2g} a step)"
-    if at.steps_left > 0:
-        acted += f", and will have for τ = {end:.3g} at the end"
+    acted = (
+        f"Weight decay has acted for τ = {tau:.3g} by step {at.step:.0f} ({rate:.2g} a step at the last measurement)"
+    )
+    if at.steps_left > 0 and end >= 0:
+        acted += f", and will have for τ = {end:.3g} after the {at.facts.steps} steps planned"
     if end < 0.1:
-        return Finding("no time", f"{acted}: weight decay has no time to act in this run.", numbers, LYU)
+        text = f"{acted}: weight decay has no time to act in this run."
+        remedy = f"For τ = 1 at the end, weight decay would have to be {1 / end:.2g} times as large." if end > 0 else ""
+        return Finding("no time", text, numbers, LYU, "advice", remedy)
     if tau >= 1:
         return Finding("intrinsic time", f"{acted}: norms have had time to settle.", numbers, LYU)
-    more = (1 - tau) / rate
-    text = f"{acted}; it shapes the norms from about τ = 1 on, which at this rate takes {more:.0f} more steps."
-    return Finding("intrinsic time", text, numbers | {"steps": more}, LYU)
+    if end >= 0:
+        text = f"{acted}; it shapes the norms from about τ = 1 on{', which this run does not reach' * (end < 1)}."
+    elif at.varied or rate <= 0:
+        text = f"{acted}; it shapes the norms from about τ = 1 on."
+    else:
+        numbers |= {"steps": (1 - tau) / rate}
+        text = f"{acted}; it shapes the norms from about τ = 1 on, {numbers['steps']:.0f} steps from now at this rate."
+    return Finding("intrinsic time", text, numbers, LYU)
 
 
 def settling(at: Measurements) -> Finding | None:
-    """Compare the steps until norm and rotation balance, 1/(2·lr·wd), with those of the run."""
-    rate, tau, steps = at.last("intrinsic_time_per_step"), at.last("tau"), at.facts.steps
-    if at.facts.invariant == 0 or not rate > 0 or steps is None or tau >= 1:
+    """Compare the τ of the whole run with the one over which norm and rotation balance, τ = ½."""
+    rate, end, steps = at.last("intrinsic_time_per_step"), at.tau_at_end, at.facts.steps
+    if at.facts.invariant == 0 or not rate > 0 or steps is None or not end >= 0 or at.tau >= 1:
         return None
-    time = 1 / (2 * rate)
-    fits = "fits" if 3 * time <= steps else "does not fit" if time > steps else "only just fits"
+    fits = "fits" if end >= 1.5 else "does not fit" if end < 0.5 else "only just fits"
+    time = steps * 0.5 / end if end > 0 else math.inf
     text = (
-        f"Norm and rotation of invariant weights balance over about 1/(2·lr·wd) = {time:.0f} steps, which {fits} in the"
-        f" {steps} of this run."
+        f"Norm and rotation of invariant weights balance over about τ = ½, that is {time:.0f} steps at the mean rate of"
+        f" this run, which {fits} in its {steps}."
     )
-    return Finding("settling", text, {"time": time, "steps": float(steps)}, KOSSON)
+    return Finding("settling", text, {"time": time, "steps": float(steps), "tau at the end": end}, KOSSON)
 
 
 def twice_the_decay(at: Measurements) -> Finding | None:
     """Say what doubling weight decay would change."""
-    rate = at.last("intrinsic_time_per_step")
+    rate, end = at.last("intrinsic_time_per_step"), at.tau_at_end
     if at.facts.invariant == 0 or not rate > 0:
         return None
-    end = at.last("tau") + rate * at.steps_left
     numbers = {"intrinsic time per step": rate, "tau at the end": end, "angle": at.last("equilibrium")}
     text = "Twice the weight decay would double the intrinsic time per step"
-    if at.steps_left > 0:
+    if at.steps_left > 0 and end >= 0:
         text += f" (τ = {2 * end:.3g} at the end)"
     if numbers["angle"] > 0:
         angle = math.degrees(numbers["angle"])
         text += f", and turn settled weights by {math.sqrt(2) * angle:.2g}° a step instead of {angle:.2g}°"
+        text += f", at the rate of step {at.last('step'):.0f}" * at.varied
     return Finding("twice the decay", text + ".", numbers, KOSSON)
 
 
 def rotation(at: Measurements) -> Finding | None:
     """Compare the angle per step of settled weights with its law."""
     angles, expected = at.by_group("rotation"), at.last("equilibrium")
-    if not angles or not expected > 0 or not at.last("tau") >= 1 or eps(at):
+    if not angles or not expected > 0 or not at.tau >= 1 or eps(at):
         return None
     relative = {name: angle / expected for name, angle in angles.items()}
     slow, fast = (pick(relative, key=lambda name: relative[name]) for pick in (min, max))
@@ -389,10 +439,11 @@ def eps(at: Measurements) -> Finding | None:
         return None
     name = max(balanced, key=lambda n: balanced[n])
     text = (
-        f"The eps of a normalization keeps {name} from the edge: it balances {balanced[name]:.0%} of its weight decay,"
-        " since the variance it is added to has become as small. Use a smaller eps, or larger weights and rate."
+        f"The eps of a normalization keeps {name} from the edge: it balances {balanced[name]:.0%} of its weight decay"
+        f" ({at.when(f'radial/{name}')}), since the variance it is added to has become as small."
     )
-    return Finding("eps", text, {"balanced": balanced[name], "ratio": at.ratio}, LYU)
+    remedy = "Use a smaller eps, or larger weights and a larger rate."
+    return Finding("eps", text, {"balanced": balanced[name], "ratio": at.ratio}, LYU, "warning", remedy)
 
 
 def clipping(at: Measurements) -> Finding | None:
@@ -403,8 +454,8 @@ def clipping(at: Measurements) -> Finding | None:
     if np.ptp(at.late("loss")) <= 1e-3 * abs(at.last("loss")):
         return None
     text = (
-        f"The gradients seem to be clipped to norm {norms[-1]:.3g}: steps are shorter than the learning rate says, and"
-        " training is stable at larger ratios than one."
+        f"The gradients seem to be clipped to norm {norms[-1]:.3g} ({at.when('applied_gradient')}): steps are shorter"
+        " than the learning rate says, and training is stable at larger ratios than one."
     )
     return Finding("clipping", text, {"norm": float(norms[-1])})
 
@@ -415,7 +466,12 @@ def cost(at: Measurements) -> Finding | None:
     if math.isnan(overhead):
         return None
     part = f"{overhead:.2%} of" if overhead < 1 else f"{overhead:.1f} times"
-    return Finding("cost", f"Measuring took {part} the time of training so far.", {"overhead": overhead})
+    text, numbers = f"Measuring took {part} the time of training so far.", {"overhead": overhead}
+    if overhead < 0.5:
+        return Finding("cost", text, numbers)
+    return Finding(
+        "cost", text, numbers, severity="advice", remedy='Monitor(..., budget="5%") keeps it to a twentieth.'
+    )
 
 
 RULES: tuple[Callable[[Measurements], Finding | None], ...] = (
@@ -427,6 +483,8 @@ RULES: tuple[Callable[[Measurements], Finding | None], ...] = (
     eps,
     clipping,
     largest_rate,
+    peak_ahead,
+    schedule,
     twice_the_rate,
     invariance,
     decay_rescales,
@@ -438,3 +496,12 @@ RULES: tuple[Callable[[Measurements], Finding | None], ...] = (
     cost,
 )
 """All rules, in the order in which their findings are read."""
+
+
+def _n(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _r(ratio: float) -> str:
+    """Show a ratio with two decimals, or with two digits where these would not show it."""
+    return f"{ratio:.2f}" if ratio == 0 or 0.095 <= abs(ratio) < 1000 else f"{ratio:.2g}"

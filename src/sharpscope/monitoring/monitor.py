@@ -1,67 +1,49 @@
 """Monitor: measures a running training loop without changing it.
 
-It decides when to measure, keeps the vectors that make the next measurement cheap, and collects the history.
+It counts the steps of the optimizer, hands points of the run to be measured, collects the history, and diagnoses it.
 
 P parameters.
 """
 
-import contextlib
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..autodiff.objective import Objective
-from ..errors import InvalidType, InvalidValue, NotConverged, NotFinite
-from ..linalg.memory import Memory
-from ..linalg.operators import without_autocast
-from ..measures import measures
-from ..measures.iterate import LARGE, Iterate, midpoint
-from ..measures.row import Setting, angles, curvature
+from ..errors import InvalidType, InvalidValue
+from ..measures.iterate import Iterate, midpoint
+from ..measures.row import Setting
 from ..optimizers.base import UpdateRule
 from ..optimizers.from_torch import unwrapped, wrapped
 from ..records.history import History
 from ..report.html import write_page
 from ..symmetry.scale_groups import ScaleGroups, find_groups
-from .diagnosis import Facts, Finding, diagnose
-from .memory_plan import MemoryPlan, free_bytes, plan_memory
+from .diagnosis import diagnose
+from .finding import Finding
+from .learning_rates import Profile, rates_ahead
+from .measurements import Facts, Now
+from .measuring import Measuring, Point
 from .meters import Meter, Meters, Step
 from .optimizer_state import OptimizerState
+from .pace import Pace
 from .page import render_run
 from .recorder import RUN, Recorder, Sink
-from .schedules import Schedule, every_nth, never
-from .time_budget import (
-    Budget,
-    FirstLook,
-    Ledger,
-    ProbePlan,
-    limited,
-    parse_fraction,
-    plan_probe,
-    wait_for_device,
-    waiting,
-)
-
-UNKNOWN_GROUPS = ScaleGroups({}, {}, {}, torch.empty(0, dtype=torch.long), 1.0)
-"""The scale-invariant groups before `find_groups` has run."""
-
-
-ROUGH = 0.05
-"""Estimated relative error of eigenvalues of large models, those of at least `LARGE` weights."""
+from .schedules import Schedule
+from .time_budget import Ledger, wait_for_device
 
 UNREPORTED_STEPS = 100
 """Steps of the optimizer after which a Monitor that was never called says so."""
 
 MOST_FAILURES = 3
 """Measurements in a row that may fail before no more are taken."""
+
+OnFinding = Callable[[Finding, int], None]
 
 
 class Monitor:
@@ -71,17 +53,21 @@ class Monitor:
         objective: loss of the model that is being trained, on data that stay the same (a few fixed batches will do).
         optimizer: the live optimizer, with any parameter groups; its hyper-parameters are read at every measurement, so
             schedules are followed.  Its real steps are counted, so that gradients may be accumulated and steps skipped.
-        every: steps between measurements, or a function from the step to whether it is measured (`log_spaced`).
-        budget: instead of `every`, the fraction of the training time that measuring may take ("5%", or .05): how often,
-            on how many of the objective's examples and how many quantities are measured is planned after a few steps,
-            from the times of a step and of gradients.
-        steps: how many steps the run will take, where that is known; what is reported of its end needs it.
+        budget: the fraction of the training time that measuring may take, "5%" by default: how often, on how many of
+            the objective's examples and how many quantities are measured is planned after a few steps, from the times
+            of a step and of gradients.
+        every: instead of a budget, the steps between measurements, or a function from the step to whether it is
+            measured (`log_spaced`).
+        steps: how many steps the run will take, where that is known; what is found about its end needs it.
+        scheduler: the scheduler of the learning rate; a copy of it tells the rates to come.
         point: where to measure, from the weights before and after the last step; `midpoint` removes the
             oscillation of the edge of stability from the measurement.
         k: eigenvalues to follow; those after the first are the columns sharpness2, sharpness3, ...
         rule: overrides what is read from the optimizer, for all its parameters.
         meters: what else to read along the steps, each at its own pace; their columns stand in the history.
-        sinks: functions ``(step, values)`` that get the numbers of every measurement, such as those of `integrations`.
+        on_finding: a function ``(finding, step)`` that gets every finding when it first holds, or holds again.
+        sinks: functions ``(step, values)`` that get the numbers of every measurement, such as those of `integrations`;
+            those with a method ``finding(finding, step)`` get findings, too.
         directory: where rows are written as they come, for ``sharpscope watch``.
 
     Raises:
@@ -107,40 +93,37 @@ class Monitor:
         objective: Objective,
         optimizer: Optimizer,
         *,
-        every: int | Schedule | None = None,
         budget: float | str | None = None,
+        every: int | Schedule | None = None,
         steps: int | None = None,
+        scheduler: Any = None,
         point: Callable[[Tensor, Tensor], Tensor] = midpoint,
         k: int = 1,
         rule: UpdateRule | None = None,
         meters: Sequence[Meter] = (),
+        on_finding: OnFinding | None = None,
         sinks: Sequence[Sink] = (),
         directory: str | Path | None = None,
     ) -> None:
-        _check(objective, every, budget, steps)
+        _check(objective, steps)
         began = perf_counter()
         self.objective = objective
         self.optimizer = optimizer = unwrapped(optimizer)
         self.point = point
-        self.k = k
-        self._every = 20 if every is None else every
-        self._due = self._every if callable(self._every) else every_nth(self._every)
-        self.budget = None if budget is None else Budget(parse_fraction(budget), steps)
         self.steps = 0
         self.planned_steps = steps
         self.tau = 0.0
-        self.ledger = Ledger()
-        self.plan: ProbePlan | None = None
+        self.pace = Pace(every, budget, steps)
+        self.measuring = Measuring(objective, k, searches=self.pace.budget is None)
+        self.scheduler = scheduler
         self._fixed_rule = rule
         self.optimizer_state = OptimizerState(optimizer, objective, rule)
         self.recorder = Recorder(sinks, directory)
-        self._groups: ScaleGroups | None = None
-        self._memories: dict[str, Memory] = {}
-        self._directions: dict[str, Tensor] = {}  # top eigenvectors of large models
-        self.first_look: FirstLook | None = None
-        self._turn = 0  # which of the quantities of a large model were measured last
-        self._fitted: MemoryPlan | None = None  # what of the objective fits into memory
-        self._at_start: tuple[Tensor, Setting] | None = None  # a measurement of step 0 that has not been taken yet
+        self._on_finding = on_finding
+        self._found: dict[str, Finding] = {}  # that hold at present, by name
+        self._largest_rate = 0.0  # so far
+        self._profile: Profile | None = None  # of the learning rate
+        self._start: Point | None = None  # that of step 0, where it has not been measured yet
         self._weights_before: tuple[int, Tensor] | None = None  # weights after that many steps
         self._setting_at: tuple[int, Setting] | None = None  # how the optimizer was set when it took that step
         self._steps_handled = 0
@@ -151,10 +134,10 @@ class Monitor:
         self._meters = Meters(meters)
         self._read: dict[str, float] = {}  # by the meters, at the step that is being handled
         self._hooks = self._watch(optimizer)
-        if self.budget is None:
+        if self.pace.budget is None:
             self._weights_before = (0, objective.weights())
-            if self._due(0):
-                self._at_start = (self._weights_before[1], self.optimizer_state.setting())
+            if self.pace.due(0):
+                self._start = Point(self._weights_before[1], 0, 0.0, self.optimizer_state.setting())
         self.resumed = perf_counter()  # when the training went on after measuring
         self.ledger.measured += self.resumed - began
 
@@ -188,17 +171,20 @@ class Monitor:
     @property
     def groups(self) -> ScaleGroups:
         """The scale-invariant groups: found at the first measurement or, with a budget, when it allows; none before."""
-        if self._groups is None and self.budget is None:
-            self._use_groups(find_groups(self.objective))
-        return UNKNOWN_GROUPS if self._groups is None else self._groups
+        if self.measuring.groups is None and self.measuring.searches:
+            self.measuring.groups = find_groups(self.objective)
+            self._groups_found()
+        return self.measuring.known_groups
 
     @property
     def measured(self) -> Objective:
         """The objective that is measured: the part of the given one that was planned with a budget, or fits."""
-        if self.plan is not None:
-            return self.plan.objective
-        fitted = None if self._fitted is None else self._fitted.objective
-        return self.objective if fitted is None else fitted
+        return self.measuring.measured
+
+    @property
+    def ledger(self) -> Ledger:
+        """The seconds of training and of measuring so far."""
+        return self.pace.ledger
 
     @property
     def overhead(self) -> float:
@@ -225,7 +211,7 @@ class Monitor:
         if self.steps > self._steps_handled:
             taken = range(self._steps_handled + 1, self.steps + 1)
             self._steps_handled = self.steps
-            due = self._is_due(taken)
+            due = self.pace.is_due(taken, self._weights_before is not None)
             waited = wait_for_device(self.optimizer) if due else 0.0  # still time of training
             began += waited
             self.ledger.add_steps(self._training_seconds + waited, len(taken))
@@ -233,7 +219,9 @@ class Monitor:
             self._read_meters(loss, batch)
             if due:
                 self._measure_safely()
-                self.ledger.add_measurement(perf_counter() - began)
+                spent = perf_counter() - began
+                self.ledger.add_measurement(spent)
+                began += spent
             if self._read:
                 self.recorder.append(self.steps, self._taken())
             self._weights_before = (self.steps, self.objective.weights()) if self._next_is_due_safely() else None
@@ -243,19 +231,19 @@ class Monitor:
     def measure(self, w: Tensor) -> Iterate:
         """Measure at `w` now, whatever the schedule, and add a row to the history.
 
-        A run is never stopped by being watched: where the loss or a product with its Hessian is not finite, or the
-        solver does not converge, the row has no curvature.
+        Where the loss or a product with its Hessian is not finite, or the solver does not converge, the row has no
+        curvature.
         """
         self._measure_start()
-        return self._measure(w, None, None)
+        return self._measure(Point(w, self.steps, self.tau, self.optimizer_state.setting()), None)
 
     def findings(self) -> list[Finding]:
         """Diagnose this run from the measurements so far; each finding has its numbers and its source."""
         if self._uncounted:
             return [self._uncounted]
-        if self.budget is not None and not len(self.history):
-            return [waiting(self.budget, self.ledger, self.plan, self.first_look)]
-        return diagnose(self.history, RUN, self.facts)
+        if self.pace.budget is not None and not len(self.history):
+            return [self.pace.waiting(self.measuring.plan)]
+        return diagnose(self.history, RUN, self.facts, self.now)
 
     def diagnosis(self) -> str:
         """The findings as sentences, one a line."""
@@ -263,7 +251,7 @@ class Monitor:
 
     def report(self, path: str | Path) -> Path:
         """Write the measurements so far as one self-contained HTML page."""
-        return write_page(path, render_run(self.history, self.facts, self._config()))
+        return write_page(path, render_run(self.history, self.facts, self._config(), self.now))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts: with them a resumed run goes on as if it had not stopped."""
@@ -271,33 +259,36 @@ class Monitor:
         return {
             "steps": self.steps,
             "tau": self.tau,
+            "largest_rate": self._largest_rate,
             "rows": [{n: value for n, value in row.items() if value is not None} for row in self.history.rows],
-            "memories": {name: memory.tensors() for name, memory in self._memories.items()},
-            "directions": {name: v.cpu() for name, v in self._directions.items()},
             "before": None if before is None else [before[0], before[1].cpu()],
-            "groups": None if self._groups is None else asdict(self._groups),
-            "turn": self._turn,
             "seconds": [ledger.steps, ledger.trained, ledger.measured, ledger.most_expensive],
-        }
+        } | self.measuring.state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` returned; rows on disk become those of the state."""
-        like = self.objective.weights()
         self.steps = self._steps_handled = state["steps"]
         self.tau = state["tau"]
-        self._memories = {name: Memory.of(tensors).to(like) for name, tensors in state["memories"].items()}
-        self._directions = {name: v.to(like) for name, v in state.get("directions", {}).items()}
-        self._at_start, self._turn = None, state.get("turn", 0)
-        self._weights_before = None if state["before"] is None else (state["before"][0], state["before"][1].to(like))
-        self._use_groups(None if state["groups"] is None else ScaleGroups(**state["groups"]))
-        self.ledger = Ledger(*state["seconds"])
+        self._largest_rate = state.get("largest_rate", 0.0)
+        self._start = None
+        before = state["before"]
+        self._weights_before = None if before is None else (before[0], before[1].to(self.objective.weights()))
+        self.measuring.load_state(state)
+        self._groups_found()
+        self.pace.ledger = Ledger(*state["seconds"])
         self.recorder.restore(state["rows"])
         self._describe()
 
     @property
+    def now(self) -> Now:
+        """Where the run is at present."""
+        rate = self.optimizer_state.learning_rate
+        return Now(self.steps, rate, max(self._largest_rate, rate), self.tau)
+
+    @property
     def facts(self) -> Facts:
         """The counts and other numbers that stay the same along the run."""
-        found, decayed = self.groups, self.optimizer_state.decayed
+        found, decayed = self.measuring.known_groups, self.optimizer_state.decayed
         null = {name: len(i) for name, i in found.null.items()}
         return Facts(
             size=self.objective.size,
@@ -308,8 +299,9 @@ class Monitor:
             decayed_null=sum(n for name, n in null.items() if name.partition("[")[0] in decayed),
             pairs=tuple(found.pairs),
             steps=self.planned_steps,
+            schedule=self._schedule(),
             overhead=self.overhead if self.ledger.trained else None,
-            groups_known=self._groups is not None,
+            groups_known=self.measuring.groups is not None,
             stops_gradients=not self.objective.follows_gradient,
         )
 
@@ -348,7 +340,8 @@ class Monitor:
         self._meters.after(self.steps, optimizer, self.objective)
         rule = self.optimizer_state.rule
         self.tau += rule.intrinsic_time_per_step if rule and rule.intrinsic_time_per_step > 0 else 0.0
-        if self._is_due((self.steps,)):
+        self._largest_rate = max(self._largest_rate, self.optimizer_state.learning_rate)
+        if self.pace.is_due((self.steps,), self._weights_before is not None):
             self._setting_at = (self.steps, self.optimizer_state.setting())
         self._not_training(perf_counter() - began)
 
@@ -393,67 +386,42 @@ class Monitor:
             self.optimizer_state = OptimizerState(self.optimizer, self.objective, self._fixed_rule)
         except Exception as error:  # a run is not stopped for being watched
             self._give_up(error)
-        self._memories, self._directions, self._weights_before = {}, {}, None
-        self.plan, self._fitted = None, None
-        self._use_groups(None)
+        self._weights_before = None
+        self.measuring = Measuring(self.objective, self.measuring.k, searches=self.measuring.searches)
+        self._groups_found()
         self._versions = self._weight_versions()
 
     def _give_up(self, error: Exception) -> None:
         """Measure no more, and say why."""
-        self._due = never
-        self.budget = None
+        self.pace.stop()
         self._weights_before = None
         warnings.warn(f"no more measurements are taken: {type(error).__name__}: {error}", stacklevel=4)
 
-    def _is_due(self, steps: Sequence[int]) -> bool:
-        """Say whether one of these steps, which were taken, is to be measured."""
-        if self.budget is not None:
-            return self._weights_before is not None
-        return any(map(self._due, steps))
-
-    def _next_is_due(self) -> bool:
-        """Say whether the next step will be measured, so that the weights before it are needed."""
-        step = self.steps + 1
-        if self.budget is None:
-            return self._due(step)
-        if self.plan is None:
-            if len(self.ledger.latest_steps) < 5:
-                return False
-            self.plan = self._plan(self.budget)
-            self.k = self.plan.k
-        if self._groups is None and self.budget.allows_once(self.ledger, self.plan.groups_seconds):
-            began = perf_counter()
-            self._use_groups(find_groups(self.plan.groups_objective))
-            self.ledger.measured_at_first += perf_counter() - began
-        if self.budget.allows(self.ledger, step, self.plan):
-            return True
-        early = not self.ledger.most_expensive and self.first_look is None
-        if early and self.budget.allows_look(self.ledger, self.plan):
-            self._take_first_look(self.plan.look)
-        return False
-
-    def _take_first_look(self, f: Objective) -> None:
-        """Find λ1 on a few examples: the first useful number, long before a measurement can be afforded."""
-        with without_autocast():
-            it = Iterate(f, f.weights(), step=self.steps, error=0.1)
-            self.first_look = FirstLook(self.steps, sum(map(f.form.size, f.data)), measures.sharpness(it))
-
     def _next_is_due_safely(self) -> bool:
-        """As `_next_is_due`; what planning raises ends the measuring, not the training."""
+        """Say whether the next step will be measured; what planning raises ends the measuring, not the training."""
+        known = self.measuring.groups
         try:
-            return self._next_is_due()
+            return self.pace.next_is_due(self.steps + 1, self.measuring, self._solves)
         except Exception as error:
             self._give_up(error)
             return False
+        finally:
+            if self.measuring.groups is not known:
+                self._groups_found()
+
+    def _solves(self) -> int:
+        """Number of eigenvalue problems of a full measurement: plain, on the sphere, and in the steps' metric."""
+        stability = self.optimizer_state.stability()
+        return 2 if stability is None or stability.uniform else 3
 
     def _measure_start(self) -> None:
         """Measure at step 0, as it was, if that is still to be done; a run is not stopped for being watched."""
-        if self._at_start is None:
+        if self._start is None:
             return
-        (w, setting), self._at_start = self._at_start, None
+        point, self._start = self._start, None
         began = perf_counter()
         try:
-            self._measure(w, None, setting, when=(0, 0.0))
+            self._measure(point, None)
         except Exception as error:
             warnings.warn(f"the measurement at the start failed: {type(error).__name__}: {error}", stacklevel=4)
         self.ledger.measured += perf_counter() - began
@@ -473,93 +441,62 @@ class Monitor:
                     f"a measurement at step {self.steps} failed: {type(error).__name__}: {error}", stacklevel=4
                 )
 
-    def _plan(self, budget: Budget) -> ProbePlan:
-        stability = self.optimizer_state.stability()
-        solves = 2 if stability is None or stability.uniform else 3  # plain and on the sphere; in the steps' metric
-        return plan_probe(self.objective, self.objective.weights(), self.ledger, budget, solves, self.k)
-
-    def _use_groups(self, groups: ScaleGroups | None) -> None:
-        self._groups = groups
-        self.optimizer_state.use_groups(groups)
+    def _groups_found(self) -> None:
+        """Use the scale-invariant groups that are known now."""
+        self.optimizer_state.use_groups(self.measuring.groups)
         self.recorder.outdate_description()
 
     def _measure_step(self) -> None:
         """Measure between the weights before the last step and those after it, if the former are known."""
-        now = self.objective.weights()
-        turned, setting = None, None
+        now, turned, setting = self.objective.weights(), None, None
         if self._weights_before and self._weights_before[0] == self.steps - 1:
             turned = (self._weights_before[1], now)
         if self._setting_at and self._setting_at[0] == self.steps:
             setting = self._setting_at[1]
-        self._measure(now if turned is None else self.point(*turned), turned, setting)
-
-    @without_autocast()
-    def _measure(
-        self,
-        w: Tensor,
-        turned: tuple[Tensor, Tensor] | None,
-        setting: Setting | None,
-        when: tuple[int, float] | None = None,
-    ) -> Iterate:
-        """Measure at `w`, by default now; `when` are the step and the intrinsic time of an earlier moment.
-
-        The weights before and after the last step and its setting are given where they are known.
-        """
-        began = perf_counter()
-        step, tau = when or (self.steps, self.tau)
+        w = now if turned is None else self.point(*turned)
         at = self.optimizer_state.setting() if setting is None else setting
-        fits = self._fits()
-        options: dict[str, Any] = {"k": self.k, "rtol": 1e-4, "start": self._memories, "stability": at.stability}
-        groups = self.groups if fits else UNKNOWN_GROUPS
-        f = self.measured
-        if self.budget is not None:
-            f = f.using(limited(f.expand, began + self.budget.whole(self.ledger) - self.ledger.measured))
-            options["rtol"] = 2e-2
-        if f.size >= LARGE:
-            options |= {"error": ROUGH, "rtol": 2e-2, "directions": self._directions}
-        it = Iterate(f, w, at.rule, step=step, groups=groups, **options)
-        row: dict[str, Any] = {"tau": tau, "loss": measures.loss(it), "learning_rate": at.learning_rate}
-        if at.rule is not None:
-            row |= {"intrinsic_time_per_step": at.rule.intrinsic_time_per_step, "equilibrium": at.rule.equilibrium}
-        if setting is not None and setting.gradient is not None:
-            row["applied_gradient"] = setting.gradient
-        if fits and math.isfinite(row["loss"]):
-            with contextlib.suppress(NotConverged, NotFinite):
-                plain, sphere = self._wanted(it)
-                curvature(it, at, row, plain=plain, sphere=sphere)
-            self._memories |= it.memories
-            if it.error is not None and it.k == 1:
-                self._directions |= {name: pairs.vectors[:, 0] for name, pairs in it.found.items()}
-            row |= {f"rotation/{name}": a for name, a in angles(it.scale_groups, turned).items()}
+        point = Point(w, self.steps, self.tau, at, turned, applied=setting is not None)
+        self._measure(point, self.pace.deadline(self.steps))
+
+    def _measure(self, point: Point, deadline: float | None) -> Iterate:
+        """Measure a point, and add its row to the history; then see what is new in the diagnosis."""
+        known = self.measuring.groups
+        it, row = self.measuring.at(point, deadline)
+        if self.measuring.groups is not known:
+            self._groups_found()
         if self.ledger.trained:
             row["overhead"] = self.overhead
-        if step == self.steps:
+        if point.step == self.steps:
             row |= self._taken()
         self._describe()
-        self.recorder.append(step, row)
+        self.recorder.append(point.step, row)
+        self._report_findings()
         return it
 
-    def _wanted(self, it: Iterate) -> tuple[bool, bool]:
-        """Say whether to measure the plain and the spherical sharpness: of large models in turns.
+    def _report_findings(self) -> None:
+        """Hand on the findings that did not hold at the last measurement."""
+        if self._on_finding is None and not self.recorder.takes_findings:
+            return
+        found = {finding.name: finding for finding in diagnose(self.history, RUN, self.facts, self.now)}
+        for finding in (found[name] for name in found.keys() - self._found.keys()):
+            self.recorder.report(finding, self.steps)
+            if self._on_finding is not None:
+                try:
+                    self._on_finding(finding, self.steps)
+                except Exception as error:  # somebody else's code, which must not stop a run for being watched
+                    self._on_finding = None
+                    warnings.warn(f"on_finding failed, and is not called again: {error!r}", stacklevel=4)
+        self._found = found
 
-        What is measured every time is what says how stable the next step is.
-        """
-        if self.plan is not None:
-            return self.plan.full, self.plan.full
-        if it.error is None or it.k > 1:
-            return True, True
-        self._turn = (self._turn + 1) % 4
-        return self._turn == 1, self._turn == 3
-
-    def _fits(self) -> bool:
-        """Plan the memory of measurements, once; say whether there is enough, and warn where there is little."""
-        if self._fitted is None:
-            free = free_bytes(next(iter(self.objective.parameters().values())).device)
-            self._fitted = plan_memory(self.objective, self.k, free)
-            self.k = self._fitted.k
-            if self._fitted.note:
-                warnings.warn(self._fitted.note, stacklevel=5)
-        return self._fitted.objective is not None
+    def _schedule(self) -> Profile:
+        """Learning rates of the leading parameter group to come, where the scheduler is known."""
+        if self.scheduler is None or self._profile is not None:
+            return self._profile or ()
+        until = self.planned_steps or 10 * max(self.steps, 100)
+        found = rates_ahead(self.scheduler, self.optimizer_state.leading_group, self.steps, until)
+        if found is not None and self.planned_steps is not None:
+            self._profile = found
+        return found or ()
 
     def _config(self) -> dict[str, object]:
         rules = self.optimizer_state.rules
@@ -567,12 +504,13 @@ class Monitor:
             "model": f"{type(self.objective.model).__name__}, {self.objective.size} parameters"
         }
         config |= {f"rule of group {i}" if rules[1:] else "rule": str(rule) for i, rule in enumerate(rules)}
-        if self.budget is None:
-            config["every"] = "a schedule" if callable(self._every) else self._every
+        if self.pace.budget is None:
+            config["every"] = "a schedule" if callable(self.pace.every) else self.pace.every
         else:
-            config["budget"] = f"{self.budget.fraction:.1%} of the training time"
-            config["probe"] = "not planned yet" if self.plan is None else f"{self.plan.examples} examples"
-        config["k"] = self.k
+            plan = self.measuring.plan
+            config["budget"] = f"{self.pace.budget.fraction:.1%} of the training time"
+            config["probe"] = "not planned yet" if plan is None else f"{plan.examples} examples"
+        config["k"] = self.measuring.k
         if self.planned_steps is not None:
             config["steps planned"] = self.planned_steps
         return config
@@ -583,10 +521,8 @@ class Monitor:
             self.recorder.describe(type(self.objective.model).__name__, self.facts, self._config())
 
 
-def _check(objective: object, every: object, budget: object, steps: int | None) -> None:
+def _check(objective: object, steps: int | None) -> None:
     """Raise InvalidValue or InvalidType where the arguments of a Monitor make no sense."""
-    if every is not None and budget is not None:
-        raise InvalidValue("give either every= or budget=, not both")
     if steps is not None and steps < 1:
         raise InvalidValue(f"steps={steps}: the number of steps that are planned is at least 1")
     if not isinstance(objective, Objective):

@@ -52,6 +52,16 @@ class OptimizerState:
         return self.rules[self._leading]
 
     @property
+    def leading_group(self) -> dict[str, Any]:
+        """The parameter group that the columns of a row describe."""
+        return self._optimizer.param_groups[self._leading]
+
+    @property
+    def learning_rate(self) -> float:
+        """The present learning rate of the leading parameter group."""
+        return float(self.leading_group["lr"])
+
+    @property
     def decayed(self) -> set[str]:
         """The names of the parameters on which weight decay acts."""
         groups = [group for group in self._optimizer.param_groups if group.get("weight_decay")]

@@ -13,7 +13,9 @@ from ..records.history import History
 from ..records.run_log import RunLog
 from ..report.charts import Chart
 from ..report.html import number, render
-from .diagnosis import Facts, Finding, Measurements, diagnose
+from .diagnosis import diagnose
+from .finding import Finding
+from .measurements import Facts, Measurements, Now
 from .recorder import RUN, read_description
 
 
@@ -54,9 +56,9 @@ MAX_GROUPS = 6
 """Number of groups that are drawn: those with the largest fractions of the top eigenvector."""
 
 
-def render_run(history: History, facts: Facts, config: Mapping[str, object]) -> str:
+def render_run(history: History, facts: Facts, config: Mapping[str, object], now: Now | None = None) -> str:
     """Make the HTML page of the measurements of a run."""
-    findings = diagnose(history, RUN, facts)
+    findings = diagnose(history, RUN, facts, now)
     charts, rows = _by_group(history)
     whole = History([*history.rows, *rows])
     return render(
@@ -118,5 +120,6 @@ def _diagnosis(findings: Sequence[Finding]) -> str:
         used = ", ".join(f"{name} {number(value)}" for name, value in finding.numbers.items() if not math.isnan(value))
         evidence = " · ".join(filter(None, (used, finding.source)))
         small = f'<p class="evidence">{escape(evidence)}</p>' if evidence else ""
-        items += f"<li><p>{escape(finding.text)}</p>{small}</li>"
+        remedy = f'<p class="remedy">{escape(finding.remedy)}</p>' if finding.remedy else ""
+        items += f'<li class="{finding.severity}"><p>{escape(finding.text)}</p>{remedy}{small}</li>'
     return f'<ul class="findings">{items}</ul>' if items else ""

@@ -14,7 +14,8 @@ from ..records.fields import from_fields
 from ..records.files import read_json, write_json
 from ..records.history import History, Value
 from ..records.run_log import RunLog
-from .diagnosis import Facts
+from .finding import Finding
+from .measurements import Facts
 
 RUN = "training"
 """The name of a monitored run in its history."""
@@ -52,6 +53,20 @@ class Recorder:
                 self.sinks = tuple(s for s in self.sinks if s is not sink)
                 warnings.warn(f"a sink of the monitor failed, and gets no more measurements: {error!r}", stacklevel=4)
 
+    @property
+    def takes_findings(self) -> bool:
+        """True where somebody wants to know of findings: a directory, or a sink with a method `finding`."""
+        return self._log is not None or any(hasattr(sink, "finding") for sink in self.sinks)
+
+    def report(self, finding: Finding, step: int) -> None:
+        """Hand a new finding to the sinks that take some."""
+        for sink in self.sinks:
+            try:
+                getattr(sink, "finding", _ignore)(finding, step)
+            except Exception as error:  # as in `append`
+                self.sinks = tuple(s for s in self.sinks if s is not sink)
+                warnings.warn(f"a sink of the monitor failed, and gets nothing more: {error!r}", stacklevel=4)
+
     def _on_disk(self, write: Callable[[RunLog], None]) -> None:
         """Write into the directory, if there is one; where that fails, warn, and write no more: the run goes on."""
         if self._log is None:
@@ -74,7 +89,7 @@ class Recorder:
     def describe(self, title: str, facts: Facts, config: Mapping[str, object]) -> None:
         """Write the description, whole or not at all."""
         self.described = True
-        written = asdict(replace(facts, overhead=None))  # that of the latest row
+        written = asdict(replace(facts, overhead=None))  # that of the latest row counts
         described = {"kind": KIND, "title": title, "facts": written, "config": config}
         plain = json.loads(json.dumps(described, default=str))
         self._on_disk(lambda log: write_json(log.path.with_name(DESCRIPTION), plain))
@@ -124,3 +139,7 @@ def _fresh_log(directory: Path) -> RunLog:
             n += 1
         os.replace(log.path, aside)
     return log
+
+
+def _ignore(finding: Finding, step: int) -> None:
+    """Take no findings."""

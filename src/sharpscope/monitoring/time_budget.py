@@ -1,22 +1,15 @@
-"""Decides when to measure a running training, so that a fraction of its time is enough.
+"""Plans what measuring may cost, so that a fraction of the time of training is enough.
 
-Measurements are paid in seconds.  With a fraction b, and c seconds for the most expensive measurement so far, there is
-one when
+Measurements are paid in seconds.  With a fraction b, and c seconds for the most expensive of the latest measurements,
+there is one after t steps when
 
-    measured + c ≤ b · trained
+    measured + c ≤ b · (trained + s · max(G - t, 0)),        G = 200
 
-so that the fraction is kept at every moment.  Where the number N of steps is known, and with it the time the whole
-training will take, the fraction is kept at the end instead.  The first measurement, which has to find everything, may
-take half of all that may be spent, B = b · whole, so that the beginning is seen too; what it leaves is spread over the
-steps t, with c' seconds for the most expensive of the latest measurements and m₁ for what had been spent after the
-first one:
-
-    measured + c ≤ B,       measured + c' ≤ m₁ + (B - m₁) t/N
-
-A measurement that takes longer than it may is given up.
+with s seconds for a step: the first steps are given an advance, so that the beginning is seen too, and from step G on
+the fraction is kept at every moment.  A dear measurement is made up for before the next.  One that takes longer than
+it may is given up.  Until the scale-invariant groups are found, half of what measuring may cost is saved for that.
 """
 
-import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -31,10 +24,12 @@ from ..autodiff.expansion import Expansion
 from ..autodiff.objective import Expand, Objective
 from ..errors import InvalidValue, OutOfTime
 from ..measures.iterate import LARGE
-from .diagnosis import Finding
 
 SAFETY = 0.9
 """Part of the time budget that is planned with."""
+
+ADVANCE = 200
+"""Number of steps whose share of the budget may be spent at once."""
 
 PLANNED_MEASUREMENTS = 24
 """Measurements that a plan wants to afford in the steps of the run (1000 where they are not known)."""
@@ -96,10 +91,11 @@ class Ledger:
 
     def add_measurement(self, seconds: float) -> None:
         """Enter the time of a measurement."""
+        self.measured += seconds
         if self.most_expensive:
             self.latest_measurements.append(seconds)
         else:
-            self.measured_at_first = self.measured + seconds
+            self.measured_at_first = self.measured
         self.most_expensive = max(self.most_expensive, seconds)
 
     def add_steps(self, seconds: float, steps: int) -> None:
@@ -142,32 +138,32 @@ class Budget:
     fraction: float
     steps: int | None = None
 
-    def allows(self, ledger: Ledger, step: int, plan: ProbePlan) -> bool:
-        """Say whether to measure at `step`; the plan's expected seconds count where none were seen yet."""
-        most_expensive = ledger.most_expensive or plan.first_seconds
-        whole = self.whole(ledger)
-        if self.steps is None or not ledger.most_expensive:
-            affordable = whole if self.steps is None else whole / 2
-            return ledger.measured + most_expensive <= max(affordable, SAFETY * self.fraction * ledger.trained)
+    def allows(self, ledger: Ledger, step: int, plan: ProbePlan, *, saving: bool = False) -> bool:
+        """Say whether to measure at `step`; the plan's expected seconds count where none were seen yet.
+
+        If `saving`, half of what was left after the first measurement is kept for finding the groups.
+        """
+        affordable = self.affordable(ledger, step)
+        if not ledger.most_expensive:
+            return ledger.measured + plan.first_seconds <= affordable
+        if saving:
+            affordable = ledger.measured_at_first + (affordable - ledger.measured_at_first) / 2
         coming = max(ledger.latest_measurements, default=plan.usual_seconds)
-        spread = ledger.measured_at_first + (whole - ledger.measured_at_first) * step / self.steps
-        return ledger.measured + coming <= spread and ledger.measured + most_expensive <= whole
+        return ledger.measured + coming <= affordable
 
-    def allows_look(self, ledger: Ledger, plan: ProbePlan) -> bool:
-        """Say whether there is time for a first look, where the first measurement has to wait for much longer."""
-        affordable = SAFETY * self.fraction * ledger.trained
-        return plan.look_seconds <= min(affordable - ledger.measured, plan.first_seconds / 3)
+    def allows_look(self, ledger: Ledger, step: int, plan: ProbePlan) -> bool:
+        """Say whether there is time for a first look, where the first measurement has to wait for longer."""
+        left = self.affordable(ledger, step) - ledger.measured
+        return plan.look_seconds <= min(left, plan.first_seconds / 3)
 
-    def allows_once(self, ledger: Ledger, seconds: float) -> bool:
+    def allows_once(self, ledger: Ledger, seconds: float, step: int) -> bool:
         """Say whether something that is done once, after the first measurement, may be done now."""
-        half = ledger.measured_at_first + (self.whole(ledger) - ledger.measured_at_first) / 2
-        affordable = max(half, SAFETY * self.fraction * ledger.trained)
-        return bool(ledger.most_expensive) and ledger.measured + seconds <= affordable
+        return bool(ledger.most_expensive) and ledger.measured + seconds <= self.affordable(ledger, step)
 
-    def whole(self, ledger: Ledger) -> float:
-        """Seconds that measuring may take until the end, or until now where the end is unknown."""
-        coming = 0 if self.steps is None else max(self.steps - ledger.steps, 0)
-        return SAFETY * self.fraction * (ledger.trained + ledger.typical_step * coming)
+    def affordable(self, ledger: Ledger, step: int) -> float:
+        """Seconds that measuring may take until now, with the advance of the first steps."""
+        ahead = max(min(ADVANCE, self.steps or ADVANCE) - step, 0)
+        return SAFETY * self.fraction * (ledger.trained + ledger.typical_step * ahead)
 
     def planned(self, ledger: Ledger) -> float:
         """Seconds that a plan may spend in the whole run, or in 1000 steps."""
@@ -234,39 +230,6 @@ def limited(expand: Expand, deadline: float) -> Expand:
         return replace(at, hvp=hvp)
 
     return limited_expand
-
-
-@dataclass(frozen=True)
-class FirstLook:
-    """The value of λ1 on a few examples, after so many steps."""
-
-    step: int
-    examples: int
-    sharpness: float
-
-
-def waiting(budget: Budget, ledger: Ledger, plan: ProbePlan | None, look: FirstLook | None) -> Finding:
-    """Why there is no measurement yet, and what a first look has shown."""
-    first = math.nan if plan is None else plan.first_seconds
-    numbers = {
-        "seconds of training": ledger.trained,
-        "fraction": budget.fraction,
-        "seconds of a measurement": first,
-    }
-    text = "No measurement has been taken yet: "
-    if plan is None:
-        return Finding("waiting", text + "the plan waits for a few steps of the optimizer.", numbers)
-    text += (
-        f"the first takes about {first:.2g} s, and {budget.fraction:.0%} of the training so far are"
-        f" {budget.fraction * ledger.trained:.2g} s. Raise the budget, or wait."
-    )
-    if look is not None:
-        numbers |= {"λ1 on a few examples": look.sharpness, "examples": float(look.examples), "step": float(look.step)}
-        text += (
-            f" A first look on {look.examples} examples only, at step {look.step}: λ1 is about {look.sharpness:.2g}"
-            " there; on so few it may be far from that of all."
-        )
-    return Finding("waiting", text, numbers)
 
 
 def wait_for_device(optimizer: Optimizer) -> float:

@@ -1,0 +1,98 @@
+"""Decides which steps of a run are measured: by a schedule, or by a fraction of the time of training."""
+
+import math
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+from ..errors import InvalidValue
+from ..symmetry.scale_groups import find_groups
+from .finding import Finding
+from .measuring import FirstLook, Measuring, first_look
+from .schedules import Schedule, every_nth, never
+from .time_budget import Budget, Ledger, ProbePlan, parse_fraction, plan_probe
+
+DEFAULT_BUDGET = "5%"
+"""Fraction of the training time that measuring may take where nothing else is wanted."""
+
+
+class Pace:
+    """The steps to measure, and the ledger of the seconds that this takes.
+
+    Raises:
+        ValueError: both `every` and `budget` are given, or one that makes no sense.
+    """
+
+    def __init__(self, every: int | Schedule | None, budget: float | str | None, steps: int | None) -> None:
+        if every is not None and budget is not None:
+            raise InvalidValue("give either every= or budget=, not both")
+        self.every = every
+        self.due: Schedule = never if every is None else every if callable(every) else every_nth(every)
+        self.budget = (
+            None if every is not None else Budget(parse_fraction(DEFAULT_BUDGET if budget is None else budget), steps)
+        )
+        self.ledger = Ledger()
+        self.look: FirstLook | None = None
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Measure no more."""
+        self._stopped = True
+
+    def is_due(self, steps: Sequence[int], prepared: bool) -> bool:
+        """Say whether one of these steps, which were taken, is to be measured; with a budget, if it was `prepared`."""
+        if self._stopped:
+            return False
+        return prepared if self.budget is not None else any(map(self.due, steps))
+
+    def next_is_due(self, step: int, measuring: Measuring, solves: Callable[[], int]) -> bool:
+        """Say whether the next `step` will be measured; with a budget, do before that what can be afforded.
+
+        `solves` gives the number of eigenvalue problems of a full measurement.
+        """
+        if self._stopped or self.budget is None:
+            return not self._stopped and self.due(step)
+        if measuring.plan is None:
+            if len(self.ledger.latest_steps) < 5:
+                return False
+            w = measuring.objective.weights()
+            measuring.follow(plan_probe(measuring.objective, w, self.ledger, self.budget, solves(), measuring.k))
+        plan = measuring.plan
+        assert plan is not None
+        if measuring.groups is None and self.budget.allows_once(self.ledger, plan.groups_seconds, step):
+            measuring.groups = find_groups(plan.groups_objective)
+            return False  # what that took is entered first
+        if self.budget.allows(self.ledger, step, plan, saving=measuring.groups is None):
+            return True
+        early = not self.ledger.most_expensive and self.look is None
+        if early and self.budget.allows_look(self.ledger, step, plan):
+            self.look = first_look(plan.look, step - 1)
+        return False
+
+    def deadline(self, step: int) -> float | None:
+        """Time on the clock of `perf_counter` at which a measurement that begins now is given up; None: never."""
+        if self.budget is None:
+            return None
+        return perf_counter() + self.budget.affordable(self.ledger, step) - self.ledger.measured
+
+    def waiting(self, plan: ProbePlan | None) -> Finding:
+        """Why there is no measurement yet, and what a first look has shown."""
+        assert self.budget is not None
+        trained, fraction = self.ledger.trained, self.budget.fraction
+        first = math.nan if plan is None else plan.first_seconds
+        numbers = {"seconds of training": trained, "fraction": fraction, "seconds of a measurement": first}
+        text = "No measurement has been taken yet: "
+        if plan is None:
+            return Finding("waiting", text + "the plan waits for a few steps of the optimizer.", numbers)
+        text += (
+            f"the first takes about {first:.2g} s, and {fraction:.0%} of the training so far"
+            f" are {fraction * trained:.2g} s."
+        )
+        if self.look is not None:
+            look = self.look
+            numbers |= {"λ1 on a few examples": look.sharpness, "examples": float(look.examples)}
+            numbers["step"] = float(look.step)
+            text += (
+                f" A first look on {look.examples} examples only, at step {look.step}: λ1 was about"
+                f" {look.sharpness:.2g} there; on so few it may be far from that of all."
+            )
+        return Finding("waiting", text, numbers, remedy="Raise the budget, or wait.")
