@@ -1,11 +1,13 @@
 """Runs whose regime is known from theory: the diagnosis is right or undecided, never wrong."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import cases
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from sharpscope import monitoring
 from sharpscope.autodiff.objective import Objective
 from sharpscope.monitoring.finding import Finding
 from sharpscope.monitoring.monitor import Monitor
+from sharpscope.records.history import History
 
 DTYPE = torch.float64
 NOTHING = [(torch.zeros(1, 1, dtype=DTYPE), torch.zeros(1, 1, dtype=DTYPE))]
@@ -340,8 +343,32 @@ NEW_RUNS: dict[str, Run] = {
 ALL_RUNS = RUNS | NEW_RUNS
 
 
-def watch(run: Run) -> dict[str, Finding]:
-    """Findings by name."""
+@dataclass(frozen=True)
+class Watched:
+    """A run that was watched as it says, and measured at every step besides: the record to which findings are held."""
+
+    findings: dict[str, Finding]
+    record: History
+    last: int  # step at which it was diagnosed; the record goes on for a while
+
+    def at(self, name: str, first: float, last: float) -> np.ndarray:
+        """A column of the record over some steps."""
+        steps, values = self.record.table("training", "step", name) if name in self.record.columns else ((), ())
+        return np.array([v for step, v in zip(steps, values, strict=True) if first <= step <= last])
+
+    def curvature(self, first: float, last: float) -> np.ndarray:
+        """Ratio over learning rate, over some steps."""
+        steps, ratios, rates = self.record.table("training", "step", "stability_ratio", "learning_rate")
+        kept = (steps >= first) & (steps <= last) & (rates > 0)
+        return ratios[kept] / rates[kept]
+
+
+FURTHER = 40
+"""Number of steps that the record goes on for, to see whether what was forecast happens."""
+
+
+def watch(run: Run) -> Watched:
+    """Train, diagnose, and train on for a while."""
     f = run.objective()
     made = run.optimizer(list(f.model.parameters()))
     optimizers = made if isinstance(made, list) else [made]
@@ -350,8 +377,13 @@ def watch(run: Run) -> dict[str, Finding]:
     if run.meters:
         options["meters"] = [getattr(monitoring, name)() for name in run.meters]
     monitor = Monitor(f, made, every=run.every, **options)
+    record = Monitor(f, made, every=1)
     x, y = next(iter(f.data))
-    for step in range(1, run.steps + 1):
+    findings: dict[str, Finding] = {}
+    for step in range(1, run.steps + FURTHER + 1):
+        if step == run.steps + 1:
+            findings = {found.name: found for found in monitor.findings()}
+            monitor.close()
         target = y + 10 if step == run.bad_step else y
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -363,8 +395,102 @@ def watch(run: Run) -> dict[str, Finding]:
             optimizer.step()
         if scheduler is not None:
             scheduler.step()
-        monitor.step(loss, (x, target))
-    return {found.name: found for found in monitor.findings()}
+        if step <= run.steps:
+            monitor.step(loss, (x, target))
+        record.step()
+    return Watched(findings, record.history, run.steps)
+
+
+def near(found: float, record: np.ndarray | float, rel: float = 0.2) -> bool:
+    return bool(np.median(record) == pytest.approx(found, rel=rel, abs=1e-3))
+
+
+def of_ratio(found: Finding, run: Watched) -> bool:
+    """Its ratio is that of the record over the same steps, at the rate that it names."""
+    n = found.numbers
+    first = n.get("first step", n["step"])
+    recorded = run.curvature(first, n.get("last step", n["step"]))
+    return near(n["ratio"], recorded * n["learning rate"])
+
+
+def at_edge(found: Finding, run: Watched) -> bool:
+    own = np.median(run.at("stability_ratio", found.numbers["first step"], found.numbers["last step"]))
+    return 0.9 <= own <= 1.4
+
+
+def is_above(found: Finding, run: Watched) -> bool:
+    late = run.at("stability_ratio", found.numbers["last step"], run.last)
+    losses = run.at("loss", run.last, run.last + FURTHER)
+    if "expect the loss to rise" in found.text and not np.nanmax(losses) > losses[0]:
+        return False
+    return of_ratio(found, run) and bool((late > 0.95).all())
+
+
+def is_below(found: Finding, run: Watched) -> bool:
+    return of_ratio(found, run) and bool(run.at("stability_ratio", run.last, run.last)[-1] < 1)
+
+
+def rose(found: Finding, run: Watched) -> bool:
+    """The curvature at one rate is larger now than at the start, and below the edge."""
+    curvature = run.curvature(0, run.last)
+    return is_below(found, run) and bool(curvature[-1] > 1.1 * curvature[0])
+
+
+def largest_rate(found: Finding, run: Watched) -> bool:
+    steps = [float(n) for n in re.findall(r"\d+", re.findall(r"steps? ([\d to]+)", found.text)[0])]
+    return near(found.numbers["largest"], 1 / run.curvature(steps[0], steps[-1]))
+
+
+def doubles(found: Finding, run: Watched) -> bool:
+    """Its ratio is that of the late steps: at the edge single ones come in bursts."""
+    return near(found.numbers["ratio"], run.at("stability_ratio", 0.75 * run.last, run.last), 0.4)
+
+
+def of_vector(found: Finding, run: Watched) -> bool:
+    names = [name for name in run.record.columns if name.startswith("fraction/")]
+    late = sum(float(np.median(run.at(name, 0.75 * run.last, run.last))) for name in names)
+    return bool(found.numbers["fraction"] == pytest.approx(min(late, 1), abs=0.25))
+
+
+def comes(found: Finding, run: Watched) -> bool:
+    """The rate is that of the record at the step, as far as this goes."""
+    rates = run.at("learning_rate", found.numbers["step"] - 1, found.numbers["step"] + 1)
+    return not len(rates) or bool(max(rates) == pytest.approx(found.numbers["peak"], rel=0.05))
+
+
+def stays_below(found: Finding, run: Watched) -> bool:
+    """The edge is not reached earlier than weight decay alone would bring it."""
+    until = run.last + min(found.numbers["steps"], FURTHER)
+    return bool((run.at("stability_ratio", run.last, until) < 1.02).all())
+
+
+def intrinsic(found: Finding, run: Watched) -> bool:
+    return near(found.numbers["tau"], run.at("tau", run.last, run.last), 1e-6)
+
+
+CLAIMS: dict[str, Callable[[Finding, Watched], bool]] = {
+    "edge": at_edge,
+    "above": is_above,
+    "below": is_below,
+    "sharpening": rose,
+    "approaching": rose,
+    "undecided": of_ratio,
+    "too few": of_ratio,
+    "out of date": of_ratio,
+    "twice the rate": doubles,
+    "top eigenvector": of_vector,
+    "observed": lambda found, run: "stability_ratio" not in run.record.columns,
+    "largest rate": largest_rate,
+    "peak ahead": comes,
+    "schedule": lambda found, run: bool(np.ptp(run.at("learning_rate", 0, run.last)) > 0),
+    "steps to the edge": stays_below,
+    "intrinsic time": intrinsic,
+    "no time": intrinsic,
+    "no decay": lambda found, run: not run.at("tau", 0, run.last).any(),
+    "diverged": lambda found, run: not np.isfinite(run.record.columns["loss"][int(found.numbers["step"])] or np.nan),
+    "clipping": lambda found, run: near(found.numbers["norm"], run.at("applied_gradient", run.last, run.last), 1e-3),
+}
+"""Whether what a finding claims is what the record of every step shows, by its name."""
 
 
 REGIMES = (
@@ -374,12 +500,15 @@ REGIMES = (
 
 
 @pytest.mark.parametrize("name", ALL_RUNS)
-def test_the_regime_is_right(name: str) -> None:
-    run, found = ALL_RUNS[name], watch(ALL_RUNS[name])
+def test_the_regime_is_right_and_no_sentence_is_contradicted(name: str) -> None:
+    run, watched = ALL_RUNS[name], watch(ALL_RUNS[name])
+    found = watched.findings
     regime = next(r for r in REGIMES if r in found)
     assert regime == run.regime, found[regime].text
     assert [p for p in run.present if p not in found] == []
     assert [a for a in run.absent if a in found] == []
+    wrong = [f.text for f in found.values() if f.name in CLAIMS and not CLAIMS[f.name](f, watched)]
+    assert wrong == []
 
 
 def test_there_are_enough_of_them() -> None:

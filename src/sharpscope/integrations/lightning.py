@@ -96,7 +96,11 @@ class SharpnessCallback(Callback):
         model = self.model(_uncompiled(pl_module))
         objective = Objective(model, self.loss, data, batch=self.batch, examples=self.examples, without_dropout=True)
         planned = trainer.estimated_stepping_batches
-        options = {"steps": planned if isinstance(planned, int) and planned > 0 else None} | self.options
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        options = {
+            "steps": planned if isinstance(planned, int) and planned > 0 else None,
+            "scheduler": schedulers[0] if schedulers else None,
+        } | self.options
         sinks = (*self.sinks, *(_logged(logger) for logger in trainer.loggers))
         state, self._state = self._state, None
         self.monitor = monitor_of(objective, trainer.optimizers[0], state, trainer.global_step, sinks, **options)

@@ -91,7 +91,8 @@ class SharpnessCallback(TrainerCallback):
         data = probe(parts["train_dataloader"], self.batches, dict) if self.data is None else self.data
         model = _without_autocast(parts["model"])
         objective = Objective(model, self.loss, data, batch=self.batch, examples=self.examples, without_dropout=True)
-        options = {"steps": state.max_steps if state.max_steps > 0 else None} | self.options
+        planned = state.max_steps if state.max_steps > 0 else None
+        options = {"steps": planned, "scheduler": parts.get("lr_scheduler")} | self.options
         saved = _load(_checkpoint(args, state) / FILE)
         optimizer = parts["optimizer"].optimizer  # accelerate wraps it
         sinks = (*self.sinks, self._keep)
