@@ -40,7 +40,7 @@ def simulated(
 ) -> list[tuple[float, int]]:
     """Overhead and measurements after every step of one second, where these take `cost` seconds in turn."""
     clock = Clock()
-    for module in ("monitor", "time_budget", "pace"):
+    for module in ("monitor", "time_budget", "timetable"):
         monkeypatch.setattr(f"sharpscope.monitoring.{module}.perf_counter", clock)
     monkeypatch.setattr(time_budget, "_gradient_seconds", lambda f, w, n: 0.01 + 0.001 * n)
     f = cases.plain()
@@ -110,7 +110,7 @@ def test_a_measurement_that_does_not_fit_is_not_taken(monkeypatch: pytest.Monkey
 def test_a_measurement_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products that take ten seconds each, where the plan thinks of milliseconds."""
     clock = Clock()
-    for module in ("monitor", "time_budget", "pace"):
+    for module in ("monitor", "time_budget", "timetable"):
         monkeypatch.setattr(f"sharpscope.monitoring.{module}.perf_counter", clock)
     monkeypatch.setattr(time_budget, "_gradient_seconds", lambda f, w, n: 1e-3)
 

@@ -1,4 +1,4 @@
-"""What the rules of a diagnosis see: the columns of one run, constant facts, and where the run is now.
+"""Measurements as the rules of a diagnosis see them: columns of one run, constant facts, and the present moment.
 
 r is the ratio of sharpness to its threshold.  Since the threshold changes with the learning rate, measurements are kept
 as r/lr, the curvature in the metric of the steps, and compared at one rate: the present one or the largest.
@@ -41,7 +41,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Now:
-    """Where a run is: what has happened since the last measurement; None where only that is known."""
+    """The present moment of a run, later than its last measurement; None where only that is known."""
 
     step: int | None = None
     learning_rate: float | None = None
@@ -217,7 +217,10 @@ class Measurements:
 
     @property
     def tau_at_end(self) -> float:
-        """τ after all planned steps: by the schedule, or at a rate that never changed; otherwise not a number."""
+        """Intrinsic time τ after all planned steps.
+
+        By the schedule, or at a rate that never changed; not a number where neither is known.
+        """
         per_step, rate = self.last("intrinsic_time_per_step"), self.last("learning_rate")
         if not self.steps_left >= 0:
             return math.nan

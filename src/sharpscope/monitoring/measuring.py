@@ -35,7 +35,7 @@ TURNS = 4
 
 
 @dataclass(frozen=True)
-class Point:
+class Moment:
     """A point of training: weights ``(P,)`` after `step` steps at the intrinsic time `tau`, and the optimizer there.
 
     `turned` are the weights before and after the step, where they are known; `applied` says whether the gradients of
@@ -51,7 +51,7 @@ class Point:
 
 
 class Measuring:
-    """What measuring one objective needs to keep between measurements: its groups, its eigenvectors, what fits."""
+    """Measures one objective, and keeps between measurements its groups, its eigenvectors, and what fits."""
 
     def __init__(self, objective: Objective, k: int, *, searches: bool) -> None:
         self.objective = objective
@@ -82,7 +82,7 @@ class Measuring:
         self.plan, self.k = plan, plan.k
 
     @without_autocast()
-    def at(self, point: Point, deadline: float | None = None) -> tuple[Iterate, dict[str, Any]]:
+    def at(self, point: Moment, deadline: float | None = None) -> tuple[Iterate, dict[str, Any]]:
         """Measure a point; what is not finite, not converged or too late is left out of its row.
 
         The deadline is a time on the clock of `perf_counter`.

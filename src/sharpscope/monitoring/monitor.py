@@ -28,14 +28,14 @@ from .diagnosis import diagnose
 from .finding import Finding
 from .learning_rates import Profile, rates_ahead
 from .measurements import Facts, Now
-from .measuring import Measuring, Point
+from .measuring import Measuring, Moment
 from .meters import Meter, Meters, Step
 from .optimizer_state import OptimizerState
-from .pace import Pace
 from .page import render_run
 from .recorder import RUN, Recorder, Sink
 from .schedules import Schedule
 from .time_budget import Ledger, wait_for_device
+from .timetable import Timetable
 
 UNREPORTED_STEPS = 100
 """Steps of the optimizer after which a Monitor that was never called says so."""
@@ -113,8 +113,8 @@ class Monitor:
         self.steps = 0
         self.planned_steps = steps
         self.tau = 0.0
-        self.pace = Pace(every, budget, steps)
-        self.measuring = Measuring(objective, k, searches=self.pace.budget is None)
+        self.timetable = Timetable(every, budget, steps)
+        self.measuring = Measuring(objective, k, searches=self.timetable.budget is None)
         self.scheduler = scheduler
         self._fixed_rule = rule
         self.optimizer_state = OptimizerState(optimizer, objective, rule)
@@ -123,7 +123,7 @@ class Monitor:
         self._found: dict[str, Finding] = {}  # that hold at present, by name
         self._largest_rate = 0.0  # so far
         self._profile: Profile | None = None  # of the learning rate
-        self._start: Point | None = None  # that of step 0, where it has not been measured yet
+        self._start: Moment | None = None  # that of step 0, where it has not been measured yet
         self._weights_before: tuple[int, Tensor] | None = None  # weights after that many steps
         self._setting_at: tuple[int, Setting] | None = None  # how the optimizer was set when it took that step
         self._steps_handled = 0
@@ -134,10 +134,10 @@ class Monitor:
         self._meters = Meters(meters)
         self._read: dict[str, float] = {}  # by the meters, at the step that is being handled
         self._hooks = self._watch(optimizer)
-        if self.pace.budget is None:
+        if self.timetable.budget is None:
             self._weights_before = (0, objective.weights())
-            if self.pace.due(0):
-                self._start = Point(self._weights_before[1], 0, 0.0, self.optimizer_state.setting())
+            if self.timetable.due(0):
+                self._start = Moment(self._weights_before[1], 0, 0.0, self.optimizer_state.setting())
         self.resumed = perf_counter()  # when the training went on after measuring
         self.ledger.measured += self.resumed - began
 
@@ -184,7 +184,7 @@ class Monitor:
     @property
     def ledger(self) -> Ledger:
         """The seconds of training and of measuring so far."""
-        return self.pace.ledger
+        return self.timetable.ledger
 
     @property
     def overhead(self) -> float:
@@ -211,7 +211,7 @@ class Monitor:
         if self.steps > self._steps_handled:
             taken = range(self._steps_handled + 1, self.steps + 1)
             self._steps_handled = self.steps
-            due = self.pace.is_due(taken, self._weights_before is not None)
+            due = self.timetable.is_due(taken, self._weights_before is not None)
             waited = wait_for_device(self.optimizer) if due else 0.0  # still time of training
             began += waited
             self.ledger.add_steps(self._training_seconds + waited, len(taken))
@@ -235,14 +235,14 @@ class Monitor:
         curvature.
         """
         self._measure_start()
-        return self._measure(Point(w, self.steps, self.tau, self.optimizer_state.setting()), None)
+        return self._measure(Moment(w, self.steps, self.tau, self.optimizer_state.setting()), None)
 
     def findings(self) -> list[Finding]:
         """Diagnose this run from the measurements so far; each finding has its numbers and its source."""
         if self._uncounted:
             return [self._uncounted]
-        if self.pace.budget is not None and not len(self.history):
-            return [self.pace.waiting(self.measuring.plan)]
+        if self.timetable.budget is not None and not len(self.history):
+            return [self.timetable.waiting(self.measuring.plan)]
         return diagnose(self.history, RUN, self.facts, self.now)
 
     def diagnosis(self) -> str:
@@ -275,13 +275,13 @@ class Monitor:
         self._weights_before = None if before is None else (before[0], before[1].to(self.objective.weights()))
         self.measuring.load_state(state)
         self._groups_found()
-        self.pace.ledger = Ledger(*state["seconds"])
+        self.timetable.ledger = Ledger(*state["seconds"])
         self.recorder.restore(state["rows"])
         self._describe()
 
     @property
     def now(self) -> Now:
-        """Where the run is at present."""
+        """The present moment of the run."""
         rate = self.optimizer_state.learning_rate
         return Now(self.steps, rate, max(self._largest_rate, rate), self.tau)
 
@@ -341,7 +341,7 @@ class Monitor:
         rule = self.optimizer_state.rule
         self.tau += rule.intrinsic_time_per_step if rule and rule.intrinsic_time_per_step > 0 else 0.0
         self._largest_rate = max(self._largest_rate, self.optimizer_state.learning_rate)
-        if self.pace.is_due((self.steps,), self._weights_before is not None):
+        if self.timetable.is_due((self.steps,), self._weights_before is not None):
             self._setting_at = (self.steps, self.optimizer_state.setting())
         self._not_training(perf_counter() - began)
 
@@ -393,7 +393,7 @@ class Monitor:
 
     def _give_up(self, error: Exception) -> None:
         """Measure no more, and say why."""
-        self.pace.stop()
+        self.timetable.stop()
         self._weights_before = None
         warnings.warn(f"no more measurements are taken: {type(error).__name__}: {error}", stacklevel=4)
 
@@ -401,7 +401,7 @@ class Monitor:
         """Say whether the next step will be measured; what planning raises ends the measuring, not the training."""
         known = self.measuring.groups
         try:
-            return self.pace.next_is_due(self.steps + 1, self.measuring, self._solves)
+            return self.timetable.next_is_due(self.steps + 1, self.measuring, self._solves)
         except Exception as error:
             self._give_up(error)
             return False
@@ -455,10 +455,10 @@ class Monitor:
             setting = self._setting_at[1]
         w = now if turned is None else self.point(*turned)
         at = self.optimizer_state.setting() if setting is None else setting
-        point = Point(w, self.steps, self.tau, at, turned, applied=setting is not None)
-        self._measure(point, self.pace.deadline(self.steps))
+        point = Moment(w, self.steps, self.tau, at, turned, applied=setting is not None)
+        self._measure(point, self.timetable.deadline(self.steps))
 
-    def _measure(self, point: Point, deadline: float | None) -> Iterate:
+    def _measure(self, point: Moment, deadline: float | None) -> Iterate:
         """Measure a point, and add its row to the history; then see what is new in the diagnosis."""
         known = self.measuring.groups
         it, row = self.measuring.at(point, deadline)
@@ -504,11 +504,11 @@ class Monitor:
             "model": f"{type(self.objective.model).__name__}, {self.objective.size} parameters"
         }
         config |= {f"rule of group {i}" if rules[1:] else "rule": str(rule) for i, rule in enumerate(rules)}
-        if self.pace.budget is None:
-            config["every"] = "a schedule" if callable(self.pace.every) else self.pace.every
+        if self.timetable.budget is None:
+            config["every"] = "a schedule" if callable(self.timetable.every) else self.timetable.every
         else:
             plan = self.measuring.plan
-            config["budget"] = f"{self.pace.budget.fraction:.1%} of the training time"
+            config["budget"] = f"{self.timetable.budget.fraction:.1%} of the training time"
             config["probe"] = "not planned yet" if plan is None else f"{plan.examples} examples"
         config["k"] = self.measuring.k
         if self.planned_steps is not None:

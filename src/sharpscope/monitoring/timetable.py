@@ -15,7 +15,7 @@ DEFAULT_BUDGET = "5%"
 """Fraction of the training time that measuring may take where nothing else is wanted."""
 
 
-class Pace:
+class Timetable:
     """The steps to measure, and the ledger of the seconds that this takes.
 
     Raises:
