@@ -64,6 +64,7 @@ def others(name: str) -> dict[str, Any]:
         "data": BATCHES,
         "w": f.weights(),
         "W": torch.zeros(1, f.size, dtype=torch.float64),
+        "step": -f.grad(f.weights()),
         "now": f.weights(),
         "like": f.weights(),
         "rule": ss.GD(0.1),

@@ -346,3 +346,34 @@ def test_clipped_gradients() -> None:
 def test_the_price_of_measuring() -> None:
     assert say([0.5] * 4, overhead=0.0312)["cost"].text == "Measuring took 3.12% of the time of training so far."
     assert "cost" not in say([0.5] * 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "meaning"),
+    [
+        (
+            [0.1] * 8,
+            "they are at 0.10 (median of 3 steps from 50 to 70): they pay, and steps of twice the length would",
+        ),
+        ([2.0] * 5 + [0.6, 0.8, 0.7], "at 0.70 (median of 3 steps from 50 to 70): they pay, but steps of twice"),
+        ([0.1] * 5 + [0.9, 0.95, 1.3], "at 0.95 (median of 3 steps from 50 to 70): they are at the edge along the"),
+        ([0.1] * 5 + [1.2, 1.3, None], "at 1.20 (median of 3 steps from 40 to 60): the loss of the very batch rises"),
+        ([None] * 7 + [0.2], "at 0.20 (median of step 70); that is too few to judge by."),
+    ],
+)
+def test_along_the_step(values: list[float | None], meaning: str) -> None:
+    if values[-1] is None:
+        values[4] = 0.3
+    found = say([0.1] * 8, edge_along_step=values)["along the step"]
+    assert meaning in found.text and "not on λ1" in found.text and "uphill" not in found.text
+    above = "rises" in meaning
+    assert (found.severity == "advice") == above and ("0.833 of their length" in found.remedy) == above
+    late = sorted(v for v in values if v is not None)
+    assert late[0] <= found.numbers["quarter"] <= found.numbers["median"] <= found.numbers["three quarters"] <= late[-1]
+
+
+def test_steps_uphill_are_counted_along_the_step() -> None:
+    values: list[float | None] = [0.2, None, 0.2, 0.2, None, 0.2, 0.2, 0.2]
+    found = say([0.1] * 8, edge_along_step=values, slope_along_step=[-1.0, 1.0, -1.0, -1.0, 2.0, -1.0, -1.0, -1.0])
+    assert "2 of 8 steps went uphill on their batch" in found["along the step"].text
+    assert "along the step" not in say([0.1] * 8)

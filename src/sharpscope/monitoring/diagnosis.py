@@ -27,6 +27,15 @@ SAFE = 0.8
 LYU = "Lyu, Li & Arora 2022, arXiv 2206.07085"
 COHEN = "Cohen et al. 2021, arXiv 2103.00065"
 KOSSON = "Kosson et al. 2024, arXiv 2305.17212"
+CONN = "gain ratio of trust-region methods: Conn, Gould & Toint 2000"
+
+ALONG_STEP = (
+    (0.5, "they pay, and steps of twice the length would, too"),
+    (0.9, "they pay, but steps of twice the length would not"),
+    (1.1, "they are at the edge along the step, where a step no longer lowers the loss of its batch"),
+    (math.inf, "the loss of the very batch rises"),
+)
+"""Meanings of one less the gain ratio, each with its upper end."""
 
 
 def diagnose(history: History, run: str, facts: Facts, now: Now | None = None) -> list[Finding]:
@@ -460,6 +469,31 @@ def clipping(at: Measurements) -> Finding | None:
     return Finding("clipping", text, {"norm": float(norms[-1])})
 
 
+def along_step(at: Measurements) -> Finding | None:
+    """Say whether the latest steps paid, by the change of the loss of their own batch against its slope."""
+    steps, values = at.table("step", "edge_along_step")
+    if not len(values):
+        return None
+    late = at.late("edge_along_step")
+    value, count = float(np.median(late)), len(late)
+    low, high = (float(q) for q in np.quantile(late, (0.25, 0.75)))
+    when = f"{count} steps from {steps[-count]:.0f} to {steps[-1]:.0f}" if count > 1 else f"step {steps[-1]:.0f}"
+    text = f"Along the steps the edge is at 1, and they are at {_r(value)} (median of {when})"
+    decided = count >= ENOUGH
+    meaning = next(meaning for end, meaning in ALONG_STEP if value < end)
+    text += f": {meaning}." if decided else "; that is too few to judge by."
+    text += " This rests on the direction and the batch of each step, not on λ1, which may say otherwise."
+    slopes = at.series("slope_along_step")
+    uphill = int((slopes > 0).sum())
+    if uphill:
+        text += f" {uphill} of {len(slopes)} steps went uphill on their batch, and do not count."
+    numbers = {"median": value, "quarter": low, "three quarters": high, "steps": float(count), "uphill": float(uphill)}
+    if not decided or value < ALONG_STEP[-2][0]:
+        return Finding("along the step", text, numbers, CONN)
+    remedy = f"With {_n(1 / value)} of their length the steps would be at the edge."
+    return Finding("along the step", text, numbers, CONN, severity="advice", remedy=remedy)
+
+
 def cost(at: Measurements) -> Finding | None:
     """Give the time of measuring, as a fraction of that of training."""
     overhead = at.last("overhead") if at.facts.overhead is None else at.facts.overhead
@@ -493,6 +527,7 @@ RULES: tuple[Callable[[Measurements], Finding | None], ...] = (
     steps_to_the_edge,
     twice_the_decay,
     rotation,
+    along_step,
     cost,
 )
 """All rules, in the order in which their findings are read."""

@@ -30,6 +30,13 @@ CHARTS = (
         "stability_ratio",
         lines=((1.0, "edge of stability"),),
     ),
+    _chart(
+        "along",
+        "Edge along the step",
+        "edge_along_step",
+        lines=((1.0, "the step no longer pays"),),
+        caption="One less the gain ratio of each step on its own batch.",
+    ),
     _chart("sharpness", "Sharpness", "sharpness", log="y"),
     _chart(
         "spherical",
