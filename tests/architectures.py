@@ -1,8 +1,8 @@
 """Small networks, and what each of them is blind to, worked out by hand.
 
 A part is a parameter tensor by name, or a range of its rows ``name[a:b]`` or columns ``name[:, a:b]``.  A group is the
-parts that may be rescaled together.  A pair ``a -> b`` may be rescaled by c and 1/c.  Where something may be rescaled
-in either of two places (values or outputs of attention), the later one belongs to the group.
+parts that may be rescaled together.  A pair ``a -> b``, or ``a -> b + c``, may be rescaled by c and 1/c.  Where
+something may be rescaled in either of two places (values or outputs of attention), the later one belongs to the group.
 """
 
 import re
@@ -569,6 +569,7 @@ INVARIANT: dict[str, Architecture] = {
         (
             *("a0.attention.q.* -> a0.attention.k.weight", "a0.attention.v.* -> a0.attention.out.weight"),
             *("m0.norm.* -> m0.up.weight", "norm.* -> head.readout.weight"),
+            "a0.norm.* -> a0.attention.q.weight + a0.attention.k.weight + a0.attention.v.weight",
         ),
         tuple(SERIES),
     ),
@@ -640,6 +641,8 @@ INVARIANT: dict[str, Architecture] = {
         (
             *("a.attention.q.weight -> a.attention.k.weight", "a.attention.v.weight -> a.attention.out.weight"),
             *("m.glu.up.weight -> m.glu.down.weight", "norm.weight -> head.weight"),
+            "a.norm.weight -> a.attention.q.weight + a.attention.k.weight + a.attention.v.weight",
+            "m.norm.weight -> m.glu.gate.weight + m.glu.up.weight",
         ),
         tuple(TOKENS),
     ),

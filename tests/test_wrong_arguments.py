@@ -70,6 +70,7 @@ def others(name: str) -> dict[str, Any]:
         "rule": ss.GD(0.1),
         "rules": ss.GD(0.1),
         "rate": 0.1,
+        "weight_decay": 0.1,
         "steps": 30,
         "radii": [1.0, 1.0],
         "c": 2.0,

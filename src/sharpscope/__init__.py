@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .errors import SharpscopeError
     from .measures import sharpness, spherical_sharpness, top_eigenpairs
     from .monitoring import Monitor
-    from .optimizers import GD, Adam, RMSprop, rule_of
+    from .optimizers import GD, Adam, RMSprop, param_groups, rule_of
     from .records import History
     from .symmetry import find_groups, make_scale_invariant
 
@@ -47,6 +47,7 @@ __all__ = [
     "find_groups",
     "hessian",
     "make_scale_invariant",
+    "param_groups",
     "rule_of",
     "sharpness",
     "spherical_sharpness",

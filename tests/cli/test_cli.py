@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_run_all_runs_every_study(
         ("run tiny --seeds 3", "tiny has no field 'seed', so there is nothing to repeat; leave --seeds out"),
         ("run tiny --seeds 0", "--seeds is 0; it must be at least 1"),
         ("run all --seeds many", "argument --seeds: invalid int value: 'many'"),
-        ("report", "the following arguments are required: directory"),
+        ("report", "the following arguments are required: DIRECTORY"),
         ("report runs --quick", "unknown argument --quick"),
         ("report runs other", "unknown argument other"),
         ("analyze", "the following arguments are required: CHECKPOINTS, --task"),
@@ -242,8 +243,20 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     process.stderr.close()
 
 
-@pytest.mark.parametrize("command", ["predict", "analyze", "watch"])
+@pytest.mark.parametrize("command", ["report", "predict", "analyze", "watch"])
 def test_help_says_what_a_command_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
-    assert re.search(r"\n\n(Predict|Measure|Serve) [^\n]+", capsys.readouterr().out)
+    assert re.search(r"\n\n(Write|Predict|Measure|Serve) [^\n]+", capsys.readouterr().out)
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"sharpscope {version('sharpscope')}\n"
+
+
+def test_help_says_which_packages_the_commands_need(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "pip install '.[studies]'" in " ".join(capsys.readouterr().out.split())

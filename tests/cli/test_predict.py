@@ -1,5 +1,7 @@
 """Predictions from the command line, and as jobs of studies."""
 
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from cases import invariant
 from safetensors.torch import save_file
 
-from sharpscope.cli import main
+from sharpscope.cli import _predict, main
 from sharpscope.errors import Unusable
 from sharpscope.records.checkpoints import load_weights
 from sharpscope.records.history import History
@@ -83,6 +85,30 @@ def test_what_cannot_be_predicted(
 ) -> None:
     assert main(["predict", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_help_lists_the_runs_of_a_study(capsys: pytest.CaptureFixture[str]) -> None:
+    for study, sentence in (
+        ("lyu2022", "runs of this study: 'BN', "),
+        ("lei2022", "this study has no run to predict"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["predict", study, "--help"])
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith(sentence)
+        assert "batches of 40" not in last  # not gradient descent on all data, which is refused
+
+
+def test_a_pipe_gets_lines_on_how_far_it_is(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_predict, "SECONDS_BETWEEN_LINES", 0.0)
+    assert main(["predict", "--task", "mytask:task", "--lr", "0.1", "--steps", "40", "--points", "4"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    done = [float(line.partition("%")[0]) for line in lines]
+    assert done == sorted(done) and done[-1] == 100
+    assert max(b - a for a, b in pairwise([0.0, *done])) <= 45 / 4 + 1  # a part of the way to the next measurement
+    assert all(re.fullmatch(r" *\d+% done after \d+ s", line) for line in lines)
 
 
 def test_a_checkpoint_that_lacks_a_parameter(tmp_path: Path) -> None:

@@ -200,6 +200,21 @@ def test_weight_decay_that_only_rescales() -> None:
     assert "decay rescales" not in say([1.0], intrinsic_time_per_step=1e-3)
 
 
+def test_weight_decay_that_does_not_fit_the_kind_of_weights() -> None:
+    decayed = {"scale-invariant": 40, "biases": 7, "gains and other vectors": 5, "no effect": 3}
+    found = say([1.0], Facts(100, decayed=decayed, undecayed={"scale-invariant": 20, "matrices": 9}))["decay groups"]
+    assert "7 weights that are biases, 5 weights that are gains and other vectors towards zero" in found.text
+    assert "20 scale-invariant weights have no weight decay" in found.text and "matrices" not in found.text
+    assert found.numbers == {"offsets": 12, "invariant": 20, "one-sided": 0}
+    pairs = Facts(
+        100, decayed={"rescaled in pairs": 4}, undecayed={"rescaled in pairs": 4}, one_sided=("a -> b", "c -> d")
+    )
+    assert "In 2 pairs of tensors (a -> b, ..) one side has weight decay" in say([1.0], pairs)["decay groups"].text
+    fitting = Facts(100, decayed={"scale-invariant": 40, "matrices": 3}, undecayed={"biases": 7, "no effect": 3})
+    assert "decay groups" not in say([1.0], fitting)
+    assert "decay groups" not in say([1.0], Facts(100, undecayed={"scale-invariant": 40}))  # "no decay" says so
+
+
 def test_the_intrinsic_time_of_weight_decay() -> None:
     assert "no decay" in say([1.0], INVARIANT)
     early = say([1.0], INVARIANT, intrinsic_time_per_step=0.002, tau=0.25)["intrinsic time"].text

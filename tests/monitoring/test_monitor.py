@@ -187,7 +187,7 @@ def test_warm_starts_save_products() -> None:
     [
         (cases.invariant, 0.3, 0.01, ("At the edge", "60 weights", "τ = 0.6 "), ("no weight decay", "Below", "Above")),
         (cases.affine, 1e-3, 0.0, ("60 weights", "There is no weight decay"), ("has acted", "At the edge")),
-        (cases.plain, 0.6, 0.01, ("At the edge", "No weights"), ("decay", "60 weights")),
+        (cases.plain, 0.6, 0.01, ("At the edge", "No weights"), ("penalizes nothing", "60 weights")),
         (cases.plain, 0.3, 0.0, ("Progressive sharpening", "up from 0.54"), ("At the edge", "Below", "diverged")),
         (cases.plain, 1e-3, 0.0, ("Below the edge",), ("At the edge", "Progressive", "Above")),
     ],

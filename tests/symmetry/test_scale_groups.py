@@ -385,7 +385,9 @@ def test_an_eps_beyond_weights_of_ordinary_size_is_no_invariance() -> None:
 
 
 def rescaled(f: Objective, found: ScaleGroups, name: str) -> list[int]:
-    """Indices behind the name of one side of a pair: a part, a module's tensors, some rows of these, or a rest."""
+    """Indices behind one side of a pair: a part, a module's tensors, some rows of these, a rest, or several."""
+    if " + " in name:
+        return [i for one in name.split(" + ") for i in rescaled(f, found, one)]
     module, star, rows_of = name.partition(".*")
     taken = {i for part in (*found.groups.values(), *found.null.values()) for i in part.tolist()}
     if star:

@@ -6,6 +6,7 @@ The exit status is 0 when every deciding claim holds, 1 when one does not, 2 whe
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 from ..errors import Refused
 from . import _studies, _tasks, _watch
@@ -13,9 +14,21 @@ from ._common import EXTRAS as EXTRAS
 from ._common import HINT, Parser
 
 
+def _version() -> str:
+    try:
+        return version("sharpscope")
+    except PackageNotFoundError:
+        return "of a checkout that is not installed"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status."""
-    parser = Parser(prog="sharpscope", description="Measure the sharpness of normalized networks, study by study.")
+    parser = Parser(
+        prog="sharpscope",
+        description="Measure the sharpness of normalized networks, study by study.",
+        epilog=f"All but --help and --version: {HINT}.",
+    )
+    parser.add_argument("--version", action="version", version=f"sharpscope {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for chapter in (_studies, _tasks, _watch):
         chapter.add(commands)

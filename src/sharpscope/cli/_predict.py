@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from ..autodiff import Objective
@@ -20,6 +21,9 @@ from ..studies._framework.run import environment
 from ..studies._framework.study import find
 from ..studies._shared.forecast import RUNS, Forecast, run_forecast
 from ..studies._shared.networks import Variant
+
+SECONDS_BETWEEN_LINES = 15.0
+"""Time after which a command whose output is no terminal says again how far it is."""
 
 TITLES = {
     "sharpness": "Sharpness",
@@ -49,13 +53,13 @@ def predict_study(name: str, config: Any, job: str, start: int, steps: int, poin
     Raises:
         Unusable: the study has no such run, or the flow got stuck.
     """
-    known = {j.name: j.arguments["variant"] for j in find(name).jobs(config) if "variant" in j.arguments}
+    known = network_runs(find(name), config)
     if job not in known:
         near = difflib.get_close_matches(job, known, 3, 0.3) or list(known)[:3]
         some = ", ".join(f"'{k}'" for k in near)
         raise Unusable(f"{name} has no network run '{job}' to predict; some it has: {some or 'none'}")
-    variant: Variant = known[job]
-    if variant.batch is not None or variant.rmsprop:
+    variant = known[job]
+    if not _is_described(variant):
         raise Unusable(f"'{job}' is not full-batch gradient descent, which the flow describes; choose another run")
     log = _log(_fresh_directory(out))
     run_forecast(log, progress(), "", Forecast(variant, start, steps, points))
@@ -65,6 +69,24 @@ def predict_study(name: str, config: Any, job: str, start: int, steps: int, poin
     log.path.unlink()
     outcome = f"{job} of {name} from step {start}: {Prediction(history, {})}"
     return _write(out, outcome, history, {"study": name, "run": job, "start": start, "steps": steps})
+
+
+def network_runs(study: Any, config: Any) -> dict[str, Variant]:
+    """List the runs of a study that train a network, by name."""
+    return {job.name: job.arguments["variant"] for job in study.jobs(config) if "variant" in job.arguments}
+
+
+def predictable_runs(study: Any) -> str:
+    """Name the runs of a study that can be predicted, in one sentence; those under other seeds as a kind."""
+    names = [name for name, variant in network_runs(study, study.Config()).items() if _is_described(variant)]
+    first = [repr(name) for name in names if ", seed " not in name]
+    others = "; some also under other seeds, as 'NAME, seed 1'" if len(first) < len(names) else ""
+    return f"runs of this study: {', '.join(first)}{others}" if names else "this study has no run to predict"
+
+
+def _is_described(variant: Variant) -> bool:
+    """Say whether a run is full-batch gradient descent."""
+    return variant.batch is None and not variant.rmsprop
 
 
 def predict_checkpoint(task: str, checkpoint: Path | None, rule: GD, steps: int, points: int, out: Path) -> str:
@@ -130,17 +152,30 @@ def _fresh_directory(out: Path) -> Path:
 
 
 def progress() -> Callable[[float], None]:
-    """Show a bar on the terminal, moved by the fraction that is done."""
+    """Show a bar on the terminal, moved by the fraction that is done; into a file or a pipe, a line now and then."""
     from tqdm import tqdm
 
-    bar = tqdm(
-        total=100, disable=not sys.stderr.isatty(), bar_format="{percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
-    )
+    if not sys.stderr.isatty():
+        return _lines()
+    bar = tqdm(total=100, bar_format="{percentage:3.0f}% |{bar}| {elapsed} < {remaining}")
 
     def show(fraction: float) -> None:
         bar.n = math.floor(100 * fraction)
         bar.refresh()
         if fraction >= 1:
             bar.close()
+
+    return show
+
+
+def _lines() -> Callable[[float], None]:
+    """Print a line to stderr when `SECONDS_BETWEEN_LINES` have passed since the last one."""
+    began = last = perf_counter()
+
+    def show(fraction: float) -> None:
+        nonlocal last
+        if (now := perf_counter()) - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            print(f"{fraction:4.0%} done after {now - began:.0f} s", file=sys.stderr, flush=True)
 
     return show

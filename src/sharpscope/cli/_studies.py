@@ -41,8 +41,15 @@ def add(commands: Any) -> None:
     run.add_argument("--out", type=Path, help="directory of the run (default: runs/NAME or runs/NAME-quick)")
     run.add_argument("--workers", type=int, default=WORKERS, help="processes (default: one per core, up to 8)")
     run.set_defaults(act=_run, again="the same command goes on from the last checkpoint")
-    report = commands.add_parser("report", help="write the report of a finished run, or of a run of all, again")
-    report.add_argument("directory", type=Path)
+    report = commands.add_parser(
+        "report",
+        help="write the report of a finished run, or of a run of all, again",
+        description="Write report.html and its figures again from the measurements of a finished run.",
+        epilog="DIRECTORY is the --out of a `sharpscope run` (default: runs/NAME or runs/NAME-quick)",
+    )
+    report.add_argument(
+        "directory", metavar="DIRECTORY", type=Path, help="directory of a finished run, or of `run all`"
+    )
     report.set_defaults(act=_report)
 
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import Refused
 from ._common import find_study, need_extras, refusing
@@ -11,16 +11,37 @@ from ._common import find_study, need_extras, refusing
 TASK = "MODULE:FUNCTION, a function that returns (model, loss, data)"
 
 
+ONLY = (
+    "the optimizer is gradient descent (--lr, --wd, --momentum); the threshold of an adaptive one depends on averages"
+    " that weights alone do not tell (a Monitor reads them from the live optimizer)"
+)
+
+
+class _Help(argparse.Action):
+    """The options of `predict`, then the runs of the study named before."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> NoReturn:
+        parser.print_help()
+        if namespace.study is not None:
+            from ._predict import predictable_runs
+
+            print(f"\n{predictable_runs(find_study(namespace.study))}")
+        parser.exit()
+
+
 def add(commands: Any) -> None:
     """Add the parsers of these commands."""
     predict = commands.add_parser(
         "predict",
         help="what an optimizer does next: its central flow, and then the optimizer itself",
-        description="Predict what an optimizer does next by its central flow, then run the optimizer beside it.",
-        epilog="either STUDY and RUN (a network run of a study), or --task (your own model)",
+        description="Predict what gradient descent does next by its central flow, then run it beside the flow.",
+        epilog="either STUDY and RUN (a network run of a study: `sharpscope predict STUDY --help` lists them), or"
+        f" --task (your own model); {ONLY}",
+        add_help=False,
     )
-    predict.add_argument("study", nargs="?", help="name of a study")
-    predict.add_argument("run", nargs="?", help="name of one of its network runs, such as 'digits BN'")
+    predict.add_argument("-h", "--help", action=_Help, nargs=0, help="show this, and the runs of STUDY")
+    predict.add_argument("study", metavar="STUDY", nargs="?", help="name of a study")
+    predict.add_argument("run", metavar="RUN", nargs="?", help="name of one of its network runs, such as 'digits BN'")
     predict.add_argument("--step", type=int, default=1000, help="steps of training before (default: 1000)")
     predict.add_argument("--task", help=TASK)
     predict.add_argument("--checkpoint", type=Path, help="file with the model's weights (safetensors, or a state dict)")
@@ -33,7 +54,7 @@ def add(commands: Any) -> None:
         "analyze",
         help="measure a series of checkpoints, and what is new in it when called again",
         description="Measure sharpness along a series of checkpoints; called again, only what is new or has changed.",
-        epilog="files are safetensors or state dicts of torch, which are read without running what is in them",
+        epilog=f"files are safetensors or state dicts of torch, which are read without running what is in them; {ONLY}",
     )
     analyze.add_argument(
         "checkpoints", metavar="CHECKPOINTS", type=Path, nargs="+", help="files, or a directory of them"

@@ -112,9 +112,8 @@ def compare(
     if steps < max(points, 1):
         raise InvalidValue(f"{points} measurements do not fit into {steps} steps; ask for fewer points")
     measured = [round(i * steps / points) for i in range(points + 1)]
-    run = _run(f, rule, w, rule.init(w) if state is None else state, measured)
+    run = _run(f, rule, w, rule.init(w) if state is None else state, measured, _from(progress, 0.0, 0.1))
     rows_of = partial(_rows, f, rule, steps=measured, truth=run.averaged, evaluate=evaluate)
-    progress(0.1)
     rows = rows_of("optimizer", weights=run.averaged, columns=run.columns)
     paths = {}
     for i, (name, band) in enumerate((("central flow", 0.1), ("stable flow", None))):
@@ -125,6 +124,7 @@ def compare(
             averages=rule.averages(run.state),
             method=method if band else None,
             at=measured[1:-1],
+            progress=_from(progress, 0.1 + 0.45 * i, 0.45),
         )
         t, end = np.array(path["t"]), path["t"][-1] + path["length"][-1]
         here = np.searchsorted(t, np.array(measured) + 1e-6).clip(1) - 1
@@ -133,8 +133,12 @@ def compare(
         columns["gradients"][-1] = path.gradients
         rows += rows_of(name, weights=list(path.weights), columns=columns)
         paths[name] = path
-        progress(0.1 + 0.45 * (i + 1))
     return Prediction(History(rows), paths)
+
+
+def _from(progress: Callable[[float], None], start: float, part: float) -> Callable[[float], None]:
+    """Report on a part of the work, which begins when the fraction `start` is done."""
+    return lambda fraction: progress(start + part * fraction)
 
 
 class _Run(NamedTuple):
@@ -145,7 +149,14 @@ class _Run(NamedTuple):
     columns: Mapping[str, "np.ndarray"]
 
 
-def _run(f: Objective, rule: UpdateRule, w: Tensor, state: State, measured: Sequence[int]) -> _Run:
+def _run(
+    f: Objective,
+    rule: UpdateRule,
+    w: Tensor,
+    state: State,
+    measured: Sequence[int],
+    progress: Callable[[float], None],
+) -> _Run:
     """Run the optimizer from w over measured[-1] + 2 steps; time zero is one step after w."""
     averaged: list[Tensor] = []
     losses: list[float] = []
@@ -163,6 +174,8 @@ def _run(f: Objective, rule: UpdateRule, w: Tensor, state: State, measured: Sequ
             if t in measured:
                 averaged.append(mean)
         before, now = now, after
+        if t % 10 == 0 or t == measured[-1]:
+            progress((t + 2) / (measured[-1] + 2))
     if not bool(now.isfinite().all()):
         raise InvalidValue(
             f"the optimizer itself diverges within {measured[-1]} steps from here: its weights are not finite"

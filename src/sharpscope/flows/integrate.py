@@ -17,7 +17,7 @@ one Krylov space, stays small.
 P parameters, T points of a path.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ def integrate(
     averages: State | None = None,
     method: Method | None = None,
     at: Iterable[float] = (),
+    progress: Callable[[float], None] = lambda fraction: None,
 ) -> Trajectory:
     """Follow `flow` from `w` ``(P,)`` over a time of that many optimizer steps.
 
@@ -44,6 +45,7 @@ def integrate(
         averages: of the rule's state at the start; by default those of a rule that starts here.
         method: `multirate()` (the default) or `implicit()`.
         at: times, besides the start and the end, at which the weights are kept.
+        progress: called after every step with the fraction of the time that is done.
 
     Raises:
         FlowStuck: it cannot go on; the message says why.
@@ -73,6 +75,7 @@ def integrate(
                 rows = [r for r in rows if r["t"] < point.t * (1 - 1e-12)]
             else:
                 rows.append(row)
+            progress(point.t / steps)
         kept.append(point.w)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return Trajectory(torch.tensor([0.0, *stops]), torch.stack(kept), columns, end=point)

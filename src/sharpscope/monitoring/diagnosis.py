@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..optimizers.param_groups import INVARIANT, KINDS, NULL
 from ..records.history import History
 from .finding import Finding
 from .measurements import ENOUGH, Facts, Measurements, Now
@@ -363,6 +364,32 @@ def decay_rescales(at: Measurements) -> Finding | None:
     return Finding("decay rescales", " ".join(parts), numbers, LYU, "advice" if idle else "note", remedy)
 
 
+def decay_groups(at: Measurements) -> Finding | None:
+    """Name the kinds of weights whose weight decay is not what their kind calls for, where any has weight decay."""
+    decayed, undecayed, pairs = at.facts.decayed, at.facts.undecayed, at.facts.one_sided
+    if not decayed:
+        return None
+    parts = []
+    offsets = {kind: n for kind, n in decayed.items() if not KINDS[kind].decays and kind != NULL}
+    if offsets:
+        counts = ", ".join(f"{n} weights that are {kind}" for kind, n in offsets.items())
+        parts.append(f"Weight decay also pulls {counts} towards zero: by convention these are left out.")
+    if bare := undecayed.get(INVARIANT, 0):
+        text = f"{bare} scale-invariant weights have no weight decay: their steps shrink as their norm grows"
+        mixed = "; in a group with weights that have it, these shrink against them"
+        parts.append(f"{text}{mixed * (INVARIANT in decayed)}.")
+    if pairs:
+        count = "a pair of tensors" if len(pairs) == 1 else f"{len(pairs)} pairs of tensors"
+        parts.append(
+            f"In {count} ({pairs[0]}{', ..' * bool(pairs[1:])}) one side has weight decay and the other has none: it"
+            " shrinks while the other makes up for it, and no penalty is left."
+        )
+    numbers = {"offsets": float(sum(offsets.values())), "invariant": float(bare), "one-sided": float(len(pairs))}
+    remedy = "Make the groups of the optimizer by sharpscope.param_groups(objective, weight_decay)."
+    serious = "advice" if bare or pairs else "note"
+    return Finding("decay groups", " ".join(parts), numbers, "", serious, remedy) if parts else None
+
+
 def intrinsic_time(at: Measurements) -> Finding | None:
     """Say whether weight decay has had time to act: τ so far and at the end."""
     rate, tau, end = at.last("intrinsic_time_per_step"), at.tau, at.tau_at_end
@@ -522,6 +549,7 @@ RULES: tuple[Callable[[Measurements], Finding | None], ...] = (
     twice_the_rate,
     invariance,
     decay_rescales,
+    decay_groups,
     intrinsic_time,
     settling,
     steps_to_the_edge,

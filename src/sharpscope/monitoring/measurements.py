@@ -37,6 +37,9 @@ class Facts:
     groups_known: bool = True  # whether it is known which weights are invariant
     stops_gradients: bool = False  # on the way, so that training follows no gradient of one function
     observed: tuple[str, ...] = ()  # optimizers that no law of stability is known for
+    decayed: Mapping[str, int] = field(default_factory=dict)  # kind of weights (`KINDS`) -> number with weight decay
+    undecayed: Mapping[str, int] = field(default_factory=dict)  # and without
+    one_sided: tuple[str, ...] = ()  # those of the pairs of which one side has weight decay
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ..measures.iterate import Iterate, midpoint
 from ..measures.row import Setting
 from ..optimizers.base import UpdateRule
 from ..optimizers.from_torch import unwrapped, wrapped
+from ..optimizers.param_groups import kinds_of, one_sided, weights_by_kind
 from ..records.history import History
 from ..report.html import write_page
 from ..symmetry.scale_groups import ScaleGroups, find_groups
@@ -124,6 +125,7 @@ class Monitor:
         self._largest_rate = 0.0  # so far
         self._profile: Profile | None = None  # of the learning rate
         self._start: Moment | None = None  # that of step 0, where it has not been measured yet
+        self._kinds: dict[str, str] = {}  # of the parameters, once the groups are known
         self._weights_before: tuple[int, Tensor] | None = None  # weights after that many steps
         self._setting_at: tuple[int, Setting] | None = None  # how the optimizer was set when it took that step
         self._steps_handled = 0
@@ -303,6 +305,9 @@ class Monitor:
             overhead=self.overhead if self.ledger.trained else None,
             groups_known=self.measuring.groups is not None,
             stops_gradients=not self.objective.follows_gradient,
+            decayed=weights_by_kind(self.objective, self._kinds, decayed),
+            undecayed=weights_by_kind(self.objective, self._kinds, self._kinds.keys() - decayed),
+            one_sided=tuple(one_sided(self.objective, found, decayed)),
         )
 
     def _watch(self, optimizer: Optimizer) -> list[Any]:
@@ -443,7 +448,9 @@ class Monitor:
 
     def _groups_found(self) -> None:
         """Use the scale-invariant groups that are known now."""
-        self.optimizer_state.use_groups(self.measuring.groups)
+        groups = self.measuring.groups
+        self._kinds = {} if groups is None else kinds_of(self.objective, groups)
+        self.optimizer_state.use_groups(groups)
         self.recorder.outdate_description()
 
     def _measure_step(self) -> None:

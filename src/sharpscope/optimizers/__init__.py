@@ -6,12 +6,14 @@ from .descend import descend
 from .equivalences import ExponentialRate, ProjectedGD, as_decayed, as_exponential, as_projected, as_rmsprop, rescaled
 from .from_torch import rule_of, rules_of, stability_of, state_of
 from .gd import GD
+from .param_groups import ParamGroups, param_groups
 from .scalar import ScalarRMSprop, SphericalRMSprop
 
 __all__ = [
     "GD",
     "Adam",
     "ExponentialRate",
+    "ParamGroups",
     "ProjectedGD",
     "RMSprop",
     "ScalarRMSprop",
@@ -23,6 +25,7 @@ __all__ = [
     "as_projected",
     "as_rmsprop",
     "descend",
+    "param_groups",
     "rescaled",
     "rule_of",
     "rules_of",

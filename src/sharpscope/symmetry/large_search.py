@@ -24,7 +24,7 @@ from ..errors import InvalidValue
 from .confirmation import DOUBLE, MAX_CANDIDATE_COSINE, MAX_CHANGE, SINGLE, confirmed, factors
 from .parts import Left, Part, Piece, first, inside, lines, overlap, runs, size, views, whole
 from .points import at_ordinary_size, in_double_if_possible, perturbed_by_rank_one, perturbed_by_tensors
-from .relations import Sums, joint_sets, paired, place, title, zero_runs
+from .relations import MAX_PAIR_MISMATCH, Sums, joint_sets, paired, place, read_by_several, title, zero_runs
 
 EXAMPLES = 4
 """Number of examples that are used together where they see each other, as in batch normalization."""
@@ -232,6 +232,12 @@ class _LargeSearch:
         for pair in self.pairs.values():
             own.pop(next((n for n, part in own.items() if inside(part, pair.a)), ""), None)
         self.add(self._joint(own, points))
+        readers = read_by_several(
+            self.f.shapes, list(units), {a for a, _ in self.pairs}, _sums(points, units), MAX_PAIR_MISMATCH
+        )
+        for (vector, *maps), mismatch in readers.items():
+            read = tuple(p for name in maps for p in units[name])
+            self.pairs[vector, " + ".join(maps)] = _Pair(units[vector], read, mismatch)
 
     def _points(self, numbers: Iterable[int], axes: Axes) -> list[Tally]:
         """Gradients at points far from each other, of the few examples in turns."""

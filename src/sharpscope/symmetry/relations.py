@@ -5,12 +5,13 @@ Rescaling parts t by c^{a_t} leaves L as it is for every c exactly when, at all 
     Σ_t a_t w_tᵀ ∇_t L(w) = 0
 
 so gradients at a few random points show which sums of rows, pairs of tensors or sets of tensors do not see a scale:
-a = 1 on a block of rows, a = (1, -1) on a pair, a in {0, 1} on tensors that may be rescaled together.
+a = 1 on a block of rows, a = (1, -1) on a pair, (1, -1, -1, -1) on a gain before queries, keys and values, a in {0, 1}
+on tensors that may be rescaled together.
 
 P parameters, n of them in a part, m points, T parts.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -25,6 +26,9 @@ MAX_PAIR_MISMATCH = 1e-4
 
 MAX_PAIR_DIFFERENCE = 1e-2
 """Largest difference between the Euler products of a pair, against these, which are small for large tensors."""
+
+MAX_READERS, MAX_NEAR = 4, 12
+"""Largest number of maps that read one vector, and of maps near it among which they are sought."""
 
 MAX_NULL_VALUE = 1e-2
 """Largest singular value, against the first, of relations that are tried: eps leaves some."""
@@ -171,6 +175,47 @@ def paired(
         if b is not None:
             found[name, names[b]] = mismatch[a, b].item()
     return found
+
+
+def read_by_several(
+    shapes: Mapping[str, torch.Size],
+    names: Sequence[str],
+    paired: Collection[str],
+    sums: Mapping[str, Sums],
+    max_mismatch: float,
+) -> dict[tuple[str, ...], float]:
+    """Find vectors that may be rescaled by c, and two or more maps that read them by 1/c; return the mismatch.
+
+    `names` are those of tensors and of modules ``m.*``, `paired` those that have a pair by now.  Tried are sets of maps
+    of the vector's width in the module around its own, small sets and early maps first.  Relations through a
+    normalization are not exact, these are: so `max_mismatch` is rounding where that is known.
+    """
+    maps = {name: shapes[name][:2] for name in names if len(shapes.get(name, ())) > 1}
+    found: dict[tuple[str, ...], float] = {}
+    for vector, n in _vectors(shapes, [name for name in names if name not in paired]):
+        around = f"{vector.rpartition('.')[0].rpartition('.')[0]}.".removeprefix(".")
+        near = [name for name, shape in maps.items() if n in shape and name.startswith(around)]
+        sets = [c for size in range(2, MAX_READERS + 1) for c in combinations(range(len(near)), size)]
+        if not sets or len(near) > MAX_NEAR:
+            continue
+        chosen = torch.tensor([[float(i in c) for c in sets] for i in range(len(near))], dtype=torch.float64)
+        products, sizes = (x.cpu() for x in _side_by_side(sums, [vector, *near]))
+        own, size = products[:, :1], sizes[:, :1]
+        rest = (own - products[:, 1:] @ chosen).abs()
+        mismatch = (rest / (size.square() + sizes[:, 1:].square() @ chosen).sqrt()).max(dim=0).values
+        fits = (mismatch <= max_mismatch) & (rest.norm(dim=0) <= MAX_PAIR_DIFFERENCE * own.norm())
+        if bool(fits.any()) and bool((own.abs() > MAX_PAIR_MISMATCH * size).any()):
+            first = int(fits.nonzero()[0])
+            found[(vector, *(near[i] for i in sets[first]))] = mismatch[first].item()
+    return found
+
+
+def _vectors(shapes: Mapping[str, torch.Size], names: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Yield the vectors, and the modules that have nothing but vectors of one length, with that length."""
+    for name in names:
+        own = {shape for n, shape in shapes.items() if n == name or f"{n.rpartition('.')[0]}.*" == name}
+        if len(own) == 1 and len(shape := own.pop()) == 1:
+            yield name, shape[0]
 
 
 def joint_groups(parts: Mapping[str, Tensor], sums: Mapping[str, Sums]) -> dict[str, Tensor]:

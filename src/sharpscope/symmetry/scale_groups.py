@@ -31,7 +31,7 @@ from .large_search import Found, search_large
 from .parts import indices as places
 from .parts import views
 from .points import at_ordinary_size, in_double_if_possible, noise, perturbed
-from .relations import Sample, Sums, blocks, euler_cosine, joint_groups, rescaled_pairs, row_products
+from .relations import Sample, Sums, blocks, euler_cosine, joint_groups, read_by_several, rescaled_pairs, row_products
 
 LARGE = 500_000
 """Number of parameters from which few examples and single precision are used (`large_search`)."""
@@ -51,7 +51,8 @@ class ScaleGroups:
     group it measures eps against the variance.
     ``null``: name -> indices of weights without any effect on the loss.
     ``joint``: indices of all weights that may be rescaled together, ``joint_defect`` their Euler cosine.
-    ``pairs``: ``"a -> b"`` -> defect of weights that may be rescaled by c and 1/c (positive homogeneity).
+    ``pairs``: ``"a -> b"`` -> defect of weights that may be rescaled by c and 1/c (positive homogeneity);
+    ``"a -> b + c"`` where several maps read one gain, as queries, keys and values do.
     ``num_gradients``: cost of the search, gradients of the first batch alone included.
     """
 
@@ -140,7 +141,7 @@ def _from_parts(f: Objective, found: Found) -> ScaleGroups:
 
 
 def _take_related(f: Objective, search: "_Search") -> dict[str, float]:
-    """Add blocks of rows and sums of tensors to the groups; return the pairs that may be rescaled by c and 1/c."""
+    """Add blocks of rows and sums of tensors to the groups; return what may be rescaled by c and 1/c."""
     grids, wide = row_grids(f, search.left), module_grids(f, search.left)
     sums, single = search.euler_sums({**grids, **wide, **units(f, search.left)}), len(search.groups)
     search.take(blocks(grids, sums))
@@ -148,9 +149,11 @@ def _take_related(f: Objective, search: "_Search") -> dict[str, float]:
     if len(search.groups) > single:
         sums = search.euler_sums(units(f, search.left))
     own = parts(f, search.left)
-    pairs, represented = rescaled_pairs(own, modules(f, search.left) | thirds(f, search.left), sums)
+    wider = modules(f, search.left) | thirds(f, search.left)
+    pairs, represented = rescaled_pairs(own, wider, sums)
     search.take(joint_groups({name: i for name, i in own.items() if name not in represented}, sums))
-    return pairs
+    readers = read_by_several(f.shapes, [*own, *wider], {p.partition(" -> ")[0] for p in pairs}, sums, search.floor)
+    return pairs | {f"{vector} -> {' + '.join(maps)}": mismatch for (vector, *maps), mismatch in readers.items()}
 
 
 class _Search:
