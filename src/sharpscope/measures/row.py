@@ -5,7 +5,7 @@
 P parameters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,14 +46,20 @@ def setting_of(
     leading: int,
 ) -> Setting:
     """Read the setting of a live optimizer whose parameter groups have these `rules`, the `leading` one `rule`."""
-    grads = [g for p in parameters if (g := p.grad) is not None and not g.is_sparse]
-    norm = torch.stack(torch._foreach_norm(grads)).norm().item() if grads else None
+    gradient = applied_gradient(parameters)
+    norm = None if gradient is None else gradient.item()
     group, stability = optimizer.param_groups[leading], stability_of(optimizer, parameters, rules)
     rate, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
     if rule is None or stability is None or not stability.uniform:
         return Setting(rule, stability, rate, decay, None, norm)
     state = state_of(optimizer, group["params"], rule)
     return Setting(rule, stability, rate, decay, partial(rule.effective_learning_rate, state=state), norm)
+
+
+def applied_gradient(parameters: Iterable[Tensor]) -> Tensor | None:
+    """Norm of the gradients that these parameters have now, as a scalar on their device; None where they have none."""
+    grads = [g.detach() for p in parameters if (g := p.grad) is not None and not g.is_sparse]
+    return torch.stack(torch._foreach_norm(grads)).norm() if grads else None
 
 
 def curvature(it: Iterate, at: Setting, row: dict[str, Any], *, plain: bool, sphere: bool) -> None:

@@ -2,19 +2,23 @@
 
 from .along_step import AlongStep, BatchSharpness, GradientNoise, StepMeter, UpdateCosine
 from .finding import Finding
+from .loss_watch import LossWatch
 from .meters import Meter
 from .monitor import Monitor
 from .recorder import Sink as Sink
 from .schedules import log_spaced
+from .tensor_table import TensorTable
 
 __all__ = [
     "AlongStep",
     "BatchSharpness",
     "Finding",
     "GradientNoise",
+    "LossWatch",
     "Meter",
     "Monitor",
     "StepMeter",
+    "TensorTable",
     "UpdateCosine",
     "log_spaced",
 ]

@@ -15,6 +15,7 @@ from ..optimizers.param_groups import INVARIANT, KINDS, NULL
 from ..records.history import History
 from .finding import Finding
 from .measurements import ENOUGH, Facts, Measurements, Now
+from .step_rules import STEP_RULES
 
 AT_THE_EDGE = (0.95, 1.3)
 """Range of r called "at the edge": oscillation and several unstable modes push it above one."""
@@ -47,9 +48,10 @@ def diagnose(history: History, run: str, facts: Facts, now: Now | None = None) -
 
 def divergence(at: Measurements) -> Finding | None:
     """Report the step at which the loss was not finite."""
-    steps, losses = at.history.columns.get("step", []), at.history.columns.get("loss", [])
-    rows = zip(at.history.columns.get("run", []), steps, losses, strict=True)
-    lost = [step for name, step, loss in rows if name == at.run and not np.isfinite(np.nan if loss is None else loss)]
+    names = ("run", "step", "loss", "learning_rate")
+    rows = zip(*(at.history.columns.get(name, [None] * len(at.history)) for name in names), strict=True)
+    measured = [(step, loss) for run, step, loss, rate in rows if run == at.run and rate is not None]  # not by meters
+    lost = [step for step, loss in measured if not np.isfinite(np.nan if loss is None else loss)]
     if not lost:
         return None
     text = f"The run diverged: at step {lost[0]} the loss was not finite; what follows is about the steps before."
@@ -485,7 +487,7 @@ def eps(at: Measurements) -> Finding | None:
 def clipping(at: Measurements) -> Finding | None:
     """Notice that the norm of the gradients that were applied is the same at all late measurements."""
     norms = at.late("applied_gradient")
-    if len(norms) < 3 or not norms[-1] > 0 or np.ptp(norms) > 1e-4 * norms[-1]:
+    if len(at.series("clipping")) or len(norms) < 3 or not norms[-1] > 0 or np.ptp(norms) > 1e-4 * norms[-1]:
         return None
     if np.ptp(at.late("loss")) <= 1e-3 * abs(at.last("loss")):
         return None
@@ -556,6 +558,7 @@ RULES: tuple[Callable[[Measurements], Finding | None], ...] = (
     twice_the_decay,
     rotation,
     along_step,
+    *STEP_RULES,
     cost,
 )
 """All rules, in the order in which their findings are read."""

@@ -40,6 +40,7 @@ class Facts:
     decayed: Mapping[str, int] = field(default_factory=dict)  # kind of weights (`KINDS`) -> number with weight decay
     undecayed: Mapping[str, int] = field(default_factory=dict)  # and without
     one_sided: tuple[str, ...] = ()  # those of the pairs of which one side has weight decay
+    kinds: Mapping[str, str] = field(default_factory=dict)  # of the layer of each tensor
 
 
 @dataclass(frozen=True)

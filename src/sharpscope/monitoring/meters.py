@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 from warnings import warn
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..autodiff.objective import Objective
@@ -14,14 +15,19 @@ from ..autodiff.objective import Objective
 class Step:
     """A step that the optimizer has taken: its number, and what the loop has handed over about it.
 
-    `loss` is that of the batch before the step, and `batch` the batch, in the form of the objective's own; None where
-    the loop gives none.
+    `given` is the loss of the batch before the step, as it came, and `batch` the batch, in the form of the objective's
+    own; None where the loop gives none.
     """
 
     number: int
     objective: Objective
-    loss: float | None = None
+    given: float | Tensor | None = None
     batch: Any = None
+
+    @property
+    def loss(self) -> float | None:
+        """The loss as a number; waits for the device that it is on."""
+        return self.given.item() if isinstance(self.given, Tensor) else self.given
 
 
 class Meter:

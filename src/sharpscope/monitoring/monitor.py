@@ -35,6 +35,7 @@ from .optimizer_state import OptimizerState
 from .page import render_run
 from .recorder import RUN, Recorder, Sink
 from .schedules import Schedule
+from .tensor_kinds import kinds_of
 from .time_budget import Ledger, wait_for_device
 from .timetable import Timetable
 
@@ -308,6 +309,7 @@ class Monitor:
             decayed=weights_by_kind(self.objective, self._kinds, decayed),
             undecayed=weights_by_kind(self.objective, self._kinds, self._kinds.keys() - decayed),
             one_sided=tuple(one_sided(self.objective, found, decayed)),
+            kinds=kinds_of(self.objective),
         )
 
     def _watch(self, optimizer: Optimizer) -> list[Any]:
@@ -330,8 +332,7 @@ class Monitor:
     def _read_meters(self, loss: float | Tensor | None, batch: Any) -> None:
         """Read the meters that are due at this step."""
         if self._meters:
-            number = loss.item() if isinstance(loss, Tensor) else loss
-            self._read = self._meters.read(Step(self.steps, self.objective, number, batch))
+            self._read = self._meters.read(Step(self.steps, self.objective, loss, batch))
 
     def _taken(self) -> dict[str, float]:
         """Take what the meters have read, once."""

@@ -17,6 +17,7 @@ from .diagnosis import diagnose
 from .finding import Finding
 from .measurements import Facts, Measurements, Now
 from .recorder import RUN, read_description
+from .tensor_page import tensor_section
 
 
 def _chart(name: str, title: str, y: str, **options: Any) -> Chart:
@@ -46,6 +47,7 @@ CHARTS = (
         caption="Sharpness at w/‖w‖: the part that does not depend on the scale of normalized weights.",
     ),
     _chart("loss", "Loss", "loss", log="y"),
+    _chart("batch", "Loss of the batches of training", "batch_loss", log="y"),
     _chart("radius", "Norm of the scale-invariant weights", "radius"),
     _chart("rate", "Learning rate", "learning_rate"),
 )
@@ -76,7 +78,7 @@ def render_run(history: History, facts: Facts, config: Mapping[str, object], now
         columns=whole.columns,
         config={name: value for name, value in config.items() if name != "model"},
         environment={"torch": torch.__version__},
-        sections=[("Diagnosis", _diagnosis(findings))],
+        sections=[("Diagnosis", _diagnosis(findings)), ("Tensors", tensor_section(history, facts))],
     )
 
 

@@ -72,13 +72,13 @@ def state_of(optimizer: Optimizer, parameters: Sequence[Tensor], rule: UpdateRul
     The rule is ``rule_of(optimizer)`` by default; another one finds what it keeps by its `entries`.
     """
     rule = rule_of(optimizer) if rule is None else rule
-    start = rule.init(torch.cat([_flat(p) for p in parameters]))
+    start = rule.init(torch.cat([flat(p) for p in parameters]))
     state = {}
     for name, first in start.items():
         kept = [optimizer.state.get(p, {}).get(rule.entries.get(name, name)) for p in parameters]
         if first.dim():
             parts = [torch.zeros_like(p) if k is None else k for p, k in zip(parameters, kept, strict=True)]
-            state[name] = torch.cat([_flat(part) for part in parts])
+            state[name] = torch.cat([flat(part) for part in parts])
         else:
             counts = {float(k) for k in kept if k is not None} or {first.item()}
             demand(len(counts) == 1, f"the parameters differ in {name}, {sorted(counts)}: no one state describes them")
@@ -110,8 +110,8 @@ def stability_of(
     moving = [UNMOVED if s is None else s for s in found]
     pairs = list(zip(moving, parameters, strict=True))
     return Stability(
-        torch.cat([s.metric.to(_flat(p)).expand(_flat(p).numel()) for s, p in pairs]),
-        torch.cat([s.decay.to(_flat(p)).expand(_flat(p).numel()) for s, p in pairs]),
+        torch.cat([s.metric.to(flat(p)).expand(flat(p).numel()) for s, p in pairs]),
+        torch.cat([s.decay.to(flat(p)).expand(flat(p).numel()) for s, p in pairs]),
     )
 
 
@@ -123,7 +123,7 @@ def _stability(part: Optimizer, rule: UpdateRule | None, parameter: Tensor) -> S
     return None if rule is None else rule.stability(state_of(part, [parameter], rule))
 
 
-def _flat(t: Tensor) -> Tensor:
+def flat(t: Tensor) -> Tensor:
     """Flatten a tensor, complex numbers into pairs of real ones, low precision into single."""
     t = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
     return (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t).reshape(-1)

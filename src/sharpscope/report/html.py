@@ -62,13 +62,13 @@ def render(
         ("Configuration", _settings("What was set", config, unfolded=True)),
         ("Environment", _settings("Where it ran", environment, unfolded=False)),
     )
-    scripts = Template(_asset("scripts.html")).substitute(
-        data=_json(data),
-        licence=_asset("uPlot.LICENSE"),
-        library=_asset("uPlot.iife.min.js"),
-        script=_asset("report.js"),
+    scripts = Template(asset("scripts.html")).substitute(
+        data=embedded(data),
+        licence=asset("uPlot.LICENSE"),
+        library=asset("uPlot.iife.min.js"),
+        script=asset("report.js"),
     )
-    return chapters_page(title, subtitle, lead, chapters, style=_asset("uPlot.min.css"), scripts=scripts)
+    return chapters_page(title, subtitle, lead, chapters, style=asset("uPlot.min.css"), scripts=scripts)
 
 
 def chapters_page(
@@ -76,23 +76,24 @@ def chapters_page(
 ) -> str:
     """Make a page in the look of the report: headings, and chapters whose content is HTML already."""
     there = [(head, html) for head, html in chapters if html]
-    return Template(_asset("report.html")).substitute(
+    return Template(asset("report.html")).substitute(
         title=escape(title),
         subtitle=escape(subtitle),
         lead=escape(lead),
         links="".join(f'<a href="#{head.lower()}">{head}</a>' for head, _ in there) if len(there) > 1 else "",
         body="".join(f'<section id="{head.lower()}"><h2>{head}</h2>{html}</section>' for head, html in there),
-        style=style + _asset("report.css"),
+        style=style + asset("report.css"),
         footer=f"Made with sharpscope{'; charts drawn by uPlot' * bool(scripts)}.",
         scripts=scripts,
     )
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Read a file of the folder `assets`."""
     return (files("sharpscope.report") / "assets" / name).read_text(encoding="utf-8")
 
 
-def _json(data: object) -> str:
+def embedded(data: object) -> str:
     """Write JSON that may stand inside a script element: no `<`, so neither `</script>` nor `<!--`."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
