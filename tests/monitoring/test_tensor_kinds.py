@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrizations import weight_norm
 
 from sharpscope.autodiff.objective import Objective
-from sharpscope.monitoring.tensor_kinds import KINDS, kinds_of
+from sharpscope.monitoring.tensor_kinds import KINDS, layer_kinds
 
 
 class Net(nn.Module):
@@ -32,7 +32,7 @@ class Net(nn.Module):
 def test_every_kind_of_layer_is_recognized() -> None:
     torch.manual_seed(0)
     f = Objective(Net(), cross_entropy, [(torch.randint(5, (4, 3)), torch.randint(5, (4,)))])
-    kinds = kinds_of(f)
+    kinds = layer_kinds(f)
     assert list(kinds) == list(f.slices) and set(kinds.values()) == set(KINDS)
     expected = {
         "wte.weight": "embedding",
@@ -66,4 +66,4 @@ def test_names_alone_are_enough_in_a_plain_module() -> None:
             return (x @ self.attn_q * self.ln_scale) @ self.w
 
     f = Objective(Plain(), nn.functional.mse_loss, [(torch.randn(4, 2), torch.randn(4, 2))])
-    assert kinds_of(f) == {"attn_q": "attention", "ln_scale": "gain", "w": "linear"}
+    assert layer_kinds(f) == {"attn_q": "attention", "ln_scale": "gain", "w": "linear"}

@@ -12,7 +12,7 @@ from pages import HOSTILE, Elements
 from sharpscope.monitoring.measurements import Facts
 from sharpscope.monitoring.monitor import Monitor
 from sharpscope.monitoring.page import render_run
-from sharpscope.monitoring.tensor_kinds import kinds_of
+from sharpscope.monitoring.tensor_kinds import layer_kinds
 from sharpscope.monitoring.tensor_page import CELLS, tensor_section
 from sharpscope.monitoring.tensor_table import TensorTable
 from sharpscope.records.history import History
@@ -87,4 +87,4 @@ def test_the_page_of_a_run_has_the_section_and_is_about_every_tensor() -> None:
         monitor.step()
     html = render_run(monitor.history, monitor.facts, {})
     assert '<section id="tensors"><h2>Tensors</h2>' in html
-    assert data(html)["names"] == list(f.slices) and monitor.facts.kinds == kinds_of(f)
+    assert data(html)["names"] == list(f.slices) and monitor.facts.kinds == layer_kinds(f)

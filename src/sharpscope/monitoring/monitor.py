@@ -35,7 +35,7 @@ from .optimizer_state import OptimizerState
 from .page import render_run
 from .recorder import RUN, Recorder, Sink
 from .schedules import Schedule
-from .tensor_kinds import kinds_of
+from .tensor_kinds import layer_kinds
 from .time_budget import Ledger, wait_for_device
 from .timetable import Timetable
 
@@ -309,7 +309,7 @@ class Monitor:
             decayed=weights_by_kind(self.objective, self._kinds, decayed),
             undecayed=weights_by_kind(self.objective, self._kinds, self._kinds.keys() - decayed),
             one_sided=tuple(one_sided(self.objective, found, decayed)),
-            kinds=kinds_of(self.objective),
+            kinds=layer_kinds(self.objective),
         )
 
     def _watch(self, optimizer: Optimizer) -> list[Any]:

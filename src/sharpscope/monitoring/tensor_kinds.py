@@ -14,13 +14,13 @@ ATTENTION = re.compile(r"attn|attention")
 GAIN = re.compile(r"norm|(^|[._])(ln|bn|gn)_?\w?\d*([._]|$)|gain|gamma|scale|original0$|weight_g$")
 
 
-def kinds_of(objective: Objective) -> dict[str, str]:
+def layer_kinds(objective: Objective) -> dict[str, str]:
     """The kind of every trainable tensor, one of `KINDS`, in the order of the weights.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
     >>> f = Objective(net, nn.functional.mse_loss, [(torch.zeros(4, 2), torch.zeros(4, 3))])
-    >>> kinds_of(f)
+    >>> layer_kinds(f)
     {'0.weight': 'linear', '0.bias': 'bias', '1.weight': 'gain', '1.bias': 'bias'}
     """
     modules = dict(objective.named_modules())
