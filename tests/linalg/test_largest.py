@@ -8,7 +8,7 @@ from problems import DTYPE
 from test_lanczos import SPECTRA, line
 from torch import Tensor
 
-from sharpscope.errors import InvalidValue, NotConverged, NotFinite
+from sharpscope.errors import InvalidValue, NotConverged, NotFinite, OutOfTime
 from sharpscope.linalg import SymmetricOperator
 from sharpscope.linalg.largest import largest_eigenpair
 from sharpscope.linalg.vectors import dot, gaussian, length
@@ -126,6 +126,32 @@ def test_no_convergence_and_products_that_are_not_finite() -> None:
         largest_eigenpair(diagonal(values), error=1e-9, max_matvecs=5)
     with pytest.raises(NotFinite):
         largest_eigenpair(SymmetricOperator(lambda v: math.nan * v, values))
+
+
+@pytest.mark.parametrize("vectors", [True, False])
+def test_what_is_found_when_time_runs_out_is_returned_with_its_error(vectors: bool) -> None:
+    """Five products where far more are wanted: a value from below, about as far from the truth as it says."""
+    values = torch.linspace(0, 1, 200, dtype=torch.float64) ** 4
+    left = 5
+
+    def product(v: Tensor) -> Tensor:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OutOfTime("it took too long")
+        return values * v
+
+    a = SymmetricOperator(product, values)
+    found = largest_eigenpair(a, error=1e-9, vectors=vectors)
+    assert found.num_matvecs == 5
+    lacking = 1 - found.values[0].item()
+    assert 0 < lacking < 3 * found.error and found.upper > 1
+    if vectors:
+        v = found.vectors[:, 0]
+        assert (values * v - found.values[0] * v).norm().item() == pytest.approx(found.residuals[0].item(), rel=1e-6)
+    left = 2
+    with pytest.raises(OutOfTime):
+        largest_eigenpair(a, error=1e-9)
 
 
 def test_the_global_generator_is_not_touched_and_units_do_not_matter() -> None:

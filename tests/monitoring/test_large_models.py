@@ -185,10 +185,10 @@ def test_a_first_look_comes_where_the_first_measurement_has_to_wait() -> None:
     assert budget.allows_look(ledger, 210, slow)
     assert not budget.allows_look(ledger, 10, type(plan)(**{**vars(plan), "first_seconds": 2.0, "look_seconds": 1.0}))
     monitor.measuring.follow(slow)
-    monitor.timetable.look = look = measuring.first_look(slow.look, 0)
+    monitor.timetable.look = look = measuring.first_look(slow.look, 0, None)
     assert look is not None and look.examples == 4
     few = f.on(head(f.source, 4, f.form))
-    assert look.sharpness == pytest.approx(cases.dense_top(hessian(few, f.weights()).dense()), rel=0.1)
+    assert look.value == pytest.approx(cases.dense_top(hessian(few, f.weights()).dense()), rel=0.1)
     text = monitor.diagnosis()
     assert "A first look on 4 examples only, at step 0: λ1 was about" in text
     assert len(monitor.history) == 0

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import InvalidValue, NotConverged, NotFinite
+from ..errors import InvalidValue, NotConverged, NotFinite, OutOfTime
 from .bounds import RandomStart
 from .eigenpairs import CONFIDENCE, Eigenpairs
 from .operators import SymmetricOperator, require_operator, without_autocast
@@ -87,7 +87,8 @@ def largest_eigenpair(
         seed: of the random start; torch's global generator is not used.
 
     Raises:
-        NotConverged: with the estimate reached.
+        NotConverged: with the estimate reached.  Where a product of the operator raises OutOfTime, what has been found
+            by then is returned, with its residual as its error, if this is an estimate at all.
         NotFinite: a ValueError, for an operator whose products are not finite.
     """
     require_operator(a)
@@ -97,8 +98,15 @@ def largest_eigenpair(
         raise InvalidValue(f"a start of shape {tuple(toward.shape)} for an operator of size {a.size}; give ({a.size},)")
     unit = Unit()
     space = _Krylov(unit.applied(a), toward, weight, _rows(a.like, basis) if vectors else 0, seed)
+    ritz: _Ritz | None = None
     while True:
-        space.multiply()
+        try:
+            space.multiply()
+        except OutOfTime:  # what has been found is worth its residual: the estimate needs a Ritz value that stands out
+            if ritz is None or not space.believed(ritz) or not space.shrink(ritz):
+                raise
+            found = replace(space.answer(ritz), error=float(ritz.residuals[0]))
+            return replace(found, num_gradients=space.products * a.cost).scaled(unit.size)
         ritz = space.ritz()
         if space.done(ritz, error, gap):
             return replace(space.answer(ritz), num_gradients=space.products * a.cost).scaled(unit.size)
@@ -216,9 +224,19 @@ class _Krylov:
             return True
         size = max(abs(ritz.values[0]), SMALL * ritz.scale)
         allowed = max(PRUDENCE * error * size, 8 * self.eps * ritz.scale)
-        if len(ritz.values) < 3 or ritz.residuals[0] > LOOSEST * ritz.scale or ritz.error > allowed:
+        if not self.believed(ritz) or ritz.error > allowed:
             return False
         return gap == math.inf or not self.bounded or self._upper(ritz, 1 - LIKELY) <= ritz.values[0] + gap * size
+
+    def believed(self, ritz: _Ritz) -> bool:
+        """Say whether the estimate of the error means something."""
+        return len(ritz.values) >= 3 and bool(ritz.residuals[0] <= LOOSEST * ritz.scale)
+
+    def shrink(self, ritz: _Ritz) -> bool:
+        """Take back the last `extend`, whose row was never multiplied; say whether that can be done."""
+        if self.basis is not None:
+            self.basis.size -= 1
+        return len(self.t) == len(ritz.values)
 
     def _complete(self, ritz: _Ritz) -> bool:
         return self.beta <= 32 * self.eps * ritz.scale or len(ritz.values) == self.a.size

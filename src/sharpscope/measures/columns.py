@@ -42,6 +42,7 @@ COLUMNS = (
     Column("threshold", "threshold", "Sharpness at which the rule becomes unstable."),
     Column("spherical_threshold", "threshold at unit norm", "Spherical sharpness at the edge, at the present norm."),
     Column("stability_ratio", "sharpness / threshold", "Sharpness over its threshold: 1 at the edge of stability."),
+    Column("uncertainty", "error of sharpness / threshold", "Estimated relative error of sharpness / threshold."),
     Column("eta_lambda", "η̃ λ1", "Effective learning rate times spherical sharpness: 2 at gradient descent's edge."),
     Column("radius", "‖w‖", "Norm of the scale-invariant weights; in studies and predictions of all weights."),
     Column("angle", "angle of a step", "Angle between the weights before and after the step.", "rad"),

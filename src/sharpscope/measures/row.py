@@ -5,6 +5,7 @@
 P parameters.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -73,13 +74,15 @@ def curvature(it: Iterate, at: Setting, row: dict[str, Any], *, plain: bool, sph
     if not it.objective.follows_gradient:
         row |= _of_jacobian(it, plain=plain)
         return
+    if it.stability is not None:
+        row["stability_ratio"] = measures.stability_ratio(it)
+        if math.isfinite(error := it.effective_top.error) and row["stability_ratio"]:
+            row["uncertainty"] = error / abs(row["stability_ratio"])
     groups, whole = it.scale_groups, it.scale_groups.covers(it.objective.size)
     uniform = it.stability is None or it.stability.uniform
     if plain or uniform:
         row |= {"sharpness": measures.sharpness(it), "residual": it.top.residuals[0].item()}
         row |= {f"sharpness{i}": v for i, v in enumerate(it.top.values[1:].tolist(), start=2)}
-    if it.stability is not None:
-        row["stability_ratio"] = measures.stability_ratio(it)
     if groups.joint.numel() > 0:
         row["radius"] = measures.radius(it)
         if sphere or (uniform and whole):

@@ -145,7 +145,7 @@ def _side(at: Measurements) -> tuple[str, str, str]:
     """Name, sentence and source of the regime, from enough fresh measurements."""
     present, r = at.at_rate(at.rate)[at.window], at.ratio
     low, high = (float(q) for q in np.quantile(present, (0.25, 0.75)))
-    seen = f"sharpness / threshold is {_r(r)} at the learning rate {_n(at.rate)} (median of {at.when()})"
+    seen = f"sharpness / threshold is {_r(r)} at the learning rate {_n(at.rate)} (median of {at.when()}{_error(at)})"
     floor, ceiling = AT_THE_EDGE
     if at.rate <= 0:
         return "below", f"Below the edge of stability: the learning rate is zero now ({at.when()}).", COHEN
@@ -173,6 +173,13 @@ def _side(at: Measurements) -> tuple[str, str, str]:
         return "sharpening", f"Progressive sharpening: {seen}, {up}.", COHEN
     text = f"Below the edge of stability: {seen}; it may grow {1 / r:.3g}-fold before steps overshoot."
     return "below", text, COHEN
+
+
+def _error(at: Measurements) -> str:
+    """Say how rough the late values are, where they are rougher than the bounds of regimes."""
+    late = at.late("uncertainty")
+    rough = float(np.median(late)) if len(late) else 0.0
+    return f", each to about {rough:.0%}" if rough > 0.1 else ""
 
 
 def _above(at: Measurements) -> str:

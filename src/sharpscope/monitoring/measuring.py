@@ -20,6 +20,7 @@ from ..linalg.operators import without_autocast
 from ..measures import measures
 from ..measures.iterate import LARGE, Iterate
 from ..measures.row import Setting, angles, curvature
+from ..optimizers.base import Stability
 from ..symmetry.scale_groups import ScaleGroups, find_groups
 from .memory_plan import MemoryPlan, free_bytes, plan_memory
 from .time_budget import ProbePlan, limited
@@ -153,17 +154,21 @@ class Measuring:
         return self._fitted.objective is not None
 
 
-def first_look(f: Objective, step: int) -> "FirstLook":
-    """Find λ1 on a few examples: the first useful number, long before a measurement can be afforded."""
-    with without_autocast():
-        it = Iterate(f, f.weights(), step=step, error=0.1)
-        return FirstLook(step, sum(map(f.form.size, f.data)), measures.sharpness(it))
-
-
 @dataclass(frozen=True)
 class FirstLook:
-    """The value of λ1 on a few examples, after so many steps."""
+    """Sharpness on a few examples, after so many steps: over its threshold where there is one, otherwise λ1."""
 
     step: int
     examples: int
-    sharpness: float
+    value: float
+    name: str
+
+
+def first_look(f: Objective, step: int, stability: Stability | None) -> FirstLook:
+    """Solve one eigenvalue problem on a few examples, long before a measurement can be afforded."""
+    with without_autocast():
+        it = Iterate(f, f.weights(), step=step, error=0.1, stability=stability)
+        examples = sum(map(f.form.size, f.data))
+        if stability is None:
+            return FirstLook(step, examples, measures.sharpness(it), "λ1")
+        return FirstLook(step, examples, measures.stability_ratio(it), "sharpness / threshold")

@@ -407,18 +407,13 @@ class Monitor:
         """Say whether the next step will be measured; what planning raises ends the measuring, not the training."""
         known = self.measuring.groups
         try:
-            return self.timetable.next_is_due(self.steps + 1, self.measuring, self._solves)
+            return self.timetable.next_is_due(self.steps + 1, self.measuring, self.optimizer_state.stability)
         except Exception as error:
             self._give_up(error)
             return False
         finally:
             if self.measuring.groups is not known:
                 self._groups_found()
-
-    def _solves(self) -> int:
-        """Number of eigenvalue problems of a full measurement: plain, on the sphere, and in the steps' metric."""
-        stability = self.optimizer_state.stability()
-        return 2 if stability is None or stability.uniform else 3
 
     def _measure_start(self) -> None:
         """Measure at step 0, as it was, if that is still to be done; a run is not stopped for being watched."""

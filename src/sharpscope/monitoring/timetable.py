@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from ..errors import InvalidValue
+from ..optimizers.base import Stability
 from ..symmetry.scale_groups import find_groups
 from .finding import Finding
 from .measuring import FirstLook, Measuring, first_look
@@ -44,18 +45,16 @@ class Timetable:
             return False
         return prepared if self.budget is not None else any(map(self.due, steps))
 
-    def next_is_due(self, step: int, measuring: Measuring, solves: Callable[[], int]) -> bool:
-        """Say whether the next `step` will be measured; with a budget, do before that what can be afforded.
-
-        `solves` gives the number of eigenvalue problems of a full measurement.
-        """
+    def next_is_due(self, step: int, measuring: Measuring, stability: Callable[[], Stability | None]) -> bool:
+        """Say whether the next `step` will be measured; with a budget, do before that what can be afforded."""
         if self._stopped or self.budget is None:
             return not self._stopped and self.due(step)
         if measuring.plan is None:
             if len(self.ledger.latest_steps) < 5:
                 return False
-            w = measuring.objective.weights()
-            measuring.follow(plan_probe(measuring.objective, w, self.ledger, self.budget, solves(), measuring.k))
+            f, present = measuring.objective, stability()
+            solves = 2 if present is None or present.uniform else 3  # plain and on the sphere; in the steps' metric
+            measuring.follow(plan_probe(f, f.weights(), self.ledger, self.budget, solves, measuring.k))
         plan = measuring.plan
         assert plan is not None
         if measuring.groups is None and self.budget.allows_once(self.ledger, plan.groups_seconds, step):
@@ -65,7 +64,7 @@ class Timetable:
             return True
         early = not self.ledger.most_expensive and self.look is None
         if early and self.budget.allows_look(self.ledger, step, plan):
-            self.look = first_look(plan.look, step - 1)
+            self.look = first_look(plan.look, step - 1, stability())
         return False
 
     def deadline(self, step: int) -> float | None:
@@ -89,10 +88,10 @@ class Timetable:
         )
         if self.look is not None:
             look = self.look
-            numbers |= {"λ1 on a few examples": look.sharpness, "examples": float(look.examples)}
+            numbers |= {f"{look.name} on a few examples": look.value, "examples": float(look.examples)}
             numbers["step"] = float(look.step)
             text += (
-                f" A first look on {look.examples} examples only, at step {look.step}: λ1 was about"
-                f" {look.sharpness:.2g} there; on so few it may be far from that of all."
+                f" A first look on {look.examples} examples only, at step {look.step}: {look.name} was about"
+                f" {look.value:.2g} there; on so few it may be far from that of all."
             )
         return Finding("waiting", text, numbers, remedy="Raise the budget, or wait.")
