@@ -241,12 +241,55 @@ def test_a_fit_that_fails_has_a_report(tmp_path: Path) -> None:
 
 
 class TwoOptimizers(Module):
-    def __init__(self) -> None:
-        super().__init__()
+    """Trains its net by two optimizers, and a critic by a third, in a loop of its own."""
+
+    def __init__(self, trained: int = 100) -> None:
+        super().__init__(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)))
+        self.critic = nn.Linear(1, 1)
         self.automatic_optimization = False
+        self.trained = trained
+
+    def training_step(self, batch: Any, index: int) -> None:  # type: ignore[override]
+        first, second, third = self.optimizers()
+        loss = mse(self(batch[0]), batch[1])
+        self.zero_grad()
+        (loss + self.critic(batch[1]).mean()).backward()
+        for optimizer in (first, second, third):
+            optimizer.step()
+        self.losses.append(loss.item())
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD([p], lr=0.1) for p in list(self.parameters())[:2]]
+        matrices = [p for p in self.net.parameters() if p.dim() == 2]
+        others = [p for p in self.net.parameters() if p.dim() == 1][: self.trained]
+        critic = torch.optim.SGD(self.critic.parameters(), lr=0.1)
+        return [critic, torch.optim.SGD(matrices, lr=0.1), torch.optim.AdamW(others, lr=0.01)]
+
+
+def two_optimizers(trained: int = 100) -> TwoOptimizers:
+    seed_all()
+    return TwoOptimizers(trained)
+
+
+def test_several_optimizers_are_watched_together(tmp_path: Path) -> None:
+    alone, watched = two_optimizers(), two_optimizers()
+    fit(None, fixed_data(), alone)
+    callback = SharpnessCallback(mse, list(fixed_data()), every=4, model=lambda module: module.net)
+    fit(callback, fixed_data(), watched)
+    assert alone.losses == watched.losses
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), watched.parameters(), strict=True))
+    monitor = callback.monitor
+    assert monitor is not None
+    assert [type(one).__name__ for one in monitor.optimizers] == ["SGD", "AdamW"]  # not that of the critic
+    assert monitor.history.columns["step"] == [0, 4, 8, 12]
+    assert len(monitor.history.series("training", "stability_ratio")) == 4  # SGD's at the start
+
+
+def test_steps_of_a_resumed_fit_are_those_of_one_of_its_optimizers(tmp_path: Path) -> None:
+    fit(None, fixed_data(), two_optimizers(), **saving(tmp_path))
+    callback, last = SharpnessCallback(mse, every=4, model=lambda module: module.net), str(tmp_path / "last.ckpt")
+    fit(callback, fixed_data(), two_optimizers(), max_epochs=5, ckpt_path=last, **saving(tmp_path))
+    assert callback.monitor is not None
+    assert callback.monitor.history.columns["step"] == [12, 16, 20]
 
 
 class Stream(IterableDataset[Any]):
@@ -326,8 +369,8 @@ def test_a_validation_batch_can_be_measured_after_the_validation() -> None:
 
 
 def test_what_cannot_be_watched_is_refused_in_a_sentence() -> None:
-    with pytest.raises(ValueError, match="the module has 2 optimizers, and a measurement is about one; make a Monitor"):
-        fit(SharpnessCallback(mse), fixed_data(), TwoOptimizers())
+    with pytest.raises(ValueError, match=r"the optimizer \(SGD, AdamW\) does not train 2\.bias"):
+        fit(SharpnessCallback(mse, model=lambda module: module.net), fixed_data(), two_optimizers(trained=1))
     for odd in ([fixed_data()], DataLoader(fixed_data().dataset, batch_size=None)):
         with pytest.raises(ValueError, match=r"pass a few fixed batches: SharpnessCallback\(data="):
             fit(SharpnessCallback(mse), odd)

@@ -13,7 +13,7 @@ from problems import normal
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from sharpscope import GD, Monitor, Objective, sharpness
+from sharpscope import GD, Monitor, Objective, rule_of, sharpness
 from sharpscope.errors import InvalidType, InvalidValue
 from sharpscope.monitoring import log_spaced
 
@@ -129,13 +129,15 @@ class TwoPhases(Optimizer):
         raise NotImplementedError
 
 
-def test_steps_in_two_phases_are_counted_or_refused() -> None:
+@pytest.mark.parametrize("rule", [None, GD(0.1)])
+def test_steps_in_two_phases_are_those_of_the_optimizer_inside(rule: GD | None) -> None:
     net = small()
     optimizer = TwoPhases(net.parameters(), 0.05)
     f = Objective(net, F.mse_loss, [(X, Y)])
     with pytest.raises(InvalidType, match="TwoPhases wraps SGD, and how its steps differ"):
-        Monitor(f, optimizer)
-    monitor = Monitor(f, optimizer, every=2, rule=GD(0.1))
+        rule_of(optimizer)
+    monitor = Monitor(f, optimizer, every=2, rule=rule)
+    assert monitor.facts.observed == (("TwoPhases",) if rule is None else ())
     for _ in range(4):
         F.mse_loss(net(X), Y).backward()
         optimizer.climb()

@@ -229,9 +229,11 @@ def test_time_that_is_left_follows_the_schedule() -> None:
     assert "time_left/0.weight" not in read(TensorTable(1), f, sgd)
 
 
-def test_an_optimizer_without_a_rule_has_the_columns_that_need_none() -> None:
+@pytest.mark.parametrize("kind", [torch.optim.Rprop, torch.optim.ASGD])
+def test_an_optimizer_without_a_rule_has_the_columns_that_need_none(kind: Any) -> None:
+    """As one whose rate depends on the number of steps."""
     f = cases.plain()
-    row = read(TensorTable(1), f, torch.optim.Adagrad(f.model.parameters(), lr=0.1))
+    row = read(TensorTable(1), f, kind(f.model.parameters(), lr=0.1))
     assert {name.partition("/")[0] for name in row} == {"norm", "gradient", "update", "turn", "unmoved"}
 
 

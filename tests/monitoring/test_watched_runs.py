@@ -160,18 +160,6 @@ def test_rules_of_groups() -> None:
     assert [len(group["params"]) for group in sgd.param_groups] == [1, 1]  # as it was
 
 
-def test_optimizers_without_a_rule_are_refused_with_a_sentence() -> None:
-    f = cases.plain()
-    params = list(f.model.parameters())
-    for optimizer, sentence in (
-        (torch.optim.LBFGS(params), "no update rule for LBFGS; subclass UpdateRule. Known: .*AdamW"),
-        (torch.optim.Adam(params, amsgrad=True), "no update rule for Adam with amsgrad"),
-        (torch.optim.SGD(params, lr=0.1, maximize=True), "no update rule for SGD with maximize"),
-    ):
-        with pytest.raises(TypeError, match=sentence):
-            Monitor(f, optimizer)
-
-
 class SignDescent(torch.optim.Optimizer):
     """Somebody's own optimizer."""
 

@@ -71,15 +71,8 @@ def test_optimizers_are_read_with_their_present_values(rule: RMSprop | Adam) -> 
     assert rule_of(optimizer) == replace(rule, learning_rate=0.125)
 
 
-def test_variants_are_refused_by_name() -> None:
-    p = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(TypeError, match="RMSprop with centered"):
-        rule_of(torch.optim.RMSprop([p], centered=True))
-    with pytest.raises(TypeError, match="Adam with amsgrad"):
-        rule_of(torch.optim.Adam([p], amsgrad=True))
-    with pytest.raises(TypeError, match="AdamW with maximize"):
-        rule_of(torch.optim.AdamW([p], maximize=True))
-    two = torch.optim.Adam([p])
+def test_a_rule_describes_one_parameter_group() -> None:
+    two = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
     two.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
     with pytest.raises(TypeError, match="2 parameter groups"):
         rule_of(two)
@@ -190,7 +183,7 @@ def test_there_is_no_preconditioner_before_the_first_step(rule: UpdateRule) -> N
 
 @every_rule
 def test_one_number_for_all_weights_is_refused(rule: UpdateRule) -> None:
-    with pytest.raises(TypeError, match="no threshold on the eigenvalues of ∇²L; compare the eigenvalues of P"):
+    with pytest.raises(TypeError, match="no threshold on the eigenvalues of ∇²L; compare the eigenvalues of M"):
         rule.threshold({})
     with pytest.raises(TypeError, match="no effective learning rate"):
         rule.effective_learning_rate(1.0, {})

@@ -1,7 +1,10 @@
 """Update rules: the steps of torch's optimizers, and thresholds that separate stable from unstable."""
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import cases
 import pytest
@@ -183,16 +186,50 @@ def test_sgd_is_read_with_its_present_values(rule: GD) -> None:
     assert rule_of(sgd) == replace(rule, learning_rate=0.125)
 
 
-def test_unknown_optimizers_are_named_with_the_known_ones() -> None:
-    p = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(TypeError, match=r"no update rule for Adagrad; subclass UpdateRule\. Known: .*SGD"):
-        rule_of(torch.optim.Adagrad([p]))
+class LBFGS(torch.optim.LBFGS):
+    """Inherits its step."""
 
 
-def test_variants_of_sgd_are_refused_by_name() -> None:
-    p = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(TypeError, match="SGD with maximize"):
-        rule_of(torch.optim.SGD([p], lr=0.1, momentum=0.9, maximize=True))
+class Lion(torch.optim.Optimizer):
+    """Steps of one length."""
+
+
+class Clipped(torch.optim.SGD):
+    """Takes steps of its own."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
+        super().step(closure)
+
+
+class Renamed(torch.optim.SGD):
+    """Takes the steps of SGD."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (LBFGS, r"no update rule for LBFGS; subclass UpdateRule\. Known: .*SGD"),
+        (Clipped, "Clipped takes steps other than those of SGD; subclass UpdateRule for it"),
+        (lambda p: Lion(p, {"lr": 0.1}), "Lion has no law of stability: its steps have one length whatever"),
+        (lambda p: torch.optim.Rprop(p), "Rprop has no law of stability"),
+    ],
+)
+def test_optimizers_without_a_law_are_named_with_the_reason(kind: Any, sentence: str) -> None:
+    with pytest.raises(TypeError, match=sentence):
+        rule_of(kind([torch.nn.Parameter(torch.ones(2))]))
+
+
+@pytest.mark.parametrize("first", ["parent", "child"])
+def test_a_subclass_that_inherits_its_step_has_the_rule_of_its_parent(first: str) -> None:
+    """Torch wraps the step of a class when its first optimizer is made, in whichever order."""
+    code = "import torch; from sharpscope.optimizers import rule_of; p = [torch.nn.Parameter(torch.ones(2))];"
+    code += "Child = type('Child', (torch.optim.SGD,), {});"
+    code += "torch.optim.SGD(p, lr=.1);" if first == "parent" else ""
+    code += "print(rule_of(Child(p, lr=.2)).learning_rate)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "0.2"
+    assert rule_of(Renamed([torch.nn.Parameter(torch.ones(2))], lr=0.1)) == GD(0.1)
 
 
 def test_nesterov_needs_momentum_and_no_dampening() -> None:
@@ -234,36 +271,25 @@ class SignRule(UpdateRule):
 
     reads = SignDescent
 
-    def init(self, w: Tensor) -> State:
-        return {}
-
-    def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
-        return w - self.learning_rate * g.sign(), state
-
     def threshold(self, state: State) -> float:
-        return 0.0
-
-    def effective_learning_rate(self, radius: float, state: State) -> float:
-        return self.learning_rate / radius
-
-    @property
-    def edge(self) -> float:
-        return 0.0
-
-    @property
-    def intrinsic_time_per_step(self) -> float:
-        return 0.0
-
-    @classmethod
-    def read(cls, optimizer: torch.optim.Optimizer) -> "SignRule":
-        return cls(optimizer.param_groups[0]["lr"])
+        return 4.0
 
 
 def test_a_rule_of_ones_own_is_found_by_its_optimizer() -> None:
     optimizer = SignDescent([torch.nn.Parameter(torch.ones(2))], lr=0.3)
     assert rule_of(optimizer) == SignRule(0.3)
     with pytest.raises(TypeError, match=r"Known: .*SignDescent"):
-        rule_of(torch.optim.Adagrad([torch.nn.Parameter(torch.ones(2))]))
+        rule_of(torch.optim.LBFGS([torch.nn.Parameter(torch.ones(2))]))
+
+
+def test_what_a_rule_of_ones_own_leaves_out_has_a_value_or_a_sentence() -> None:
+    rule, w = SignRule(0.3), torch.ones(2)
+    assert (rule.init(w), rule.edge, rule.intrinsic_time_per_step) == ({}, 2.0, 0.0)
+    assert rule.effective_learning_rate(2.0, {}) * 2.0**2 * 4.0 == rule.edge
+    found = rule.stability({})
+    assert found is not None and found.threshold == 4.0
+    with pytest.raises(TypeError, match="SignRule says how steps are stable, not how they are taken; define step"):
+        rule.step(w, w, {})
 
 
 def test_a_rule_that_cannot_read_says_so() -> None:

@@ -48,7 +48,7 @@ def _batch_size(loader: Any) -> int:
 
 def monitor_of(
     objective: Objective,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     state: Mapping[str, Any] | None,
     done: int,
     sinks: Sequence[Sink],

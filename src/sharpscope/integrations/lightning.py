@@ -15,7 +15,6 @@ from torch import nn
 
 from ..autodiff import Objective
 from ..autodiff.whole import Loss
-from ..errors import InvalidValue
 from ..monitoring import Monitor, Sink
 from . import named
 from ._training import check_replicated, monitor_of, probe, with_forward
@@ -48,12 +47,13 @@ class SharpnessCallback(Callback):
         sinks: functions that get every measurement; the trainer's loggers do in any case.
         options: those of `Monitor`, such as every, budget, k, point, rule, directory.
 
-    Dropout is left out of what is measured.  With several processes the first one measures.  The state is part of
-    Lightning's checkpoints, and a resumed fit goes on with it.  `monitor` is the Monitor, from the start of a fit on.
+    Of several optimizers, all that train the measured model are watched.  Dropout is left out of what is measured.
+    With several processes the first one measures.  The state is part of Lightning's checkpoints, and a resumed fit goes
+    on with it.  `monitor` is the Monitor, from the start of a fit on.
 
     Raises:
-        ValueError: (at the start of a fit) several optimizers; parameters spread over processes; no probe can be taken
-            from the training data.
+        ValueError: (at the start of a fit) parameters spread over processes, or trained by no optimizer; no probe can
+            be taken from the training data.
     """
 
     def __init__(
@@ -85,16 +85,13 @@ class SharpnessCallback(Callback):
         """Make the Monitor, on the first process."""
         names = {base.__name__ for base in type(trainer.strategy).__mro__}
         check_replicated(pl_module, bool(names & WHOLE), type(trainer.strategy).__name__, trainer.world_size)
-        if len(trainer.optimizers) != 1:
-            raise InvalidValue(
-                f"the module has {len(trainer.optimizers)} optimizers, and a measurement is about one; make a Monitor"
-                " for each in on_train_start, and call their step() in on_train_batch_end"
-            )
         if not trainer.is_global_zero:
             return
         data = probe(trainer.train_dataloader, self.batches, _sent(trainer)) if self.data is None else self.data
         model = self.model(_uncompiled(pl_module))
         objective = Objective(model, self.loss, data, batch=self.batch, examples=self.examples, without_dropout=True)
+        own = {id(p) for p in objective.parameters().values()}
+        optimizers = [o for o in trainer.optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
         planned = trainer.estimated_stepping_batches
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         options = {
@@ -103,7 +100,8 @@ class SharpnessCallback(Callback):
         } | self.options
         sinks = (*self.sinks, *(_logged(logger) for logger in trainer.loggers))
         state, self._state = self._state, None
-        self.monitor = monitor_of(objective, trainer.optimizers[0], state, trainer.global_step, sinks, **options)
+        done = trainer.global_step // max(len(trainer.optimizers), 1)  # which counts the steps of every optimizer
+        self.monitor = monitor_of(objective, optimizers or trainer.optimizers, state, done, sinks, **options)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure if it is time."""

@@ -19,7 +19,7 @@ from ..errors import InvalidType, InvalidValue
 from ..linalg.eigenpairs import Eigenpairs
 from ..linalg.largest import largest_eigenpair
 from ..linalg.memory import Memory
-from ..linalg.operators import SymmetricOperator, preconditioned, restricted, shifted
+from ..linalg.operators import SymmetricOperator, preconditioned, restricted, scaled, shifted
 from ..linalg.rightmost import Rightmost, rightmost
 from ..linalg.vectors import length
 from ..linalg.warm_start import warm_started
@@ -129,13 +129,13 @@ class Iterate:
     @cached_property
     def effective_rightmost(self) -> Rightmost:
         """Rightmost eigenvalue of ``M^-½ (J + D) M^-½``, whose real part is 1 at the edge where it is real."""
-        like = self.expansion.grad
+        like, sign = self.expansion.grad, self.criterion.sign
         root = self.criterion.metric.to(like).sqrt()
         decay = self.criterion.decay.to(like)
 
         def product(v: Tensor) -> Tensor:
             x = v / root
-            return (self.expansion.hvp(x) + decay * x) / root
+            return (sign * self.expansion.hvp(x) + decay * x) / root
 
         return rightmost(product, like, rtol=max(self.rtol, 1e-3), seed=self.step)
 
@@ -165,7 +165,9 @@ class Iterate:
         """Top eigenpairs of ``M^-½ (∇²L + D) M^-½``, whose largest eigenvalue is 1 at the edge of stability [N34]."""
         metric, decay = self.criterion.metric.to(self.w), self.criterion.decay.to(self.w)
         if not self.criterion.uniform:
-            a = shifted(preconditioned(self.hessian, metric), decay / metric)
+            metric = metric.expand_as(self.w)
+            h = self.hessian if self.criterion.sign > 0 else scaled(self.hessian, -1.0)
+            a = shifted(preconditioned(h, metric), decay / metric)
             return self._solve("effective_top", a, self.expansion.grad / metric.sqrt())
         top, m = self.top, (metric[0] if metric.dim() else metric).item()
         # One step length for all weights: the vectors of ∇²L serve, and D counts as they see it.

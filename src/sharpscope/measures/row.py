@@ -6,7 +6,7 @@ P parameters.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..optimizers.base import Stability, UpdateRule
-from ..optimizers.from_torch import stability_of, state_of
+from ..optimizers.base import PerWeight, Stability, UpdateRule
+from ..optimizers.from_torch import number, state_of
 from ..symmetry.scale_groups import ScaleGroups
 from ..symmetry.sphere import angle
 from . import measures
@@ -25,15 +25,15 @@ from .iterate import Iterate
 
 @dataclass(frozen=True)
 class Setting:
-    """Setting of an optimizer at a step: its leading parameter group, and the stability of all of them.
+    """Setting of the optimizers at a step: their leading parameter group, and the stability of all of them.
 
-    `rate_at` is the effective learning rate at a radius, where steps have one length for all weights; `gradient` the
-    norm of the gradient that was applied.
+    `learning_rate` is None where the group has none; `rate_at` is the effective learning rate at a radius, where steps
+    have one length for all weights; `gradient` the norm of the gradient that was applied.
     """
 
     rule: UpdateRule | None
     stability: Stability | None
-    learning_rate: float
+    learning_rate: float | None
     weight_decay: float
     rate_at: Callable[[float], float] | None
     gradient: float | None
@@ -41,19 +41,18 @@ class Setting:
 
 def setting_of(
     optimizer: Optimizer,
+    group: Mapping[str, Any],
     parameters: Sequence[Tensor],
     rule: UpdateRule | None,
-    rules: Sequence[UpdateRule | None],
-    leading: int,
+    stability: Stability | None,
 ) -> Setting:
-    """Read the setting of a live optimizer whose parameter groups have these `rules`, the `leading` one `rule`."""
+    """Read the setting of live optimizers that train `parameters`; the leading `group` is one of `optimizer`."""
     gradient = applied_gradient(parameters)
     norm = None if gradient is None else gradient.item()
-    group, stability = optimizer.param_groups[leading], stability_of(optimizer, parameters, rules)
-    rate, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
-    if rule is None or stability is None or not stability.uniform:
+    rate, decay = number(group.get("lr")), number(group.get("weight_decay")) or 0.0
+    if rule is None or stability is None or not stability.uniform or isinstance(rule, PerWeight):
         return Setting(rule, stability, rate, decay, None, norm)
-    state = state_of(optimizer, group["params"], rule)
+    state = state_of(optimizer, group["params"][:1] or parameters[:1], rule)  # of one, since their ages may differ
     return Setting(rule, stability, rate, decay, partial(rule.effective_learning_rate, state=state), norm)
 
 

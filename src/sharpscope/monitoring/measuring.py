@@ -99,7 +99,9 @@ class Measuring:
         if f.size >= LARGE:
             options |= {"error": ROUGH, "rtol": 2e-2, "directions": self._directions}
         it = Iterate(f, point.w, at.rule, step=point.step, groups=self.known_groups, **options)
-        row: dict[str, Any] = {"tau": point.tau, "loss": measures.loss(it), "learning_rate": at.learning_rate}
+        row: dict[str, Any] = {"tau": point.tau, "loss": measures.loss(it)}
+        if at.learning_rate is not None:
+            row["learning_rate"] = at.learning_rate
         if at.rule is not None:
             row |= {"intrinsic_time_per_step": at.rule.intrinsic_time_per_step, "equilibrium": at.rule.equilibrium}
         if point.applied and at.gradient is not None:

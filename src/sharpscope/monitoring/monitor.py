@@ -7,6 +7,7 @@ P parameters.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -20,7 +21,7 @@ from ..errors import InvalidType, InvalidValue
 from ..measures.iterate import Iterate, midpoint
 from ..measures.row import Setting
 from ..optimizers.base import UpdateRule
-from ..optimizers.from_torch import unwrapped, wrapped
+from ..optimizers.from_torch import optimizers_of, wrapped
 from ..optimizers.param_groups import kinds_of, one_sided, weights_by_kind
 from ..records.history import History
 from ..report.html import write_page
@@ -49,12 +50,14 @@ OnFinding = Callable[[Finding, int], None]
 
 
 class Monitor:
-    """Measures `objective` along the steps of `optimizer`.
+    """Measures `objective` along the steps of `optimizer`, or of several that train it together.
 
     Args:
         objective: loss of the model that is being trained, on data that stay the same (a few fixed batches will do).
-        optimizer: the live optimizer, with any parameter groups; its hyper-parameters are read at every measurement, so
-            schedules are followed.  Its real steps are counted, so that gradients may be accumulated and steps skipped.
+        optimizer: the live optimizer, with any parameter groups, or a list of several; hyper-parameters are read at
+            every measurement, so schedules are followed.  Real steps are counted, so that gradients may be accumulated
+            and steps skipped; of several optimizers, those of the one that has taken most.  One without a law of
+            stability is observed: its rows have no ratio, and `facts` names it.
         budget: the fraction of the training time that measuring may take, "5%" by default: how often, on how many of
             the objective's examples and how many quantities are measured is planned after a few steps, from the times
             of a step and of gradients.
@@ -73,8 +76,8 @@ class Monitor:
         directory: where rows are written as they come, for ``sharpscope watch``.
 
     Raises:
-        TypeError: no rule describes the optimizer.
-        ValueError: it does not train the objective's parameters; an argument that makes no sense.
+        TypeError: that is no torch optimizer.
+        ValueError: no optimizer trains some of the objective's parameters; an argument that makes no sense.
 
     >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
@@ -93,7 +96,7 @@ class Monitor:
     def __init__(
         self,
         objective: Objective,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         budget: float | str | None = None,
         every: int | Schedule | None = None,
@@ -110,7 +113,8 @@ class Monitor:
         _check(objective, steps)
         began = perf_counter()
         self.objective = objective
-        self.optimizer = optimizer = unwrapped(optimizer)
+        self.optimizers = optimizers_of(optimizer)
+        self.optimizer = self.optimizers[0]
         self.point = point
         self.steps = 0
         self.planned_steps = steps
@@ -119,7 +123,7 @@ class Monitor:
         self.measuring = Measuring(objective, k, searches=self.timetable.budget is None)
         self.scheduler = scheduler
         self._fixed_rule = rule
-        self.optimizer_state = OptimizerState(optimizer, objective, rule)
+        self.optimizer_state = OptimizerState(self.optimizers, objective, rule)
         self.recorder = Recorder(sinks, directory)
         self._on_finding = on_finding
         self._found: dict[str, Finding] = {}  # that hold at present, by name
@@ -136,7 +140,9 @@ class Monitor:
         self._failures = 0  # of measurements, one after the other
         self._meters = Meters(meters)
         self._read: dict[str, float] = {}  # by the meters, at the step that is being handled
-        self._hooks = self._watch(optimizer)
+        self._counts = [0] * len(self.optimizers)  # steps of each
+        self._within = [0] * len(self.optimizers)  # steps, one calling the next, as a subclass calls its parent's
+        self._hooks = self._watch()
         if self.timetable.budget is None:
             self._weights_before = (0, objective.weights())
             if self.timetable.due(0):
@@ -199,7 +205,7 @@ class Monitor:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._hooks = self._watch(self.optimizer)
+        self._hooks = self._watch()
 
     def step(self, loss: float | Tensor | None = None, batch: Any = None) -> None:
         """Call this after every step of the optimizer.
@@ -209,6 +215,7 @@ class Monitor:
         """
         began = perf_counter()
         self._training_seconds += began - self.resumed
+        self._within = [0] * len(self.optimizers)  # an error may have ended a step half-way
         self._measure_start()
         self._notice_changes()
         if self.steps > self._steps_handled:
@@ -271,6 +278,7 @@ class Monitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` returned; rows on disk become those of the state."""
         self.steps = self._steps_handled = state["steps"]
+        self._counts = [self.steps] * len(self.optimizers)
         self.tau = state["tau"]
         self._largest_rate = state.get("largest_rate", 0.0)
         self._start = None
@@ -286,7 +294,7 @@ class Monitor:
     def now(self) -> Now:
         """The present moment of the run."""
         rate = self.optimizer_state.learning_rate
-        return Now(self.steps, rate, max(self._largest_rate, rate), self.tau)
+        return Now(self.steps, rate, None if rate is None else max(self._largest_rate, rate), self.tau)
 
     @property
     def facts(self) -> Facts:
@@ -306,22 +314,25 @@ class Monitor:
             overhead=self.overhead if self.ledger.trained else None,
             groups_known=self.measuring.groups is not None,
             stops_gradients=not self.objective.follows_gradient,
+            observed=self.optimizer_state.observed,
             decayed=weights_by_kind(self.objective, self._kinds, decayed),
             undecayed=weights_by_kind(self.objective, self._kinds, self._kinds.keys() - decayed),
             one_sided=tuple(one_sided(self.objective, found, decayed)),
             kinds=layer_kinds(self.objective),
         )
 
-    def _watch(self, optimizer: Optimizer) -> list[Any]:
-        """Be called before and after every step of an optimizer."""
-        inside = wrapped(optimizer)
-        hooks = [inside.register_step_post_hook(self._stepped)]
-        return [*hooks, inside.register_step_pre_hook(self._stepping)] if self._meters else hooks
+    def _watch(self) -> list[Any]:
+        """Be called before and after every step of the optimizers."""
+        inside = list(enumerate(map(wrapped, self.optimizers)))
+        hooks = [one.register_step_pre_hook(partial(self._stepping, i)) for i, one in inside]
+        return hooks + [one.register_step_post_hook(partial(self._stepped, i)) for i, one in inside]
 
-    def _stepping(self, optimizer: Optimizer, *_: Any) -> None:
+    def _stepping(self, i: int, optimizer: Optimizer, *_: Any) -> None:
         """Let the meters look at what a step starts from."""
         began = perf_counter()
-        self._meters.before(self.steps + 1, optimizer, self.objective)
+        self._within[i] += 1
+        if self._within[i] == 1:
+            self._meters.before(max(self.steps, self._counts[i] + 1), optimizer, self.objective)
         self._not_training(perf_counter() - began)
 
     def _not_training(self, seconds: float) -> None:
@@ -339,14 +350,19 @@ class Monitor:
         taken, self._read = self._read, {}
         return taken
 
-    def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
-        """Count a real step of the optimizer, and advance the intrinsic time."""
+    def _stepped(self, i: int, optimizer: Optimizer, *_: Any) -> None:
+        """Count a real step of an optimizer, and advance the intrinsic time where it is the first with that count."""
         began = perf_counter()
-        self.steps += 1
+        self._within[i] = max(self._within[i] - 1, 0)
+        if self._within[i]:
+            return
+        self._counts[i] += 1
+        if self._counts[i] > self.steps:
+            self.steps += 1
+            rule = self.optimizer_state.rule
+            self.tau += rule.intrinsic_time_per_step if rule and rule.intrinsic_time_per_step > 0 else 0.0
+            self._largest_rate = max(self._largest_rate, self.optimizer_state.learning_rate or 0.0)
         self._meters.after(self.steps, optimizer, self.objective)
-        rule = self.optimizer_state.rule
-        self.tau += rule.intrinsic_time_per_step if rule and rule.intrinsic_time_per_step > 0 else 0.0
-        self._largest_rate = max(self._largest_rate, self.optimizer_state.learning_rate)
         if self.timetable.is_due((self.steps,), self._weights_before is not None):
             self._setting_at = (self.steps, self.optimizer_state.setting())
         self._not_training(perf_counter() - began)
@@ -355,8 +371,9 @@ class Monitor:
     def _uncounted(self) -> Finding | None:
         """Why there is nothing to say about the steps of this run, where none was seen, or where none was reported."""
         if self.steps == 0 and self._unseen > 0:
+            names = " or ".join(type(one).__name__ for one in self.optimizers)
             text = (
-                f"No step of {type(self.optimizer).__name__} was counted, though the weights have changed"
+                f"No step of {names} was counted, though the weights have changed"
                 f" {self._unseen} times: pass the optimizer whose step() is called. Of a wrapper with steps of its own,"
                 " such as one of two phases, this is the optimizer inside."
             )
@@ -389,7 +406,7 @@ class Monitor:
         )
         try:
             self.objective = self.objective.renewed()
-            self.optimizer_state = OptimizerState(self.optimizer, self.objective, self._fixed_rule)
+            self.optimizer_state = OptimizerState(self.optimizers, self.objective, self._fixed_rule)
         except Exception as error:  # a run is not stopped for being watched
             self._give_up(error)
         self._weights_before = None
@@ -507,6 +524,8 @@ class Monitor:
             "model": f"{type(self.objective.model).__name__}, {self.objective.size} parameters"
         }
         config |= {f"rule of group {i}" if rules[1:] else "rule": str(rule) for i, rule in enumerate(rules)}
+        if observed := self.optimizer_state.observed:
+            config["without a law of stability"] = ", ".join(observed)
         if self.timetable.budget is None:
             config["every"] = "a schedule" if callable(self.timetable.every) else self.timetable.every
         else:

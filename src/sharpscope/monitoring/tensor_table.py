@@ -19,7 +19,7 @@ from ..errors import InvalidType, InvalidValue
 from ..measures.row import applied_gradient
 from ..optimizers.adaptive import Adam
 from ..optimizers.base import UpdateRule
-from ..optimizers.from_torch import flat, rules_of
+from ..optimizers.from_torch import flat, number, rules_of
 from .meters import Meter, Step
 
 SELDOM = ("law/", "age/")
@@ -73,7 +73,7 @@ class TensorTable(Meter):
         rules = _rules(optimizer)
         for (name, p), (norm, dot, step, still, gradient) in zip(params.items(), numbers, strict=True):
             self._row |= {f"norm/{name}": norm, f"gradient/{name}": gradient}
-            if not float(groups[where[id(p)]]["lr"]) > 0:
+            if number(groups[where[id(p)]].get("lr")) == 0:
                 continue
             self._row |= _motion(name, norm, dot, step) | ({f"unmoved/{name}": still} if gradient > 0 else {})
             rule = rules[where[id(p)]]
@@ -186,6 +186,8 @@ def _of_rule(name: str, rule: UpdateRule, norm: float) -> dict[str, float]:
             row[f"effective_rate/{name}"] = rule.effective_learning_rate(norm, {})
         except InvalidType:
             row[f"effective_rate/{name}"] = getattr(rule, "learning_rate", math.nan) / norm
+        except KeyError:  # it depends on the state, such as the number of steps
+            return row
     return row
 
 

@@ -1,20 +1,31 @@
 """Update rules of optimizers as values, and the curvature at which each becomes unstable."""
 
 from .adaptive import Adam, RMSprop
-from .base import Stability, UpdateRule
+from .base import PerWeight, Stability, UpdateRule
 from .descend import descend
 from .equivalences import ExponentialRate, ProjectedGD, as_decayed, as_exponential, as_projected, as_rmsprop, rescaled
 from .from_torch import rule_of, rules_of, stability_of, state_of
 from .gd import GD
+from .laws import ASGD, Adadelta, Adafactor, Adagrad, Adamax, AMSGrad, CenteredRMSprop, NAdam, RAdam
 from .param_groups import ParamGroups, param_groups
 from .scalar import ScalarRMSprop, SphericalRMSprop
 
 __all__ = [
+    "ASGD",
     "GD",
+    "AMSGrad",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
     "Adam",
+    "Adamax",
+    "CenteredRMSprop",
     "ExponentialRate",
+    "NAdam",
     "ParamGroups",
+    "PerWeight",
     "ProjectedGD",
+    "RAdam",
     "RMSprop",
     "ScalarRMSprop",
     "SphericalRMSprop",

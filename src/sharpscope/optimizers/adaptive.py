@@ -9,42 +9,14 @@ P parameters.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..errors import InvalidType
-from .base import Number, Stability, State, UpdateRule, demand, described
-
-
-class PerWeight(UpdateRule):
-    """A rule with a learning rate for every weight, whose stability shows in ``P^-1/2 ∇²F P^-1/2`` alone."""
-
-    def threshold(self, state: State) -> NoReturn:
-        raise InvalidType(self._none("threshold on the eigenvalues of ∇²L"))
-
-    def effective_learning_rate(self, radius: float, state: State) -> NoReturn:
-        raise InvalidType(self._none("effective learning rate on the sphere"))
-
-    @property
-    def edge(self) -> NoReturn:
-        raise InvalidType(self._none("effective learning rate on the sphere"))
-
-    def stability(self, state: State) -> Stability | None:
-        """Criterion in the metric ``bound·P``; None before the first gradient."""
-        if not bool(state["v"].any()):
-            return None
-        decay = torch.tensor(self.coupled_decay, dtype=torch.float64)
-        return Stability(self.bound * self.preconditioner(state), decay)
-
-    def _none(self, what: str) -> str:
-        name = type(self).__name__
-        return (
-            f"{name} takes steps of another length for each weight and has no {what};"
-            f" compare the eigenvalues of P^-1/2 ∇²F P^-1/2, P = preconditioner(state), with its bound {self.bound:g}"
-        )
+from .base import Number, PerWeight, State, UpdateRule, demand, described, heavy_ball
+from .laws import AMSGrad, CenteredRMSprop
 
 
 @dataclass(frozen=True)
@@ -72,14 +44,9 @@ class RMSprop(PerWeight):
         demand(0 <= self.momentum < 1, f"momentum is {self.momentum}; it lies in [0, 1)")
 
     @property
-    def intrinsic_time_per_step(self) -> float:
-        """Time τ per step: 0 without weight decay; with it not a number, since g/√v decays weights unlike exp(-τ)."""
-        return math.nan if self.weight_decay else 0.0
-
-    @property
     def bound(self) -> float:
         """Largest stable eigenvalue, ``2 (1 + mom)/(1 - mom)``."""
-        return _heavy_ball(self.momentum)
+        return heavy_ball(self.momentum)
 
     @property
     def coupled_decay(self) -> float:
@@ -114,9 +81,12 @@ class RMSprop(PerWeight):
         return {"v": (1 - self.decay) * (square - averages["v"])}
 
     @classmethod
-    def read(cls, optimizer: Optimizer) -> "RMSprop":
-        group = described(optimizer, "centered", "maximize")
-        return cls(*(float(group[name]) for name in ("lr", "alpha", "eps", "weight_decay", "momentum")))
+    def read(cls, optimizer: Optimizer) -> UpdateRule:
+        group = described(optimizer)
+        lr, decay, eps, wd, mom = (float(group[name]) for name in ("lr", "alpha", "eps", "weight_decay", "momentum"))
+        if group["centered"]:
+            return CenteredRMSprop(lr, wd, beta1=mom, beta2=decay, eps=eps)
+        return cls(lr, decay, eps, wd, mom)
 
 
 @dataclass(frozen=True)
@@ -150,14 +120,9 @@ class Adam(PerWeight):
         demand(il < 1, f"decoupled weight decay takes lr·wd = {il:g} of the weights a step; it lies in [0, 1)")
 
     @property
-    def intrinsic_time_per_step(self) -> float:
-        """Time τ per step, ``lr·wd`` if decoupled or zero; otherwise not a number, as for `RMSprop`."""
-        return math.nan if self.coupled_decay else self.decoupled_decay
-
-    @property
     def bound(self) -> float:
         """Largest stable eigenvalue, ``(2 - il)(1 + β1)/(1 - β1)``."""
-        return _heavy_ball(self.beta1, self.decoupled_decay)
+        return heavy_ball(self.beta1, self.decoupled_decay)
 
     @property
     def coupled_decay(self) -> float:
@@ -174,9 +139,6 @@ class Adam(PerWeight):
     def decoupled_decay(self) -> float:
         """Fraction of the weights taken away in a step, ``lr·wd``, if decoupled."""
         return self.learning_rate * self.weight_decay if self.decoupled else 0.0
-
-    def init(self, w: Tensor) -> State:
-        return {"momentum": torch.zeros_like(w), "v": torch.zeros_like(w), "step": torch.zeros((), dtype=torch.float64)}
 
     def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
         return self.step_with(w, g, state, learning_rate=self.learning_rate, weight_decay=self.weight_decay)
@@ -209,25 +171,19 @@ class Adam(PerWeight):
         return {"v": (1 - self.beta2) * (square - v), "step": torch.ones_like(t)}
 
     @classmethod
-    def read(cls, optimizer: Optimizer) -> "Adam":
-        group = described(optimizer, "amsgrad", "maximize")
+    def read(cls, optimizer: Optimizer) -> UpdateRule:
+        group = described(optimizer)
         decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
         lr, eps, wd = (float(group[name]) for name in ("lr", "eps", "weight_decay"))
         beta1, beta2 = map(float, group["betas"])
+        if group["amsgrad"]:
+            return AMSGrad(lr, wd, decoupled, beta1, beta2, eps)
         return cls(lr, beta1, beta2, eps=eps, weight_decay=wd, decoupled=decoupled)
 
 
 def _check(learning_rate: float, eps: float, weight_decay: float) -> None:
     demand(0 < learning_rate < math.inf, f"the learning rate is {learning_rate}; it must be positive")
     demand(eps >= 0 and weight_decay >= 0, f"eps is {eps} and weight decay {weight_decay}; neither is negative")
-
-
-def _heavy_ball(momentum: float, decoupled_decay: float = 0.0) -> float:
-    """Largest stable eigenvalue of P^-1/2 ∇²F P^-1/2 under momentum, ``(2 - il)(1 + mom)/(1 - mom)``.
-
-    There -1 is an eigenvalue of the map ``b' = mom·b + (1 - mom) λw,  w' = (1 - il) w - b'``: iterates change sign.
-    """
-    return (2 - decoupled_decay) * (1 + momentum) / (1 - momentum)
 
 
 def _with_gradient(v: Tensor) -> Tensor:

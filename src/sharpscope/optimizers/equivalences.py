@@ -48,14 +48,6 @@ class ProjectedGD(UpdateRule):
         demand(0 <= rate < math.inf, f"the schedule says {rate} at step {t}; a rate is finite and not negative")
         return rate
 
-    @property
-    def edge(self) -> float:
-        return 2.0
-
-    @property
-    def intrinsic_time_per_step(self) -> float:
-        return 0.0
-
     def init(self, w: Tensor) -> State:
         return {"step": torch.zeros((), dtype=torch.float64)}
 
@@ -92,10 +84,6 @@ class ExponentialRate(UpdateRule):
         return self.learning_rate * (1 - self.intrinsic_rate) ** -(2 * state["step"].item() + 1)
 
     @property
-    def edge(self) -> float:
-        return 2.0
-
-    @property
     def intrinsic_time_per_step(self) -> float:
         """Time τ per step, il, as of the weight decay that it replaces."""
         return self.intrinsic_rate
@@ -109,9 +97,6 @@ class ExponentialRate(UpdateRule):
     def threshold(self, state: State) -> float:
         """Largest stable eigenvalue of ``∇²L(w)``, ``2/lr_t``."""
         return self.edge / self.rate(state)
-
-    def effective_learning_rate(self, radius: float, state: State) -> float:
-        return self.rate(state) / radius**2
 
     def preconditioner(self, state: State) -> Tensor:
         """Preconditioner as one number, ``1/lr_t``."""

@@ -7,10 +7,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..symmetry import sphere
-from .base import Number, State, UpdateRule, demand, described
+from .base import Number, State, UpdateRule, demand
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,3 @@ class GD(UpdateRule):
 
     def effective_learning_rate(self, radius: float, state: State) -> float:
         return sphere.effective_learning_rate(self.learning_rate, self.weight_decay, radius)
-
-    @classmethod
-    def read(cls, optimizer: Optimizer) -> "GD":
-        group = described(optimizer, "maximize")
-        lr, wd, momentum, dampening = (float(group[n]) for n in ("lr", "weight_decay", "momentum", "dampening"))
-        return cls(lr, wd, momentum, nesterov=bool(group["nesterov"]), dampening=dampening if momentum else 0.0)

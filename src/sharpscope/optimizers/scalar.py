@@ -29,14 +29,6 @@ class ScalarRMSprop(UpdateRule):
     def __post_init__(self) -> None:
         _check_average(self.base_rate, self.decay, self.first_rate)
 
-    @property
-    def edge(self) -> float:
-        return 2.0
-
-    @property
-    def intrinsic_time_per_step(self) -> float:
-        return 0.0
-
     def init(self, w: Tensor) -> State:
         return {"v": (self.base_rate / self.first_rate) ** 2 * torch.ones_like(w[0])}
 
@@ -58,9 +50,6 @@ class ScalarRMSprop(UpdateRule):
     def threshold(self, state: State) -> float:
         """Largest stable eigenvalue of ``∇²L(w)``, ``2 √v/η``."""
         return 2 * state["v"].sqrt().item() / self.base_rate
-
-    def effective_learning_rate(self, radius: float, state: State) -> float:
-        return self.base_rate / (state["v"].sqrt().item() * radius**2)
 
 
 @dataclass(frozen=True)
@@ -96,10 +85,6 @@ class SphericalRMSprop(UpdateRule):
     def constant(self) -> float:
         """Constant C of ``β = 1 - C η²``; about 2 for rules that mimic weight decay."""
         return (1 - self.decay) / self.base_rate**2
-
-    @property
-    def edge(self) -> float:
-        return 2.0
 
     @property
     def intrinsic_time_per_step(self) -> float:

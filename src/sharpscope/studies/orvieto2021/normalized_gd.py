@@ -16,9 +16,6 @@ class NormalizedGD(UpdateRule):
 
     learning_rate: float
 
-    def init(self, w: Tensor) -> State:
-        return {}
-
     def step(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
         return self.step_with(w, g, state, learning_rate=self.learning_rate, weight_decay=0.0)
 
@@ -37,7 +34,3 @@ class NormalizedGD(UpdateRule):
     @property
     def edge(self) -> NoReturn:
         raise InvalidType("NormalizedGD has no edge of stability")
-
-    @property
-    def intrinsic_time_per_step(self) -> float:
-        return 0.0
