@@ -310,7 +310,8 @@ NEW_RUNS: dict[str, Run] = {
     "bowl, two optimizers": Run(lambda: bowl(1.0, 2), "below", two),
     "bowl, Adagrad": Run(lambda: bowl(1.0), "below", torch_s("Adagrad", 0.3)),
     "bowl, Adadelta": Run(lambda: bowl(1.0), "below", torch_s("Adadelta", 1.0), 100, 5),
-    "plain net, amsgrad": Run(cases.plain, "edge", torch_s("Adam", 0.02, betas=(0.9, 0.99), amsgrad=True), 1200, 20),
+    # thought to be at the edge, as the net under Adam is: but the largest squares stay in the metric for ever
+    "plain net, amsgrad": Run(cases.plain, "below", torch_s("Adam", 0.02, betas=(0.9, 0.99), amsgrad=True), 1200, 20),
     "plain net, NAdam": Run(cases.plain, "edge", torch_s("NAdam", 0.02, betas=(0.9, 0.99)), 1200, 20),
     "plain net, RAdam, slow": Run(cases.plain, "below", torch_s("RAdam", 1e-5), 60, 5),
     "plain net, Adamax, slow": Run(cases.plain, "below", torch_s("Adamax", 1e-5), 60, 5),

@@ -103,6 +103,13 @@ def test_an_approach_by_shrinking_norms_is_told_from_sharpening() -> None:
     assert "as the norm of the weights shrinks" in regime(up, spherical_sharpness=constant).text
 
 
+def test_steps_that_grow_are_no_sharpening() -> None:
+    up = [0.3 * 1.1**i for i in range(8)]
+    assert regime(up, sharpness=[5 * 1.1**i for i in range(8)]).name == "sharpening"
+    longer = regime(up, sharpness=5.0)
+    assert longer.name == "below" and "the optimizer's steps that grow, not the curvature" in longer.text
+
+
 def test_divergence_is_said_first() -> None:
     said = say([0.5, 0.6, 2.0, None, None])
     assert next(iter(said)) == "diverged"

@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from traces import same
 from sharpscope.autodiff.objective import Objective
 from sharpscope.measures import measures
 from sharpscope.measures.iterate import Iterate, midpoint
+from sharpscope.monitoring.finding import SEVERITIES, Finding
 from sharpscope.monitoring.monitor import Monitor
 from sharpscope.monitoring.recorder import RUN
 from sharpscope.optimizers.gd import GD
@@ -265,3 +266,30 @@ def test_a_model_in_the_place_of_its_objective_is_a_sentence() -> None:
     net = torch.nn.Linear(2, 1)
     with pytest.raises(TypeError, match="a Monitor watches an Objective, not a Linear; make one of the model"):
         Monitor(net, torch.optim.SGD(net.parameters(), lr=0.1))  # type: ignore[arg-type]
+
+
+def test_findings_are_handed_on_when_they_first_hold() -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Sink:
+        def __call__(self, step: int, values: Mapping[str, float]) -> None:
+            pass
+
+        def finding(self, finding: Finding, step: int) -> None:
+            seen.append((finding.name, step))
+
+    handed: list[Finding] = []
+    monitor, _ = watched(cases.plain(), 0.01, 20, every=5, sinks=[Sink()], on_finding=lambda f, step: handed.append(f))
+    assert [name for name, _ in seen] == [f.name for f in handed]
+    assert ("too few", 1) in seen and ("below", 15) in seen  # the start is measured after the first step
+    assert len(seen) == len(set(seen)) and {f.name for f in monitor.findings()} <= {f.name for f in handed}
+    assert all(f.severity in SEVERITIES for f in handed)
+
+
+def test_a_function_for_findings_that_fails_is_called_no_more() -> None:
+    def fails(finding: Finding, step: int) -> None:
+        raise RuntimeError("no")
+
+    with pytest.warns(UserWarning, match="on_finding failed, and is not called again"):
+        monitor, _ = watched(cases.plain(), 0.01, 10, every=5, on_finding=fails)
+    assert len(monitor.history) == 3

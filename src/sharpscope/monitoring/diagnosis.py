@@ -170,7 +170,10 @@ def _side(at: Measurements) -> tuple[str, str, str]:
         if _by_norm(at):
             text = f"Approaching the edge as the norm of the weights shrinks: {seen}, {up}."
             return "approaching", text, LYU
-        return "sharpening", f"Progressive sharpening: {seen}, {up}.", COHEN
+        if not _by_steps(at):
+            return "sharpening", f"Progressive sharpening: {seen}, {up}.", COHEN
+        text = f"Below the edge of stability: {seen}, {up}; it is the optimizer's steps that grow, not the curvature."
+        return "below", text, COHEN
     text = f"Below the edge of stability: {seen}; it may grow {1 / r:.3g}-fold before steps overshoot."
     return "below", text, COHEN
 
@@ -225,6 +228,15 @@ def _by_norm(at: Measurements) -> bool:
     if len(ratio) <= n or min(ratio[-1 - n], spherical[-1 - n], spherical[-1]) <= 0:
         return False
     return bool(math.log(spherical[-1] / spherical[-1 - n]) < 0.5 * math.log(ratio[-1] / ratio[-1 - n]))
+
+
+def _by_steps(at: Measurements) -> bool:
+    """Say whether the sharpness explains less than half of the rise of r: the rest is the metric of the steps."""
+    ratio, rates, sharpness = at.table("stability_ratio", "learning_rate", "sharpness")
+    if len(ratio) < ENOUGH or not (rates > 0).all() or min(ratio[0], sharpness[0], sharpness[-1]) <= 0:
+        return False
+    rise = math.log(ratio[-1] * rates[0] / (rates[-1] * ratio[0]))
+    return bool(math.log(sharpness[-1] / sharpness[0]) < 0.5 * rise)
 
 
 def top_eigenvector(at: Measurements) -> Finding | None:

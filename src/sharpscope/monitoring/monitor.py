@@ -498,7 +498,7 @@ class Monitor:
         if self._on_finding is None and not self.recorder.takes_findings:
             return
         found = {finding.name: finding for finding in diagnose(self.history, RUN, self.facts, self.now)}
-        for finding in (found[name] for name in found.keys() - self._found.keys()):
+        for finding in (one for name, one in found.items() if name not in self._found):
             self.recorder.report(finding, self.steps)
             if self._on_finding is not None:
                 try:
