@@ -15,6 +15,7 @@ from ..optimizers.param_groups import INVARIANT, KINDS, NULL
 from ..records.history import History
 from .finding import Finding
 from .measurements import ENOUGH, Facts, Measurements, Now
+from .time_budget import ADVANCE
 from .step_rules import STEP_RULES
 
 AT_THE_EDGE = (0.95, 1.3)
@@ -549,6 +550,9 @@ def cost(at: Measurements) -> Finding | None:
         return None
     part = f"{overhead:.2%} of" if overhead < 1 else f"{overhead:.1f} times"
     text, numbers = f"Measuring took {part} the time of training so far.", {"overhead": overhead}
+    if at.facts.budget is not None:
+        kept = f" The first steps had an advance: from step {ADVANCE} on, {at.facts.budget:.0%} are kept."
+        return Finding("cost", text + kept * (overhead > at.facts.budget), numbers)
     if overhead < 0.5:
         return Finding("cost", text, numbers)
     return Finding(

@@ -34,6 +34,7 @@ class Facts:
     steps: int | None = None
     schedule: tuple[tuple[float, float], ...] = ()  # (step, learning rate) of steps to come, where it is known
     overhead: float | None = None  # time of measuring / training, where it is newer than the last measurement
+    budget: float | None = None  # fraction of the training time that measuring may take, where there is one
     groups_known: bool = True  # whether it is known which weights are invariant
     stops_gradients: bool = False  # on the way, so that training follows no gradient of one function
     observed: tuple[str, ...] = ()  # optimizers that no law of stability is known for

@@ -311,6 +311,7 @@ class Monitor:
             pairs=tuple(found.pairs),
             steps=self.planned_steps,
             schedule=self._schedule(),
+            budget=self.timetable.budget.fraction if self.timetable.budget else None,
             overhead=self.overhead if self.ledger.trained else None,
             groups_known=self.measuring.groups is not None,
             stops_gradients=not self.objective.follows_gradient,

@@ -44,7 +44,7 @@ PRODUCT_COST = 1.5
 """Cost of a product with the Hessian in gradients, for the plan."""
 
 LOOK_EXAMPLES = 4
-"""Number of examples of a first look at λ1, which comes before the first measurement where that has to wait."""
+"""Number of examples of a first look, which comes before a far dearer first measurement; one where these cost much."""
 
 LOOK_COST = 16.0
 """Cost of a first look in gradients of so many examples."""
@@ -152,7 +152,7 @@ class Budget:
         return ledger.measured + coming <= affordable
 
     def allows_look(self, ledger: Ledger, step: int, plan: ProbePlan) -> bool:
-        """Say whether there is time for a first look, where the first measurement has to wait for longer."""
+        """Say whether there is time for a first look, where the first measurement takes far longer."""
         left = self.affordable(ledger, step) - ledger.measured
         return plan.look_seconds <= min(left, plan.first_seconds / 3)
 
@@ -201,6 +201,7 @@ def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: 
     full, pairs = next((c for c in choices if fitting(_pairs(*c, solves)) >= min(4 * least, total)), choices[-1])
     n = min(max(fitting(_pairs(full, pairs, solves)), least), total)
     first, all_of_them = (c * (fixed + slope * n) for c in cost(_pairs(full, pairs, solves)))
+    few = LOOK_EXAMPLES if LOOK_COST * (fixed + slope * LOOK_EXAMPLES) < allowed / PLANNED_MEASUREMENTS else 1
     gradients, at_once = LARGE_GROUPS if large else (12 + len(f.slices), GROUPS_EXAMPLES)
     return ProbePlan(
         objective=f.on(head(largest, n, f.form)),
@@ -211,8 +212,8 @@ def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: 
         usual_seconds=(all_of_them - first) / PLANNED_MEASUREMENTS,
         groups_objective=f.on(head(largest, min(GROUPS_EXAMPLES, total), f.form)),
         groups_seconds=GROUPS_COST * gradients * (fixed + slope * min(at_once, total)),
-        look=f.on(head(largest, LOOK_EXAMPLES, f.form)),
-        look_seconds=LOOK_COST * (fixed + slope * min(LOOK_EXAMPLES, total)),
+        look=f.on(head(largest, few, f.form)),
+        look_seconds=LOOK_COST * (fixed + slope * min(few, total)),
     )
 
 

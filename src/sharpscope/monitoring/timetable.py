@@ -60,12 +60,11 @@ class Timetable:
         if measuring.groups is None and self.budget.allows_once(self.ledger, plan.groups_seconds, step):
             measuring.groups = find_groups(plan.groups_objective)
             return False  # what that took is entered first
-        if self.budget.allows(self.ledger, step, plan, saving=measuring.groups is None):
-            return True
         early = not self.ledger.most_expensive and self.look is None
         if early and self.budget.allows_look(self.ledger, step, plan):
             self.look = first_look(plan.look, step - 1, stability())
-        return False
+            return False
+        return self.budget.allows(self.ledger, step, plan, saving=measuring.groups is None)
 
     def deadline(self, step: int) -> float | None:
         """Time on the clock of `perf_counter` at which a measurement that begins now is given up; None: never."""
