@@ -188,7 +188,7 @@ def test_a_first_look_comes_where_the_first_measurement_has_to_wait() -> None:
     monitor.timetable.look = look = measuring.first_look(slow.look, 0, None)
     assert look is not None and look.examples == 4
     few = f.on(head(f.source, 4, f.form))
-    assert look.value == pytest.approx(cases.dense_top(hessian(few, f.weights()).dense()), rel=0.1)
+    assert look.value == pytest.approx(cases.dense_top(hessian(few, f.weights()).dense()), rel=0.3)
     text = monitor.diagnosis()
     assert "A first look on 4 examples only, at step 0: λ1 was about" in text
     assert len(monitor.history) == 0

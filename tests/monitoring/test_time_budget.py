@@ -138,7 +138,7 @@ def large(n: int) -> Objective:
 
 
 @pytest.mark.parametrize(
-    ("fraction", "examples", "full"), [(1.0, 400, True), (0.3, 140, True), (0.1, 85, False), (0.001, 16, False)]
+    ("fraction", "examples", "full"), [(1.0, 400, True), (0.3, 140, True), (0.1, 85, False), (0.001, 4, False)]
 )
 def test_the_plan_grows_with_the_budget(
     monkeypatch: pytest.MonkeyPatch, fraction: float, examples: int, full: bool

@@ -31,6 +31,9 @@ UNKNOWN_GROUPS = ScaleGroups({}, {}, {}, torch.empty(0, dtype=torch.long), 1.0)
 ROUGH = 0.05
 """Estimated relative error of eigenvalues of large models, those of at least `LARGE` weights."""
 
+LOOK_ERROR = 0.3
+"""The same of a first look, on a few examples."""
+
 TURNS = 4
 """Number of measurements of a large model in which each of its two sharpnesses is measured once."""
 
@@ -169,7 +172,7 @@ class FirstLook:
 def first_look(f: Objective, step: int, stability: Stability | None) -> FirstLook:
     """Solve one eigenvalue problem on a few examples, long before a measurement can be afforded."""
     with without_autocast():
-        it = Iterate(f, f.weights(), step=step, error=0.1, stability=stability)
+        it = Iterate(f, f.weights(), step=step, error=LOOK_ERROR, stability=stability)
         examples = sum(map(f.form.size, f.data))
         if stability is None:
             return FirstLook(step, examples, measures.sharpness(it), "λ1")

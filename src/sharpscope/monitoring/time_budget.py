@@ -37,6 +37,9 @@ PLANNED_MEASUREMENTS = 24
 MIN_EXAMPLES = 16
 """The least number of examples of a planned probe, if there are as many."""
 
+FEWEST_EXAMPLES = 4
+"""The same where the first measurement could not be afforded in the first steps."""
+
 MAX_EXAMPLES = 4096
 """The largest number of examples of a planned probe."""
 
@@ -46,7 +49,7 @@ PRODUCT_COST = 1.5
 LOOK_EXAMPLES = 4
 """Number of examples of a first look, which comes before a far dearer first measurement; one where these cost much."""
 
-LOOK_COST = 16.0
+LOOK_COST = 10.0
 """Cost of a first look in gradients of so many examples."""
 
 GROUPS_COST = 3.0
@@ -173,12 +176,12 @@ class Budget:
 def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: int, k: int) -> ProbePlan:
     """Plan the largest probe, and the most quantities, with which `PLANNED_MEASUREMENTS` fit into the budget.
 
-    A gradient of n examples is taken to cost a + c n seconds, from one of 4 and one of 16 examples.  Where not even the
+    A gradient of n examples is taken to cost a + c n seconds, from one of 2 and one of 8 examples.  Where not even the
     least probe fits, there will be fewer measurements.
     """
-    seconds = {n: _gradient_seconds(f, w, n) for n in (4, 16)}
-    slope = max(seconds[16] - seconds[4], 0.0) / 12
-    fixed = max(seconds[4] - 4 * slope, 0.0)
+    seconds = {n: _gradient_seconds(f, w, n) for n in (2, 8)}
+    slope = max(seconds[8] - seconds[2], 0.0) / 6
+    fixed = max(seconds[2] - 2 * slope, 0.0)
     largest = head(f.source, MAX_EXAMPLES, f.form)
     total = sum(map(f.form.size, largest))
     allowed = budget.planned(ledger)
@@ -200,7 +203,11 @@ def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: 
     choices = ((solves > 1, k), (solves > 1, 1), (False, 1))
     full, pairs = next((c for c in choices if fitting(_pairs(*c, solves)) >= min(4 * least, total)), choices[-1])
     n = min(max(fitting(_pairs(full, pairs, solves)), least), total)
-    first, all_of_them = (c * (fixed + slope * n) for c in cost(_pairs(full, pairs, solves)))
+    first, all_of_them = cost(_pairs(full, pairs, solves))
+    if n == least and slope > 0:  # fewer, where the first measurement would have to wait for long
+        affordable = 0.7 * budget.affordable(ledger, ledger.steps) - ledger.measured
+        n = min(n, max(int((affordable / first - fixed) / slope), min(FEWEST_EXAMPLES, total)))
+    first, all_of_them = first * (fixed + slope * n), all_of_them * (fixed + slope * n)
     few = LOOK_EXAMPLES if LOOK_COST * (fixed + slope * LOOK_EXAMPLES) < allowed / PLANNED_MEASUREMENTS else 1
     gradients, at_once = LARGE_GROUPS if large else (12 + len(f.slices), GROUPS_EXAMPLES)
     return ProbePlan(
