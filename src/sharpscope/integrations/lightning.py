@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..autodiff import Objective
 from ..autodiff.whole import Loss
 from ..monitoring import Monitor, Sink
 from . import named
-from ._training import check_replicated, monitor_of, probe, with_forward
+from ._training import check_replicated, itself, monitor_of, probe, with_forward
 
 try:
     from lightning.pytorch import Callback
@@ -27,10 +27,6 @@ except ModuleNotFoundError:
 
 WHOLE = {"SingleDeviceStrategy", "DDPStrategy"}
 """Strategies with which every process holds all parameters."""
-
-
-def _itself(module: Any) -> nn.Module:
-    return module
 
 
 class SharpnessCallback(Callback):
@@ -64,7 +60,7 @@ class SharpnessCallback(Callback):
         batches: int = 4,
         batch: Callable[[Any], Any] | None = None,
         examples: Callable[[Any], Any] | None = None,
-        model: Callable[[Any], nn.Module] = _itself,
+        model: Callable[[Any], nn.Module] = itself,
         report: str | Path | None = None,
         sinks: Sequence[Sink] = (),
         **options: Any,
@@ -104,8 +100,13 @@ class SharpnessCallback(Callback):
         self.monitor = monitor_of(objective, optimizers or trainer.optimizers, state, done, sinks, **options)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Measure if it is time."""
-        if self.monitor is not None:
+        """Measure if it is time; the meters get the loss and the batch, unless gradients are accumulated."""
+        if self.monitor is None:
+            return
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and trainer.accumulate_grad_batches == 1:
+            self.monitor.step(loss, batch)
+        else:
             self.monitor.step()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

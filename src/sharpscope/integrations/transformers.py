@@ -22,7 +22,7 @@ from ..autodiff.whole import Loss
 from ..errors import InvalidType, InvalidValue
 from ..monitoring import Monitor, Sink
 from . import named
-from ._training import check_replicated, monitor_of, probe, with_forward
+from ._training import check_replicated, itself, monitor_of, probe, with_forward
 
 FILE = "sharpscope.safetensors"
 """The file that is added to every checkpoint folder."""
@@ -44,6 +44,7 @@ class SharpnessCallback(TrainerCallback):
         batches: how many batches of the training data.
         batch, examples: of an `Objective`: what is input and what target in a batch of another form, and its weight,
             such as ``examples=lambda b: int((b["labels"][:, 1:] != -100).sum())`` for a mean over tokens.
+        model: the part to measure, where that is not the whole model: ``lambda model: model.encoder``.
         report: where a report is written at the end.
         sinks: functions that get every measurement with all its columns; the trainer's log leaves those of groups out.
         options: those of `Monitor`, such as every, budget, k, point, rule, directory.
@@ -65,6 +66,7 @@ class SharpnessCallback(TrainerCallback):
         batches: int = 4,
         batch: Callable[[Any], Any] | None = None,
         examples: Callable[[Any], Any] | None = None,
+        model: Callable[[Any], nn.Module] = itself,
         report: str | Path | None = None,
         sinks: Sequence[Sink] = (),
         **options: Any,
@@ -75,6 +77,7 @@ class SharpnessCallback(TrainerCallback):
         self.batches = batches
         self.batch = batch
         self.examples = examples
+        self.model = model
         self.report = report
         self.sinks = tuple(sinks)
         self.options = options
@@ -89,7 +92,7 @@ class SharpnessCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         data = probe(parts["train_dataloader"], self.batches, dict) if self.data is None else self.data
-        model = _without_autocast(parts["model"])
+        model = self.model(_without_autocast(parts["model"]))
         objective = Objective(model, self.loss, data, batch=self.batch, examples=self.examples, without_dropout=True)
         planned = state.max_steps if state.max_steps > 0 else None
         options = {"steps": planned, "scheduler": parts.get("lr_scheduler")} | self.options

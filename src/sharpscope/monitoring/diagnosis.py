@@ -15,8 +15,8 @@ from ..optimizers.param_groups import INVARIANT, KINDS, NULL
 from ..records.history import History
 from .finding import Finding
 from .measurements import ENOUGH, Facts, Measurements, Now
-from .time_budget import ADVANCE
 from .step_rules import STEP_RULES
+from .time_budget import ADVANCE
 
 AT_THE_EDGE = (0.95, 1.3)
 """Range of r called "at the edge": oscillation and several unstable modes push it above one."""

@@ -6,8 +6,9 @@ there is one after t steps when
     measured + c ≤ b · (trained + s · max(G - t, 0)),        G = 200
 
 with s seconds for a step: the first steps are given an advance, so that the beginning is seen too, and from step G on
-the fraction is kept at every moment.  A dear measurement is made up for before the next.  One that takes longer than
-it may is given up.  Until the scale-invariant groups are found, half of what measuring may cost is saved for that.
+the fraction is kept at every moment.  What the first measurement leaves of the advance is spread over these steps.  A
+dear measurement is made up for before the next.  One that takes longer than it may is given up.  Until the
+scale-invariant groups are found, half of what measuring may cost is saved for that.
 """
 
 from collections import deque
@@ -141,6 +142,11 @@ class Budget:
     fraction: float
     steps: int | None = None
 
+    @property
+    def advance(self) -> int:
+        """Number of first steps whose part of the budget may be spent at once."""
+        return min(ADVANCE, self.steps or ADVANCE)
+
     def allows(self, ledger: Ledger, step: int, plan: ProbePlan, *, saving: bool = False) -> bool:
         """Say whether to measure at `step`; the plan's expected seconds count where none were seen yet.
 
@@ -149,8 +155,8 @@ class Budget:
         affordable = self.affordable(ledger, step)
         if not ledger.most_expensive:
             return ledger.measured + plan.first_seconds <= affordable
-        if saving:
-            affordable = ledger.measured_at_first + (affordable - ledger.measured_at_first) / 2
+        part = min(step / self.advance, 1.0) * (0.5 if saving else 1.0)
+        affordable = ledger.measured_at_first + part * max(affordable - ledger.measured_at_first, 0.0)
         coming = max(ledger.latest_measurements, default=plan.usual_seconds)
         return ledger.measured + coming <= affordable
 
@@ -165,7 +171,7 @@ class Budget:
 
     def affordable(self, ledger: Ledger, step: int) -> float:
         """Seconds that measuring may take until now, with the advance of the first steps."""
-        ahead = max(min(ADVANCE, self.steps or ADVANCE) - step, 0)
+        ahead = max(self.advance - step, 0)
         return SAFETY * self.fraction * (ledger.trained + ledger.typical_step * ahead)
 
     def planned(self, ledger: Ledger) -> float:
