@@ -32,7 +32,7 @@ ROUGH = 0.05
 """Estimated relative error of eigenvalues of large models, those of at least `LARGE` weights."""
 
 LOOK_ERROR = 0.3
-"""The same of a first look, on a few examples."""
+"""Estimated relative error of a first look, on a few examples."""
 
 TURNS = 4
 """Number of measurements of a large model in which each of its two sharpnesses is measured once."""

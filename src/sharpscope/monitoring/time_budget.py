@@ -39,7 +39,7 @@ MIN_EXAMPLES = 16
 """The least number of examples of a planned probe, if there are as many."""
 
 FEWEST_EXAMPLES = 4
-"""The same where the first measurement could not be afforded in the first steps."""
+"""Number of examples at least where the first measurement could not be afforded in the first steps otherwise."""
 
 MAX_EXAMPLES = 4096
 """The largest number of examples of a planned probe."""
@@ -48,7 +48,7 @@ PRODUCT_COST = 1.5
 """Cost of a product with the Hessian in gradients, for the plan."""
 
 LOOK_EXAMPLES = 4
-"""Number of examples of a first look, which comes before a far dearer first measurement; one where these cost much."""
+"""Number of examples of a first look, which comes before a far dearer first measurement; two where these cost much."""
 
 LOOK_COST = 10.0
 """Cost of a first look in gradients of so many examples."""
@@ -214,7 +214,7 @@ def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: 
         affordable = 0.7 * budget.affordable(ledger, ledger.steps) - ledger.measured
         n = min(n, max(int((affordable / first - fixed) / slope), min(FEWEST_EXAMPLES, total)))
     first, all_of_them = first * (fixed + slope * n), all_of_them * (fixed + slope * n)
-    few = LOOK_EXAMPLES if LOOK_COST * (fixed + slope * LOOK_EXAMPLES) < allowed / PLANNED_MEASUREMENTS else 1
+    few = LOOK_EXAMPLES if LOOK_COST * (fixed + slope * LOOK_EXAMPLES) < allowed / PLANNED_MEASUREMENTS else 2
     gradients, at_once = LARGE_GROUPS if large else (12 + len(f.slices), GROUPS_EXAMPLES)
     return ProbePlan(
         objective=f.on(head(largest, n, f.form)),
