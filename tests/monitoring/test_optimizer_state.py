@@ -213,7 +213,7 @@ def test_any_optimizer_is_watched_to_the_last_bit(name: str) -> None:
 
 
 def test_the_ratio_of_two_optimizers_is_that_of_both_metrics() -> None:
-    """Against the dense matrix with M = 2/lr of SGD and 2 (1 + β1)/(1 - β1) (√v̂ + eps)/lr of AdamW's state."""
+    """Against the dense matrix with M = 2/lr of SGD and 2 (1 + β1)/(1 - β1) (1 - β1^t)(√v̂ + eps)/lr of AdamW."""
     net = network()
     first, second = net.parameters()
     sgd, adam = torch.optim.SGD([first], lr=0.02), torch.optim.AdamW([second], lr=0.01, weight_decay=0.0)
@@ -227,7 +227,8 @@ def test_the_ratio_of_two_optimizers_is_that_of_both_metrics() -> None:
         monitor.step()
     state = adam.state[second]
     root = (state["exp_avg_sq"] / (1 - 0.999 ** float(state["step"]))).sqrt() + 1e-8
-    metric = torch.cat([torch.full((24,), 2 / 0.02).double(), (2 * 1.9 / 0.1 * root / 0.01).flatten()])
+    young = 1 - 0.9 ** float(state["step"])
+    metric = torch.cat([torch.full((24,), 2 / 0.02).double(), (young * 2 * 1.9 / 0.1 * root / 0.01).flatten()])
     scale = metric.rsqrt()
     exact = cases.dense_top(scale[:, None] * Iterate(f, f.weights()).hessian.dense() * scale)
     assert monitor.steps == 3

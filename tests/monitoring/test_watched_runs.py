@@ -70,6 +70,7 @@ def diagonals(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) 
         else:
             b1, b2 = group["betas"]
             root = (state["exp_avg_sq"] / (1 - b2 ** float(state["step"]))).sqrt() + group["eps"]
+            root = (1 - b1 ** float(state["step"])) * root
             il = lr * wd if isinstance(optimizer, torch.optim.AdamW) else 0.0
             metric.append((2 - il) * (1 + b1) / (1 - b1) * root.flatten() / lr)
         decoupled = isinstance(optimizer, torch.optim.AdamW) or lr == 0
@@ -500,7 +501,7 @@ def test_the_ratio_of_an_iterate_with_a_rule_of_adam() -> None:
     g = f.grad(w)
     _, state = rule.step(w, g, rule.init(w))
     it = Iterate(f, w, rule, state)
-    root = (rule.bound * rule.preconditioner(state)).rsqrt()
+    root = ((1 - 0.9) * rule.bound * rule.preconditioner(state)).rsqrt()  # after one step
     hessian = it.hessian.dense() + 0.1 * torch.eye(f.size, dtype=w.dtype)
     assert measures.stability_ratio(it) == pytest.approx(cases.dense_top(root[:, None] * hessian * root), rel=1e-6)
     with pytest.raises(ValueError, match="Adam has averaged no gradient yet"):

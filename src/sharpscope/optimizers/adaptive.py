@@ -98,8 +98,8 @@ class Adam(PerWeight):
 
     (Kingma & Ba 2015); m̂ and v̂ are corrected for their start at zero.  Here g = ∇L(w) + wd·w or, if `decoupled`
     (Loshchilov & Hutter 2019), g = ∇L(w) and w ← (1 - lr·wd) w before the step.  In the metric P = diag(√v̂ + eps)/lr
-    the first average is a heavy ball, stable up to ``(2 - il)(1 + β1)/(1 - β1)``, il = lr·wd if decoupled, else 0
-    (Cohen et al. 2022, arXiv 2207.14484, for il = 0).
+    the first average is a heavy ball, stable up to ``(1 - β1^t)(2 - il)(1 + β1)/(1 - β1)``, il = lr·wd if decoupled,
+    else 0 (Cohen et al. 2022, arXiv 2207.14484, for il = 0).
     """
 
     learning_rate: float
@@ -161,6 +161,10 @@ class Adam(PerWeight):
     def preconditioner(self, state: State) -> Tensor:
         """Diagonal of the preconditioner, ``(√v̂ + eps)/lr`` (P,); m̂ counts as the gradient."""
         return self._root(_with_gradient(state["v"]), state["step"]) / self.learning_rate
+
+    def metric(self, state: State) -> Tensor:
+        """Metric of its criterion, ``(1 - β1^t) bound·P`` (P,): the correction of m lengthens the first steps."""
+        return (1 - self.beta1 ** state["step"].item()) * self.bound * self.preconditioner(state)
 
     def averages(self, state: State) -> State:
         return {"v": state["v"], "step": state["step"]}

@@ -68,9 +68,13 @@ class Law(PerWeight):
         """Root of the average of squares, corrected for its start at zero, ``√(v/(1 - β2^t)) + eps``."""
         return (state["v"] / (1 - self.beta2 ** state["step"])).sqrt() + self.eps
 
+    def young(self, state: State) -> float:
+        """Factor ``1 - β1^t`` by which the correction of the averaged gradient lengthens the first steps."""
+        return 1 - self.beta1 ** float(state["step"])
+
 
 class AMSGrad(Law):
-    """Adam that divides by the largest average so far, ``d = √(max v/(1-β2^t)) + eps``.
+    """Adam that divides by the largest average so far, ``d = (1 - β1^t)(√(max v/(1-β2^t)) + eps)``.
 
     (Reddi, Kale & Kumar 2018, arXiv 1904.09237.)  The maximum stands still between its records: its law is exact there.
     """
@@ -78,7 +82,7 @@ class AMSGrad(Law):
     entries: ClassVar[Mapping[str, str]] = {"v": "max_exp_avg_sq", "step": "step"}
 
     def divisor(self, state: State) -> Tensor:
-        return self.corrected(state)
+        return self.young(state) * self.corrected(state)
 
 
 class CenteredRMSprop(Law):
@@ -122,7 +126,9 @@ class NAdam(Law):
 
 
 class RAdam(Law):
-    """Adam with a rectified rate, ``d = (√v + eps)/(r √(1-β2^t))``, and d = 1 while v is of too few gradients.
+    """Adam with a rectified rate, ``d = (1 - β1^t)(√v + eps)/(r √(1-β2^t))``.
+
+    While v is of too few gradients, ``d = 1 - β1^t``.
 
         ρ = 2/(1-β2) - 1,   ρ_t = ρ - 2t β2^t/(1-β2^t),   r² = (ρ_t-4)(ρ_t-2) ρ/((ρ-4)(ρ-2) ρ_t)   from ρ_t > 5 on
 
@@ -137,9 +143,9 @@ class RAdam(Law):
         longest, debt = 2 / (1 - self.beta2) - 1, 1 - self.beta2**t
         length = longest - 2 * t * (1 - debt) / debt
         if length <= 5:
-            return torch.ones_like(v)
+            return torch.full_like(v, self.young(state))
         square = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-        return (v.sqrt() + self.eps) / (square * debt) ** 0.5
+        return self.young(state) * (v.sqrt() + self.eps) / (square * debt) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -173,16 +179,16 @@ class Adadelta(Law):
 
 
 class Adamax(Law):
-    """Adam that divides by the largest of recent gradients, ``d = u``, ``u ← max(β2 u, |g| + eps)``.
+    """Adam that divides by the largest of recent gradients, ``d = (1 - β1^t) u``, ``u ← max(β2 u, |g| + eps)``.
 
     (Kingma & Ba 2015, section 7.1.)
     """
 
     reads = torch.optim.Adamax
-    entries: ClassVar[Mapping[str, str]] = {"v": "exp_inf"}
+    entries: ClassVar[Mapping[str, str]] = {"v": "exp_inf", "step": "step"}
 
     def divisor(self, state: State) -> Tensor:
-        return state["v"]
+        return self.young(state) * state["v"]
 
 
 @dataclass(frozen=True)
