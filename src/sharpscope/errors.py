@@ -62,6 +62,14 @@ class CannotTrace(SharpscopeError, RuntimeError):
     """A function cannot be recorded as a fixed program, or its program gave other numbers."""
 
 
+class OtherProcess(SharpscopeError, RuntimeError):
+    """Another process of the group failed, or does not answer, so that there is no sum over all of them."""
+
+
+class Diverged(SharpscopeError, RuntimeError):
+    """The processes of a group have different weights, or multiply different vectors."""
+
+
 class FlowStuck(SharpscopeError, ArithmeticError):
     """The steps of an integrator became too short, or its trajectory left the finite numbers."""
 

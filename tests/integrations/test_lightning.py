@@ -18,9 +18,9 @@ from traces import Augmented, differing, go_offline, loader, network, seed_all, 
 
 from sharpscope.autodiff.objective import Objective
 from sharpscope.integrations import named
-from sharpscope.integrations._training import check_replicated
 from sharpscope.integrations.lightning import SharpnessCallback
 from sharpscope.monitoring.monitor import Monitor
+from sharpscope.records import RunLog
 
 mse = nn.functional.mse_loss
 QUIET = dict[str, Any](
@@ -386,17 +386,16 @@ def test_sharded_parameters_are_refused() -> None:
         SharpnessCallback(mse).on_train_start(trainer, Module())
 
 
-def test_in_several_processes_the_first_one_measures(tmp_path: Path) -> None:
+def test_several_processes_measure_and_the_first_one_writes(tmp_path: Path) -> None:
     ends = []
-    for callback in (None, SharpnessCallback(mse, every=2, report=tmp_path / "run.html")):
+    for callback in (None, SharpnessCallback(mse, every=2, report=tmp_path / "run.html", directory=tmp_path)):
         options = dict[str, Any](devices=2, strategy="ddp_fork", max_epochs=2)
         ends.append(fit(callback, fixed_data(), smooth_module(), **options).lightning_module.state_dict())
     assert differing(*ends) == []
     assert (tmp_path / "run.html").exists()
-
-
-def test_normalization_that_needs_all_processes_is_refused() -> None:
-    synced = nn.SyncBatchNorm.convert_sync_batchnorm(network())
-    check_replicated(synced, True, "DDP", processes=1)
-    with pytest.raises(ValueError, match="'1' averages over processes"):
-        check_replicated(synced, True, "DDP", processes=2)
+    alone = SharpnessCallback(mse, every=2)
+    fit(alone, fixed_data(), smooth_module(), max_epochs=1)
+    assert alone.monitor is not None
+    one, together = alone.monitor.history.rows[0], RunLog(tmp_path, "training").rows[0]
+    for name in ("loss", "sharpness"):  # of the same examples and weights; single precision
+        assert together[name] == pytest.approx(one[name], rel=1e-4)

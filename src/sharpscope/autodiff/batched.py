@@ -46,7 +46,15 @@ class BatchedRuns:
         """Evaluate an objective at R weights at once; normalization keeps R sets of statistics.
 
         A module that draws random numbers is refused by torch: runs would share them or not, and neither is meant.
+
+        Raises:
+            ValueError: its batches are spread over processes.
         """
+        if f.processes.size > 1:
+            raise InvalidValue(
+                f"the batches are spread over {f.processes.size} processes, but runs side by side are computed in one;"
+                " deal the runs to the processes, each with an Objective(..., group=None)"
+            )
 
         buffers = f.buffers()
 

@@ -171,6 +171,7 @@ class Source:
         self.data = data
         self.fixed = type(data) in (list, tuple) and all(_is_fixed(batch) for batch in data)
         self.quiet = quiet  # whether the first pass drew nothing from NumPy; None before it
+        self.weight: float | None = None  # of all batches, once they were read to the end
         self._pristine: Pristine | None = None
         self._length: int | None = None  # of a loader whose one iterator has no end
         if not self.fixed:
@@ -209,7 +210,7 @@ class Source:
 
 def read(source: Source, seed: int | None, device: torch.device, form: BatchForm) -> Generator[Batch, None, None]:
     """Read data once onto `device`; all that draws is seeded by `seed` (None: left as it is)."""
-    end, count = object(), 0
+    end, count, weight = object(), 0, 0.0
     with source.opened(seed) as batches:
         while True:
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
@@ -218,12 +219,14 @@ def read(source: Source, seed: int | None, device: torch.device, form: BatchForm
             if batch is None:
                 break
             count += 1
+            weight += batch.examples
             if source.limit is not None and count > source.limit:
                 raise InvalidValue(
                     f"the data ({type(source.data).__name__}) have no length, and no end within {source.limit} batches;"
                     " pass a few fixed batches as a list, list(itertools.islice(data, 16)), or give them a __len__"
                 )
             yield batch
+    source.weight = weight
     if count == 0:
         raise InvalidValue("the data hold no batch, or not a second time; pass a list of pairs (inputs, target)")
 

@@ -12,7 +12,7 @@ P parameters.
 
 import math
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidType, InvalidValue, NoSecondDerivative, Random
+from ..errors import Diverged, InvalidType, InvalidValue, NoSecondDerivative, Random
 from .checks import check_deterministic, check_parameters, droppers, work_dtype
 from .data import Batch, BatchForm, Source, first_batch, map_tensors, read
 from .expansion import BatchLoss, Expansion, jacobian_of_field, kept
 from .first_look import Look, first_look
 from .neutral import plainly, quiet
+from .processes import ALONE, UNDECIDED, Part, Processes, Together, fingerprint, joined, processes_of
 from .reach import Surroundings
 from .second_order import differentiating, modules_without_second_derivative, ordinary
 from .smooth import is_lower, smooth
@@ -66,6 +67,10 @@ class Objective:
             smaller batches where that is too much.
         without_dropout: measure the loss without dropout, of modules and of attention, whatever mode these are in, and
             with other modules that draw random numbers (stochastic depth, noise) in eval mode.
+        group: the process group (``torch.distributed.group.WORLD``) over whose processes the batches are spread.  Every
+            process makes the objective of the same weights and its own batches, calls the same measures, and gets what
+            one process with the batches of all would get; a product costs one all-reduce.  None: the batches of this
+            process alone, which has to be chosen where there are several.
 
     Weights of low precision are measured in float32, without autocast; complex ones as pairs of real ones.  Gradient
     checkpoints, compiled code and hooks that only record are left out of the evaluation.  Products follow autograd.
@@ -76,13 +81,20 @@ class Objective:
         ValueError: nothing to train; a model that is sharded, scripted, lazy or without values; a loss that is not a
             finite differentiable scalar, that sums, or that changes from one evaluation to the next; active dropout and
             other randomness; weights that reach the loss by a road on which they cannot be replaced; data that are
-            empty or can be read only once, cannot be copied or begin with another batch when they are read again.
+            empty or can be read only once, cannot be copied or begin with another batch when they are read again;
+            several processes and no `group`.
+        OtherProcess, Diverged: another process of the group cannot make its part, or has other weights.
 
     >>> net = nn.Linear(3, 1)
     >>> f = Objective(net, nn.functional.mse_loss, [(torch.ones(4, 3), torch.zeros(4, 1))])
     >>> f.size, f.slices
     (4, {'weight': slice(0, 3, None), 'bias': slice(3, 4, None)})
     """
+
+    model: nn.Module
+    form: BatchForm
+    source: Source
+    _look: Look
 
     def __init__(
         self,
@@ -94,24 +106,63 @@ class Objective:
         examples: Callable[[Any], Any] | None = None,
         memory_budget: int = 2 << 30,
         without_dropout: bool = False,
+        group: Any = UNDECIDED,
     ) -> None:
-        self.model = unwrapped(check_model(model))
+        self.processes = ALONE  # until all of them are ready
+        self.group = group
+        processes = processes_of(group)
         self.loss = loss
         self.data = data
         self.memory_budget = memory_budget
         self.dropout = not without_dropout
         self.expand: Expand = kept
         self.gradient: Gradient = by_batches
-        self.form = BatchForm(self.model, batch, examples)
-        self.source = Source(data)
-        reduction = getattr(loss, "reduction", "mean")
-        if reduction == "none" or (reduction != "mean" and examples is None):
+
+        def prepare() -> None:
+            self.model = unwrapped(check_model(model))
+            self.form = BatchForm(self.model, batch, examples)
+            self._prepare(examples is None)
+
+        self._together(processes, prepare)
+
+    def _prepare(self, by_size: bool) -> None:
+        """Check the loss and the data of this process; batches are weighted `by_size` or as the user wants."""
+        self.source = Source(self.data)
+        reduction = getattr(self.loss, "reduction", "mean")
+        if reduction == "none" or (reduction != "mean" and by_size):
             raise InvalidValue(f"the loss has reduction='{reduction}'; batches are weighted by size, so use 'mean'")
         self._seed = self.source.seed
         self._plan()
         first = first_batch(self.source, self._planned[0].device, self.form)
-        if self.source.several and examples is None:
+        if self.source.several and by_size:
             check_mean(self, first.raw)
+
+    def _together(self, processes: Processes, prepare: Callable[[], None]) -> None:
+        """Prepare the objective on all processes, or on none.
+
+        Raises:
+            OtherProcess: another one cannot.
+            Diverged: they have other parameters, or other values of them.
+        """
+
+        def prepared() -> tuple[Any, float, bool]:
+            prepare()
+            return ([*self.shapes.items()], self.dtype, self.dropout), fingerprint(self.weights()), self._look.jacobian
+
+        found = processes.each(prepared)
+        (layout, mark, _), eps = found[0], torch.finfo(self.dtype).eps
+        for rank, (other, number, _) in enumerate(found):
+            if other != layout:
+                raise Diverged(f"processes 0 and {rank} have parameters of other names, shapes or precision: {other}")
+            if not abs(number - mark) <= eps**0.7 * max(abs(mark), 1.0):
+                raise Diverged(
+                    f"processes 0 and {rank} have other weights; measure after DistributedDataParallel has sent those"
+                    " of the first to all, or with group=None"
+                )
+        if any(jacobian for *_, jacobian in found) and not self._look.jacobian:
+            self._look = replace(self._look, jacobian=True)
+            self.expand = jacobian_of_field
+        self.processes = processes
 
     def _plan(self) -> None:
         """Lay out the weights, and take a first look at the loss: once, and again when the model has changed."""
@@ -189,8 +240,8 @@ class Objective:
 
     def renewed(self) -> "Objective":
         """Make the objective anew, for the trainable parameters that the model has now."""
-        other = self._copy()
-        other._plan()
+        other = self.local()
+        other._together(self.processes, other._plan)
         return other
 
     def weights(self) -> Tensor:
@@ -247,6 +298,12 @@ class Objective:
         double._look = replace(self._look, graph_bytes_per_example=2 * self._look.graph_bytes_per_example)
         return double
 
+    def local(self) -> "Objective":
+        """Return the objective of the batches of this process alone."""
+        other = self._copy()
+        other.processes = ALONE
+        return other
+
     def seen(self, look: Look) -> "Objective":
         """Return the objective as another first look would have it."""
         other = self._copy()
@@ -272,6 +329,9 @@ class Objective:
 
     def value(self, w: Tensor) -> Tensor:
         """Evaluate the loss ``L(w)``, a scalar."""
+        if isinstance(self.processes, Together):
+            total, weight = self.processes.sum(lambda: self._weighted(lambda f: [f.value(w)]), 2, w)
+            return total / weight
         with differentiating(), nullcontext() if self._look.needs_grad else torch.no_grad():
             total, examples = w.new_zeros(()), 0.0
             for batch in self.losses(self.unflatten(ordinary(w))):
@@ -281,7 +341,32 @@ class Objective:
 
     def value_and_grad(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Evaluate ``L(w)`` and its gradient ``(P,)`` in one pass."""
-        return self.gradient(self, ordinary(w))
+        w = ordinary(w)
+        if isinstance(self.processes, Together):
+            out = self.processes.sum(
+                lambda: self._weighted(lambda f: f.value_and_grad(w)[::-1]), len(w) + 2, w
+            )  # the gradient, the value, the weight
+            return out[-2] / out[-1], out[:-2].div_(out[-1])
+        return self.gradient(self, w)
+
+    def _weighted(self, evaluate: Callable[["Objective"], Sequence[Tensor]]) -> Part:
+        """Evaluate means over the batches of this process; with their weight, and a one that stands for it in a sum."""
+        if self._empty:
+            return 0.0, ()
+        means = evaluate(self.local())
+        return self._weight, (*means, means[0].new_ones(1))
+
+    @property
+    def _weight(self) -> float:
+        """Number of examples in the batches of this process."""
+        if self.source.weight is None and not self._empty:
+            self.source.weight = sum(batch.examples for batch in self.batches())
+        return self.source.weight or 0.0
+
+    @property
+    def _empty(self) -> bool:
+        """True where none of the batches that are measured is one of this process."""
+        return isinstance(self.data, list) and not self.data
 
     def grad(self, w: Tensor) -> Tensor:
         """Evaluate the gradient ``∇L(w)`` ``(P,)``."""
@@ -289,7 +374,11 @@ class Objective:
 
     def at(self, w: Tensor) -> Expansion:
         """Expand around `w`: use this for more than one product at a point."""
-        return self.expand(self, ordinary(w))
+        w = ordinary(w)
+        if isinstance(self.processes, Together):
+            own = self.local()
+            return joined(self.processes, w, lambda: None if self._empty else own.expand(own, w))
+        return self.expand(self, w)
 
     def hvp(self, w: Tensor, v: Tensor) -> Tensor:
         """Multiply by the Hessian, ``∇²L(w) v`` ``(P,)``."""
@@ -323,7 +412,8 @@ class Objective:
                 f"two passes over the same weights gave losses {first:.8g} and {second:.8g}: data that are shuffled or"
                 " augmented anew (or a random model) have no curvature; fix the batches, for example as a list"
             )
-        return check_weights(self) if self.source.several else ""
+        own = self.local()
+        return next(filter(None, self.processes.each(lambda: check_weights(own) if own.source.several else "")), "")
 
     def batches(self, device: torch.device | None = None) -> Generator[Batch, None, None]:
         """Read the data once, under their seed, onto `device` (by default that of the weights)."""

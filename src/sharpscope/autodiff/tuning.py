@@ -148,7 +148,7 @@ class _Case:
         self.points = (self.w, self.w + 0.1 * self.w.square().mean().sqrt() * step)
         self.found: dict[str, list[Tensor]] = {}
         self.bar = math.inf
-        self.examples = sum(batch.examples for batch in f.batches(self.w.device))
+        self.examples = self.f.at(self.w).examples
 
     def tried(self, name: str, expand: Expand) -> Trial:
         """Form products at both points; a failure is noted."""
@@ -162,7 +162,8 @@ class _Case:
         except (RuntimeError, ValueError, NotImplementedError) as error:
             return Trial(name, expand, first_line(error))
         self.found[name] = found
-        return Trial(name, expand, setup=expand.seconds if isinstance(expand, linearized) else 0.0)
+        setup = expand.seconds if isinstance(expand, linearized) else 0.0
+        return Trial(name, expand, setup=self.f.processes.first(setup))
 
     def judged(self, trials: Mapping[str, Trial]) -> dict[str, Trial]:
         """Judge the trials: they have to agree with differences, as far as these go, and with the first that does."""
@@ -211,7 +212,7 @@ class _Case:
                 began = time.perf_counter()
                 task()
                 seconds[key].append(time.perf_counter() - began)
-        median = {key: statistics.median(times) for key, times in seconds.items()}
+        median = self.f.processes.first({key: statistics.median(times) for key, times in seconds.items()})
         gradient = median.pop(("", ""))
         out = dict(trials)
         for (name, what), time_taken in median.items():

@@ -18,8 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidType, InvalidValue
+from .processes import number_of_processes
 
 Loss = Callable[[Any, Any], Tensor]
+
+WHOLE_WEIGHTS = (
+    "curvature needs all weights on every process. Gather them, as torch.distributed.checkpoint.state_dict."
+    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) does, load them into a plain copy of"
+    " the model, and measure that with group="
+)
+"""Advice for a model whose weights are sharded."""
 
 
 class Whole(nn.Module):
@@ -130,13 +138,7 @@ def _refuse_kinds(model: nn.Module) -> None:
             f"{type(model).__name__} is scripted or traced by torch.jit, so that its weights cannot be replaced;"
             " make the Objective of the module before torch.jit.script or torch.jit.trace"
         )
-    sharded = [name for name, m in model.named_modules() if type(m).__name__ == "FullyShardedDataParallel"]
-    sharded += [name for name, p in model.named_parameters() if type(p).__name__ == "DTensor"]
-    if sharded:
-        raise InvalidValue(
-            f"the parameters of '{sharded[0]}' are spread over processes, but curvature needs them whole on one;"
-            " measure a checkpoint of the gathered model, or train with DistributedDataParallel"
-        )
+    _refuse_sharded(model)
     for name, t in _named_tensors(model):
         if isinstance(t, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise InvalidValue(
@@ -147,6 +149,26 @@ def _refuse_kinds(model: nn.Module) -> None:
                 f"'{name}' is on the meta device and has no values; load the weights, for example by"
                 " model.to_empty(device='cpu') and load_state_dict, before measuring the model"
             )
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Refuse parameters of which a process holds a part only, and layers that wait for other processes."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel" or hasattr(module, "set_requires_gradient_sync"):
+            raise InvalidValue(f"{_place(name)} is sharded over processes ({type(module).__name__}): {WHOLE_WEIGHTS}")
+        if isinstance(module, nn.SyncBatchNorm) and module.training and number_of_processes() > 1:
+            raise InvalidValue(
+                f"{_place(name)} averages over processes (SyncBatchNorm), but each evaluates its own batches; use"
+                " BatchNorm, or call .eval() on that module"
+            )
+    for name, t in _named_tensors(model):
+        spread = f"a DTensor, {t.placements}" if hasattr(t, "placements") else "a part, by ZeRO stage 3"
+        if hasattr(t, "placements") or hasattr(t, "ds_tensor"):
+            raise InvalidValue(f"'{name}' is sharded over processes ({spread}): {WHOLE_WEIGHTS}")
+
+
+def _place(name: str) -> str:
+    return f"'{name}'" if name else "the model"
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -46,6 +47,16 @@ def _batch_size(loader: Any) -> int:
     return size
 
 
+def part_of(data: list[Any], rank: int, processes: int) -> list[Any]:
+    """Deal the batches of a probe, the same on all processes, to them; where there are too few, each has all."""
+    return data[rank::processes] if len(data) >= processes else data
+
+
+def group_of(processes: int) -> Any:
+    """Return the process group of a training on so many processes, None for one."""
+    return dist.group.WORLD if processes > 1 else None
+
+
 def monitor_of(
     objective: Objective,
     optimizer: Optimizer | Sequence[Optimizer],
@@ -54,12 +65,17 @@ def monitor_of(
     sinks: Sequence[Sink],
     **options: Any,
 ) -> Monitor:
-    """Make a Monitor of a training with `done` steps behind it, which goes on from `state` if there is one."""
+    """Make a Monitor of a training with `done` steps behind it, which goes on from `state` if there is one.
+
+    Of several processes the first one's state and sinks count.
+    """
+    state = objective.processes.first(state)
     if not state and not done:
         return Monitor(objective, optimizer, sinks=sinks, **options)
     monitor = Monitor(objective, optimizer, **options)
     monitor.load_state_dict(state or _moved(monitor.state_dict(), done))
-    monitor.recorder.sinks = tuple(sinks)  # not before: the first measurement was not of step 0
+    if objective.processes.rank == 0:
+        monitor.recorder.sinks = tuple(sinks)  # not before: the first measurement was not of step 0
     return monitor
 
 
@@ -72,17 +88,12 @@ def itself(model: Any) -> nn.Module:
     return model
 
 
-def check_replicated(model: nn.Module, whole: bool, how: str, processes: int) -> None:
-    """Raise ValueError unless every process holds all parameters and can run the model without the others."""
+def check_replicated(whole: bool, how: str) -> None:
+    """Raise ValueError unless every process holds all parameters."""
     if not whole:
         raise InvalidValue(
-            f"{how} may spread the parameters over processes, but curvature needs them whole on one; train on one"
+            f"{how} may spread the parameters over processes, but curvature needs them whole on each; train on one"
             " device or with plain data parallelism (DDP), or measure the checkpoints"
-        )
-    synced = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
-    if synced and processes > 1:
-        raise InvalidValue(
-            f"'{synced[0]}' averages over processes (SyncBatchNorm), but only one of them measures; use BatchNorm"
         )
 
 

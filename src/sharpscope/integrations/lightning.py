@@ -17,7 +17,7 @@ from ..autodiff import Objective
 from ..autodiff.whole import Loss
 from ..monitoring import Monitor, Sink
 from . import named
-from ._training import check_replicated, itself, monitor_of, probe, with_forward
+from ._training import check_replicated, group_of, itself, monitor_of, part_of, probe, with_forward
 
 try:
     from lightning.pytorch import Callback
@@ -35,8 +35,9 @@ class SharpnessCallback(Callback):
     Args:
         loss: ``loss(output, target)`` of what the module's ``forward`` returns, the mean over a batch; of a batch that
             is a dict, which goes to ``forward`` as keywords, the target is the batch.
-        data: a few fixed batches to measure on; otherwise examples spread evenly over the training data are taken.
-        batches: how many batches of these.
+        data: a few fixed batches to measure on, of several processes those of this one; otherwise examples spread
+            evenly over the training data are taken.
+        batches: how many batches of these; several processes divide them among themselves.
         batch, examples: of an `Objective`: what is input and what target in a batch of another form, and its weight.
         model: the part to measure, where that is not the whole module: ``lambda module: module.net``.
         report: where a report is written at the end, also if the training fails.
@@ -44,8 +45,9 @@ class SharpnessCallback(Callback):
         options: those of `Monitor`, such as every, budget, k, point, rule, directory.
 
     Of several optimizers, all that train the measured model are watched.  Dropout is left out of what is measured.
-    With several processes the first one measures.  The state is part of Lightning's checkpoints, and a resumed fit goes
-    on with it.  `monitor` is the Monitor, from the start of a fit on.
+    Several processes measure together the loss of the batches of all, and the first one logs and writes.  The state is
+    part of Lightning's checkpoints, and a resumed fit goes on with it.  `monitor` is the Monitor, from the start of a
+    fit on.
 
     Raises:
         ValueError: (at the start of a fit) parameters spread over processes, or trained by no optimizer; no probe can
@@ -78,14 +80,16 @@ class SharpnessCallback(Callback):
         self._state: Mapping[str, Any] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the Monitor, on the first process."""
+        """Make the Monitor."""
         names = {base.__name__ for base in type(trainer.strategy).__mro__}
-        check_replicated(pl_module, bool(names & WHOLE), type(trainer.strategy).__name__, trainer.world_size)
-        if not trainer.is_global_zero:
-            return
-        data = probe(trainer.train_dataloader, self.batches, _sent(trainer)) if self.data is None else self.data
-        model = self.model(_uncompiled(pl_module))
-        objective = Objective(model, self.loss, data, batch=self.batch, examples=self.examples, without_dropout=True)
+        check_replicated(bool(names & WHOLE), type(trainer.strategy).__name__)
+        data = self.data
+        if data is None:
+            taken = probe(trainer.train_dataloader, self.batches, _sent(trainer))
+            data = part_of(taken, trainer.global_rank, trainer.world_size)
+        model, group = self.model(_uncompiled(pl_module)), group_of(trainer.world_size)
+        form: dict[str, Any] = {"batch": self.batch, "examples": self.examples}
+        objective = Objective(model, self.loss, data, **form, without_dropout=True, group=group)
         own = {id(p) for p in objective.parameters().values()}
         optimizers = [o for o in trainer.optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
         planned = trainer.estimated_stepping_batches

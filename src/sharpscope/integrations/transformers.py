@@ -22,7 +22,7 @@ from ..autodiff.whole import Loss
 from ..errors import InvalidType, InvalidValue
 from ..monitoring import Monitor, Sink
 from . import named
-from ._training import check_replicated, itself, monitor_of, probe, with_forward
+from ._training import check_replicated, group_of, itself, monitor_of, part_of, probe, with_forward
 
 FILE = "sharpscope.safetensors"
 """The file that is added to every checkpoint folder."""
@@ -38,10 +38,10 @@ class SharpnessCallback(TrainerCallback):
 
     Args:
         trainer: to which the callback is then added; measurements go to its log and so to whatever it reports to.
-        data: a few fixed batches (dicts) to measure on; otherwise examples spread evenly over the training data are
-            taken and collated as in training.
+        data: a few fixed batches (dicts) to measure on, of several processes those of this one; otherwise examples
+            spread evenly over the training data are taken and collated as in training.
         loss: ``loss(output, batch)``, the mean over a batch; as a rule what the model returns as its loss.
-        batches: how many batches of the training data.
+        batches: how many batches of the training data; several processes divide them among themselves.
         batch, examples: of an `Objective`: what is input and what target in a batch of another form, and its weight,
             such as ``examples=lambda b: int((b["labels"][:, 1:] != -100).sum())`` for a mean over tokens.
         model: the part to measure, where that is not the whole model: ``lambda model: model.encoder``.
@@ -49,9 +49,9 @@ class SharpnessCallback(TrainerCallback):
         sinks: functions that get every measurement with all its columns; the trainer's log leaves those of groups out.
         options: those of `Monitor`, such as every, budget, k, point, rule, directory.
 
-    Dropout and autocast are left out of what is measured.  With several processes the first one measures.  The state is
-    kept in the checkpoints; training that resumes from one in ``output_dir`` goes on with it.  `monitor` is the
-    Monitor, from the start of training on.
+    Dropout and autocast are left out of what is measured.  Several processes measure together the loss of the batches
+    of all, and the first one logs and writes.  The state is kept in the checkpoints; training that resumes from one in
+    ``output_dir`` goes on with it.  `monitor` is the Monitor, from the start of training on.
 
     Raises:
         ValueError: (at the start of training) parameters spread over processes; no probe can be taken from the data.
@@ -85,15 +85,16 @@ class SharpnessCallback(TrainerCallback):
         self._unlogged: list[dict[str, float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        """Make the Monitor, on the first process."""
+        """Make the Monitor."""
         kind = self.trainer.accelerator.distributed_type.value
         whole = kind == "NO" or kind.startswith("MULTI_")
-        check_replicated(parts["model"], whole, f"training with {kind}", args.world_size)
-        if not state.is_world_process_zero:
-            return
-        data = probe(parts["train_dataloader"], self.batches, dict) if self.data is None else self.data
-        model = self.model(_without_autocast(parts["model"]))
-        objective = Objective(model, self.loss, data, batch=self.batch, examples=self.examples, without_dropout=True)
+        check_replicated(whole, f"training with {kind}")
+        data = self.data
+        if data is None:
+            data = part_of(probe(parts["train_dataloader"], self.batches, dict), args.process_index, args.world_size)
+        model, group = self.model(_without_autocast(parts["model"])), group_of(args.world_size)
+        form: dict[str, Any] = {"batch": self.batch, "examples": self.examples}
+        objective = Objective(model, self.loss, data, **form, without_dropout=True, group=group)
         planned = state.max_steps if state.max_steps > 0 else None
         options = {"steps": planned, "scheduler": parts.get("lr_scheduler")} | self.options
         saved = _load(_checkpoint(args, state) / FILE)
@@ -116,7 +117,8 @@ class SharpnessCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Add the Monitor's state to the checkpoint."""
         folder = _checkpoint(args, state)
-        if self.monitor is not None and folder.is_dir():  # a search for hyper-parameters saves elsewhere
+        first = state.is_world_process_zero
+        if self.monitor is not None and first and folder.is_dir():  # a search for hyper-parameters saves elsewhere
             _save(self.monitor.state_dict(), folder / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:

@@ -170,12 +170,17 @@ def batch_sharpness(f: Objective, w: Tensor) -> BatchMean:
     is not λ1, neither of a batch nor of the mean loss.
     """
     require_objective(f)
-    found = []
-    for one in _by_batch(f, w):
-        at = one.at(w)
-        square = dot(at.grad, at.grad)
-        if square > 0:
-            found.append(dot(at.grad, at.hvp(at.grad)) / square)
+
+    def along_gradients() -> list[float]:
+        found = []
+        for one in _by_batch(f.local(), w):
+            at = one.at(w)
+            square = dot(at.grad, at.grad)
+            if square > 0:
+                found.append(dot(at.grad, at.hvp(at.grad)) / square)
+        return found
+
+    found = [value for own in f.processes.each(along_gradients) for value in own]
     if not found:
         return BatchMean(math.nan, math.nan, 0)
     values = torch.tensor(found, dtype=torch.float64)
@@ -201,24 +206,26 @@ def noise_scale(f: Objective, w: Tensor) -> NoiseScale:
 
     (McCandlish et al. 2018, arXiv 1812.06162.)  The small size is that of the objective's batches, which must be equal
     (a shorter last one is left out), the big one all of them: ``‖G_b‖² = ‖G‖² + tr Σ / b``.  The interval is Fieller's,
-    with the batches left out in turn.  It costs two gradients of each batch, and two vectors.  It says how much noise
-    a batch has, and nothing of curvature.
+    with the batches left out in turn.  It costs two gradients of each batch, two vectors, and the data in memory.  It
+    says how much noise a batch has, and nothing of curvature.
 
     Raises:
         ValueError: fewer than three batches of one size.
     """
     require_objective(f)
-    sizes = [batch.examples for batch in f.batches(w.device)]
+    own = [(batch.raw, batch.examples) for batch in f.batches(w.device)]
+    sizes = [n for part in f.processes.each(lambda: [n for _, n in own]) for n in part]
     b, k = sizes[0], len(sizes) - (sizes[-1] < sizes[0])
     if k < 3 or set(sizes[:k]) != {b}:
         raise InvalidValue(f"a noise scale needs three batches or more, all of one size; these have {sizes[:8]}")
-    total = torch.zeros_like(w)
-    for _, one in zip(range(k), _by_batch(f, w), strict=False):
-        total += one.grad(w)
-    pairs = []
-    for _, one in zip(range(k), _by_batch(f, w), strict=False):
-        g = one.grad(w)
-        pairs.append((dot(total, g), dot(g, g)))
+    equal = [raw for raw, n in own if n == b]
+    total = k * f.on(equal).grad(w)
+
+    def products() -> list[tuple[float, float]]:
+        gradients = (f.local().on([raw]).grad(w) for raw in equal)
+        return [(dot(total, g), dot(g, g)) for g in gradients]
+
+    pairs = [pair for part in f.processes.each(products) for pair in part]
     inner, squares = torch.tensor(pairs, dtype=torch.float64).T
     whole = inner.sum()  # ‖Σ g‖²
     value = _sizes_compared(whole, squares.sum(), k, b)
@@ -248,7 +255,7 @@ def _fieller(noise: float, square: float, covariance: Tensor, k: int) -> tuple[f
 
 
 def _by_batch(f: Objective, w: Tensor) -> Iterator[Objective]:
-    """Put the loss on each batch alone."""
+    """Put the loss on each batch by itself."""
     return (f.on([batch.raw]) for batch in f.batches(w.device))
 
 

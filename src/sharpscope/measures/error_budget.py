@@ -10,7 +10,7 @@ It falls like ``1/n`` where the noise is small and more slowly, at least like ``
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..autodiff.curvature import hessian
-from ..autodiff.data import BatchForm
 from ..autodiff.objective import Objective, require_objective
 from ..errors import InvalidValue
+from ..linalg.eigenpairs import Eigenpairs
 from ..linalg.lanczos import lanczos
 from ..linalg.operators import SymmetricOperator
 from ..linalg.trace import student
@@ -103,8 +103,10 @@ def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, s
     batches = [batch.raw for batch in f.batches(w.device)]
     weight = f.form.weight
     pairs = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in f.model.modules())
-    pieces, note = _pieces(batches, f.form, least=2 if pairs else 1)
-    n = sum(map(weight, pieces))
+    pieces, note = _pieces(batches, f, least=2 if pairs else 1)
+    weights = f.processes.each(lambda: [weight(piece) for piece in pieces])
+    before, number = sum(map(len, weights[: f.processes.rank])), sum(map(len, weights))
+    n = sum(map(sum, weights))
     whole = f.on(batches)
     a = hessian(whole, w)
     top = lanczos(a, min(2, a.size), rtol=rtol, seed=seed)
@@ -113,22 +115,20 @@ def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, s
     gap = value - (top.values[1] + top.residuals[1]).item() if a.size > 1 else math.inf
     solver = min(residual, residual**2 / gap if gap > 0 else residual, max(top.upper - value, 0.0))
 
-    groups = _dealt(pieces, min(len(pieces), MAX_GROUPS))
-    sizes = torch.tensor([sum(map(weight, group)) for group in groups], dtype=torch.float64)
+    flat = [size for own in weights for size in own]
+    groups = _dealt(pieces, min(number, MAX_GROUPS), before)
+    sizes = torch.tensor([*map(sum, _dealt(flat, len(groups)))], dtype=torch.float64)
     curvatures = torch.tensor([_curvature(hessian(f.on(group), w), v) for group in groups], dtype=torch.float64)
-    fractions, k = sizes / n, len(groups)
-    centre = (fractions * curvatures).sum()
-    standard_error = ((fractions * (curvatures - centre)).square().sum() * k / (k - 1)).sqrt().item()
+    standard_error = _standard_error(sizes / n, curvatures)
 
     means, spent = {float(n): value}, float(top.num_matvecs) + 1
     for parts in (2, QUARTERS):
-        total = 0.0
-        for group in _dealt(pieces, parts):
-            found = lanczos(hessian(f.on(group), w), rtol=rtol, seed=seed)
-            fraction = sum(map(weight, group)) / n
-            total += fraction * found.values[0].item()
-            spent += fraction * found.num_matvecs
-        means[n / parts] = total
+        means[n / parts], products = _mean_over(
+            [f.on(group) for group in _dealt(pieces, parts, before)],
+            [sum(own) / n for own in _dealt(flat, parts)],
+            lambda g: lanczos(hessian(g, w), rtol=rtol, seed=seed),
+        )
+        spent += products
     bias = _bias(*means.values())
     rounding = _rounding(whole, a, w, v, value, seed)
     sample = math.hypot(standard_error, bias)
@@ -140,12 +140,30 @@ def error_budget(f: Objective, w: Tensor | None = None, *, rtol: float = 1e-4, s
         bias=bias,
         rounding=rounding,
         examples=n,
-        groups=k,
+        groups=len(groups),
         means=means,
         advice=advice,
         note=note,
         num_matvecs=spent + 2,
     )
+
+
+def _mean_over(
+    subsets: list[Objective], fractions: list[float], solve: Callable[[Objective], Eigenpairs]
+) -> tuple[float, float]:
+    """Average λ1 over subsets, the fractions of all examples; return the products with the Hessian of all, too."""
+    mean, products = 0.0, 0.0
+    for subset, fraction in zip(subsets, fractions, strict=True):
+        found = solve(subset)
+        mean += fraction * found.values[0].item()
+        products += fraction * found.num_matvecs
+    return mean, products
+
+
+def _standard_error(fractions: Tensor, values: Tensor) -> float:
+    """Standard error of the mean of values ``(k,)``, each of a fraction of the examples."""
+    k, centre = len(values), (fractions * values).sum()
+    return ((fractions * (values - centre)).square().sum() * k / (k - 1)).sqrt().item()
 
 
 def _bias(whole: float, halves: float, quarters: float) -> float:
@@ -176,28 +194,37 @@ def _rounding(f: Objective, a: SymmetricOperator, w: Tensor, v: Tensor, value: f
     return abs(((u @ (a @ v)) - (v @ (a @ u))) / u.norm()).item()
 
 
-def _pieces(batches: list[Any], form: BatchForm, least: int) -> tuple[list[Any], str]:
-    """Return the batches as they are, or (with a note) cut into `least` examples or more where they are under four."""
-    counts = [form.size(batch) for batch in batches]
+def _pieces(batches: list[Any], f: Objective, least: int) -> tuple[list[Any], str]:
+    """Return the batches as they are, or (with a note) cut into `least` examples or more where they are under four.
+
+    They are those of this process, and counted over all.
+    """
+    form, each = f.form, f.processes.each
+    counts = [count for own in each(lambda: [form.size(batch) for batch in batches]) for count in own]
     if sum(counts) < QUARTERS:
         raise InvalidValue(f"an error by sampling needs at least {QUARTERS} examples; the data hold {sum(counts)}")
-    if len(batches) >= QUARTERS:
+    if len(counts) >= QUARTERS:
         return batches, ""
     pieces = []
-    for batch, count in zip(batches, counts, strict=True):
-        parts = min(count // least, math.ceil(2 * QUARTERS / len(batches))) if form.can_be_cut(batch) else 1
+    for batch in batches:
+        whole = math.ceil(2 * QUARTERS / len(counts))
+        parts = min(form.size(batch) // least, whole) if form.can_be_cut(batch) else 1
         pieces += [form.cut(batch, slice(i, None, parts)) for i in range(parts)]
-    if len(pieces) < QUARTERS:
-        raise InvalidValue(f"{len(batches)} batches of {counts} examples cannot be cut into {QUARTERS} parts")
+    number = sum(each(lambda: len(pieces)))
+    if number < QUARTERS:
+        raise InvalidValue(f"{len(counts)} batches of {counts} examples cannot be cut into {QUARTERS} parts")
     return pieces, (
-        f"There were fewer than {QUARTERS} batches: subsets are made of {len(pieces)} parts of them, which batch"
+        f"There were fewer than {QUARTERS} batches: subsets are made of {number} parts of them, which batch"
         " normalization in training mode sees as batches of their own."
     )
 
 
-def _dealt(batches: list[Any], parts: int) -> list[list[Any]]:
-    """Deal the batches to `parts` groups in turn, so that an order in the data reaches all of them."""
-    return [batches[i::parts] for i in range(parts)]
+def _dealt(batches: list[Any], parts: int, before: int = 0) -> list[list[Any]]:
+    """Deal the batches to `parts` groups in turn, so that an order in the data reaches all of them.
+
+    Of several processes each deals its own, after those `before`.
+    """
+    return [batches[(i - before) % parts :: parts] for i in range(parts)]
 
 
 def _advice(

@@ -171,7 +171,7 @@ def analyze(
         raise Unusable(f"k={k}: the number of eigenvalues is at least 1")
     files = checkpoints.series(places)
     name = name or type(model).__name__
-    f = Objective(_copied(model), loss, data)
+    f = Objective(_copied(model), loss, data, group=None)
     log = _AnalysisLog(out, {"task": name, "k": k, "parameters": f.size})
     probe = _Probe(f, k, log.groups, log.state)
     digests = {path: _digest(path) for path in files}

@@ -173,7 +173,7 @@ def first_look(f: Objective, step: int, stability: Stability | None) -> FirstLoo
     """Solve one eigenvalue problem on a few examples, long before a measurement can be afforded."""
     with without_autocast():
         it = Iterate(f, f.weights(), step=step, error=LOOK_ERROR, stability=stability)
-        examples = sum(map(f.form.size, f.data))
+        examples = sum(f.processes.each(lambda: sum(map(f.form.size, f.data))))
         if stability is None:
             return FirstLook(step, examples, measures.sharpness(it), "λ1")
         return FirstLook(step, examples, measures.stability_ratio(it), "sharpness / threshold")

@@ -48,8 +48,11 @@ def free_bytes(device: torch.device) -> float:
 
 
 def plan_memory(f: Objective, k: int, free: float) -> MemoryPlan:
-    """Fit a measurement of k eigenpairs into so many bytes: fewer pairs first, then fewer examples at once."""
-    room = PART * free
+    """Fit a measurement of k eigenpairs into so many bytes: fewer pairs first, then fewer examples at once.
+
+    Of several processes all have to find room.
+    """
+    room = PART * min(f.processes.each(lambda: free))
     vector = f.size * torch.empty(0, dtype=f.dtype).element_size()
     notes = []
     if k > 1 and (MORE_PAIRS + 8 * k) * vector > room:
@@ -59,13 +62,11 @@ def plan_memory(f: Objective, k: int, free: float) -> MemoryPlan:
     size = f"{f.size / 1e6:.3g} million weights need {VECTORS * vector / 2**30:.2g} GiB and {room / 2**30:.2g} are left"
     if left <= 0:
         return MemoryPlan(None, k, f"{size}: nothing is measured but the loss")
-    per_example = max(f.graph_bytes_per_example, 1.0)
+    per_example = max(1.0, *f.processes.each(lambda: f.graph_bytes_per_example))
     if f.memory_budget <= left / 2:
         return MemoryPlan(f, k, _sentence(size, notes))
     largest = left / per_example
-    with closing(f.batches()) as batches:
-        whole = f.form.size(next(batches).raw)
-    if whole > largest:
+    if max(f.processes.each(lambda: _first_size(f))) > largest:
         count = math.floor(largest)
         if count < 1:
             return MemoryPlan(None, k, f"{size}, less than the graph of one example: nothing is measured but the loss")
@@ -74,6 +75,12 @@ def plan_memory(f: Objective, k: int, free: float) -> MemoryPlan:
     f = f.using()
     f.memory_budget = int(left / 2)
     return MemoryPlan(f, k, _sentence(size, notes))
+
+
+def _first_size(f: Objective) -> int:
+    """Count the examples of the first batch."""
+    with closing(f.batches()) as batches:
+        return f.form.size(next(batches).raw)
 
 
 def _sentence(size: str, notes: list[str]) -> str:

@@ -52,6 +52,10 @@ OnFinding = Callable[[Finding, int], None]
 class Monitor:
     """Measures `objective` along the steps of `optimizer`, or of several that train it together.
 
+    Where the objective has a `group`, every process has a Monitor and calls it after every step: they measure at the
+    same steps, by the clock of the first, and get the same rows.  The first one writes files and calls the sinks.  Only
+    `step` and `measure` wait for the others, and `close` where no step was taken.
+
     Args:
         objective: loss of the model that is being trained, on data that stay the same (a few fixed batches will do).
         optimizer: the live optimizer, with any parameter groups, or a list of several; hyper-parameters are read at
@@ -124,7 +128,8 @@ class Monitor:
         self.scheduler = scheduler
         self._fixed_rule = rule
         self.optimizer_state = OptimizerState(self.optimizers, objective, rule)
-        self.recorder = Recorder(sinks, directory)
+        first = objective.processes.rank == 0
+        self.recorder = Recorder(sinks if first else (), directory if first else None)
         self._on_finding = on_finding
         self._found: dict[str, Finding] = {}  # that hold at present, by name
         self._largest_rate = 0.0  # so far
@@ -160,13 +165,19 @@ class Monitor:
         """Stop watching the optimizer; a run on disk is marked as finished."""
         for hook in self._hooks:
             hook.remove()
+        if note and self.objective.processes.size > 1:
+            self._start = None  # nobody knows whether the others have failed, too
         self._measure_start()
         self.recorder.close(note)
 
     @property
     def history(self) -> History:
-        """The rows so far; the one of step 0 is measured when it is first looked at, or after the first step."""
-        self._measure_start()
+        """The rows so far; the one of step 0 is measured when it is first looked at, or after the first step.
+
+        Of several processes one may look without the others: there it is measured after the first step.
+        """
+        if self.objective.processes.size == 1:
+            self._measure_start()
         return self.recorder.history
 
     @property
@@ -180,7 +191,8 @@ class Monitor:
     @property
     def groups(self) -> ScaleGroups:
         """The scale-invariant groups: found at the first measurement or, with a budget, when it allows; none before."""
-        if self.measuring.groups is None and self.measuring.searches:
+        alone = self.objective.processes.size == 1
+        if self.measuring.groups is None and self.measuring.searches and alone:
             self.measuring.groups = find_groups(self.objective)
             self._groups_found()
         return self.measuring.known_groups
@@ -211,7 +223,7 @@ class Monitor:
         """Call this after every step of the optimizer.
 
         Some meters read the `loss` of the step's batch, as it was before the step, and the `batch` itself, in the form
-        of the objective's own.
+        of the objective's own.  Of several processes each hands over its part of the batch and the mean loss of that.
         """
         began = perf_counter()
         self._training_seconds += began - self.resumed
@@ -260,7 +272,9 @@ class Monitor:
         return "\n".join(map(str, self.findings()))
 
     def report(self, path: str | Path) -> Path:
-        """Write the measurements so far as one self-contained HTML page."""
+        """Write the measurements so far as one self-contained HTML page; of several processes the first one does."""
+        if self.objective.processes.rank > 0:
+            return Path(path)
         return write_page(path, render_run(self.history, self.facts, self._config(), self.now))
 
     def state_dict(self) -> dict[str, Any]:
@@ -344,7 +358,8 @@ class Monitor:
     def _read_meters(self, loss: float | Tensor | None, batch: Any) -> None:
         """Read the meters that are due at this step."""
         if self._meters:
-            self._read = self._meters.read(Step(self.steps, self.objective, loss, batch))
+            given = None if loss is None else self.objective.processes.mean(loss)
+            self._read = self._meters.read(Step(self.steps, self.objective, given, batch))
 
     def _taken(self) -> dict[str, float]:
         """Take what the meters have read, once."""
@@ -440,7 +455,7 @@ class Monitor:
         point, self._start = self._start, None
         began = perf_counter()
         try:
-            self._measure(point, None)
+            self._together(lambda: point, None)
         except Exception as error:
             warnings.warn(f"the measurement at the start failed: {type(error).__name__}: {error}", stacklevel=4)
         self.ledger.measured += perf_counter() - began
@@ -449,7 +464,7 @@ class Monitor:
     def _measure_safely(self) -> None:
         """Measure, whatever that raises: a run is not stopped for being watched."""
         try:
-            self._measure_step()
+            self._together(self._moment, self.timetable.deadline(self.steps))
             self._failures = 0
         except Exception as error:
             self._failures += 1
@@ -467,8 +482,8 @@ class Monitor:
         self.optimizer_state.use_groups(groups)
         self.recorder.outdate_description()
 
-    def _measure_step(self) -> None:
-        """Measure between the weights before the last step and those after it, if the former are known."""
+    def _moment(self) -> Moment:
+        """Choose the point between the weights before the last step and those after it, if the former are known."""
         now, turned, setting = self.objective.weights(), None, None
         if self._weights_before and self._weights_before[0] == self.steps - 1:
             turned = (self._weights_before[1], now)
@@ -476,8 +491,17 @@ class Monitor:
             setting = self._setting_at[1]
         w = now if turned is None else self.point(*turned)
         at = self.optimizer_state.setting() if setting is None else setting
-        point = Moment(w, self.steps, self.tau, at, turned, applied=setting is not None)
-        self._measure(point, self.timetable.deadline(self.steps))
+        return Moment(w, self.steps, self.tau, at, turned, applied=setting is not None)
+
+    def _together(self, moment: Callable[[], Moment], deadline: float | None) -> None:
+        """Measure on all processes, or on none: an error on one is an error on all, before they wait for each other."""
+        points: list[Moment] = []
+
+        def measure() -> None:
+            self._measure(points[0], deadline)
+
+        self.objective.processes.each(lambda: points.append(moment()))
+        self.objective.processes.each(measure)
 
     def _measure(self, point: Moment, deadline: float | None) -> Iterate:
         """Measure a point, and add its row to the history; then see what is new in the diagnosis."""
@@ -485,6 +509,7 @@ class Monitor:
         it, row = self.measuring.at(point, deadline)
         if self.measuring.groups is not known:
             self._groups_found()
+        self.timetable.agree(self.objective.processes)
         if self.ledger.trained:
             row["overhead"] = self.overhead
         if point.step == self.steps:

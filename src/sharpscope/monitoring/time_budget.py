@@ -15,6 +15,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,13 +184,15 @@ def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: 
     """Plan the largest probe, and the most quantities, with which `PLANNED_MEASUREMENTS` fit into the budget.
 
     A gradient of n examples is taken to cost a + c n seconds, from one of 2 and one of 8 examples.  Where not even the
-    least probe fits, there will be fewer measurements.
+    least probe fits, there will be fewer measurements.  Of several processes the clock of the first counts, and the
+    plan is made for the one with the most examples.
     """
-    seconds = {n: _gradient_seconds(f, w, n) for n in (2, 8)}
+    largest: list[Any] = []
+    totals = f.processes.each(lambda: _read(f, largest))
+    seconds = f.processes.first({n: _gradient_seconds(f, w, n) for n in (2, 8)})
     slope = max(seconds[8] - seconds[2], 0.0) / 6
     fixed = max(seconds[2] - 2 * slope, 0.0)
-    largest = head(f.source, MAX_EXAMPLES, f.form)
-    total = sum(map(f.form.size, largest))
+    total = max(totals)
     allowed = budget.planned(ledger)
 
     large = f.size >= LARGE and k == 1
@@ -218,7 +221,7 @@ def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: 
     gradients, at_once = LARGE_GROUPS if large else (12 + len(f.slices), GROUPS_EXAMPLES)
     return ProbePlan(
         objective=f.on(head(largest, n, f.form)),
-        examples=n,
+        examples=sum(min(n, own) for own in totals),
         full=full,
         k=pairs,
         first_seconds=first,
@@ -228,6 +231,12 @@ def plan_probe(f: Objective, w: Tensor, ledger: Ledger, budget: Budget, solves: 
         look=f.on(head(largest, few, f.form)),
         look_seconds=LOOK_COST * (fixed + slope * min(few, total)),
     )
+
+
+def _read(f: Objective, taken: list[Any]) -> int:
+    """Read the batches that a probe is taken from; return the number of their examples."""
+    taken += head(f.source, MAX_EXAMPLES, f.form)
+    return sum(map(f.form.size, taken))
 
 
 def limited(expand: Expand, deadline: float) -> Expand:

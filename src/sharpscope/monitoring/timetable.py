@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
+from ..autodiff.processes import Processes
 from ..errors import InvalidValue
 from ..optimizers.base import Stability
 from ..symmetry.scale_groups import find_groups
@@ -11,6 +12,12 @@ from .finding import Finding
 from .measuring import FirstLook, Measuring, first_look
 from .schedules import Schedule, every_nth, never
 from .time_budget import Budget, Ledger, ProbePlan, parse_fraction, plan_probe
+
+AGREEING = 1e-3
+"""Fraction of the training time that several processes may take to agree on whether to measure."""
+
+RARELY = 100
+"""Steps after which they agree at the latest."""
 
 DEFAULT_BUDGET = "5%"
 """Fraction of the training time that measuring may take where nothing else is wanted."""
@@ -34,6 +41,8 @@ class Timetable:
         self.ledger = Ledger()
         self.look: FirstLook | None = None
         self._stopped = False
+        self._wait = 1  # steps from one agreement of several processes to the next
+        self._next_agreement = 0
 
     def stop(self) -> None:
         """Measure no more."""
@@ -49,6 +58,8 @@ class Timetable:
         """Say whether the next `step` will be measured; with a budget, do before that what can be afforded."""
         if self._stopped or self.budget is None:
             return not self._stopped and self.due(step)
+        if not self._agreed(step, measuring.objective.processes):
+            return False
         if measuring.plan is None:
             if len(self.ledger.latest_steps) < 5:
                 return False
@@ -65,6 +76,25 @@ class Timetable:
             self.look = first_look(plan.look, step - 1, stability())
             return False
         return self.budget.allows(self.ledger, step, plan, saving=measuring.groups is None)
+
+    def agree(self, processes: Processes) -> None:
+        """Take over the ledger of the first process, so that all decide alike."""
+        if processes.size > 1:
+            self.ledger, self._wait = processes.first((self.ledger, self._wait))
+
+    def _agreed(self, step: int, processes: Processes) -> bool:
+        """Agree with the other processes before a decision, as often as may be; say whether it was done, or not due."""
+        if processes.size == 1:
+            return True
+        if step < self._next_agreement:
+            return False
+        began = perf_counter()
+        self.agree(processes)
+        self._next_agreement = step + self._wait
+        seconds = perf_counter() - began
+        allowed = AGREEING * max(self.ledger.typical_step, 1e-9)
+        self._wait = min(max(math.ceil(seconds / allowed), self._wait // 2, 1), RARELY)
+        return True
 
     def deadline(self, step: int) -> float | None:
         """Time on the clock of `perf_counter` at which a measurement that begins now is given up; None: never."""

@@ -487,10 +487,10 @@ class _ExactProbe:
 def few_examples(f: Objective, w: Tensor) -> tuple[Objective, list[Objective]]:
     """Choose a few examples for tests, and single ones for points in turns, where examples do not see each other."""
     taken = head(f.source, EXAMPLES, f.form)
-    together = f.on(taken)
-    if not all(f.form.can_be_cut(batch) or f.form.size(batch) == 1 for batch in taken):
+    together, form = f.on(taken), f.form
+    if not all(f.processes.each(lambda: all(form.can_be_cut(b) or form.size(b) == 1 for b in taken))):
         return together, [together]
-    rows = [f.form.cut(batch, slice(i, i + 1)) for batch in taken for i in range(f.form.size(batch))]
+    rows = [form.cut(batch, slice(i, i + 1)) for batch in taken for i in range(form.size(batch))]
     two = f.on(head(taken, 2, f.form))
     try:
         one_by_one, both = f.on(rows[:2]).value(w).item(), two.value(w).item()
@@ -498,7 +498,7 @@ def few_examples(f: Objective, w: Tensor) -> tuple[Objective, list[Objective]]:
         return together, [together]
     if not abs(one_by_one - both) <= MAX_DIFFERENCE * abs(both):
         return together, [together]
-    return two, [f.on([row]) for row in rows]
+    return two, [f.on(rows[i : i + 1]) for i in range(max(f.processes.each(lambda: len(rows))))]
 
 
 def _rescaled(f: Objective, w: Tensor, moves: Iterable[tuple[Part, float]]) -> Tensor:

@@ -74,6 +74,7 @@ def _rebuilt(f: Objective, model: nn.Module) -> Objective:
         examples=f.form.weigh,
         memory_budget=f.memory_budget,
         without_dropout=not f.dropout,
+        group=f.group,
     )
 
 
