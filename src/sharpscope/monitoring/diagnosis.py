@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..optimizers.param_groups import INVARIANT, KINDS, NULL
+from ..optimizers.weight_kinds import INVARIANT, KINDS, NULL
 from ..records.history import History
 from .finding import Finding
 from .measurements import ENOUGH, Facts, Measurements, Now

@@ -22,7 +22,7 @@ from ..measures.iterate import Iterate, midpoint
 from ..measures.row import Setting
 from ..optimizers.base import UpdateRule
 from ..optimizers.from_torch import optimizers_of, wrapped
-from ..optimizers.param_groups import kinds_of, one_sided, weights_by_kind
+from ..optimizers.weight_kinds import kinds_of, one_sided, weights_by_kind
 from ..records.history import History
 from ..report.html import write_page
 from ..symmetry.scale_groups import ScaleGroups, find_groups

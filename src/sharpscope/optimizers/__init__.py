@@ -7,8 +7,8 @@ from .equivalences import ExponentialRate, ProjectedGD, as_decayed, as_exponenti
 from .from_torch import rule_of, rules_of, stability_of, state_of
 from .gd import GD
 from .laws import ASGD, Adadelta, Adafactor, Adagrad, Adamax, AMSGrad, CenteredRMSprop, NAdam, RAdam
-from .param_groups import ParamGroups, param_groups
 from .scalar import ScalarRMSprop, SphericalRMSprop
+from .weight_kinds import ParamGroups, param_groups
 
 __all__ = [
     "ASGD",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import sharpscope as ss
 from sharpscope.monitoring.recorder import read_description
-from sharpscope.optimizers.param_groups import KINDS
+from sharpscope.optimizers.weight_kinds import KINDS
 
 NETS = INVARIANT | PLAIN
 FREE = ("scale-invariant", "rescaled against invariant")
