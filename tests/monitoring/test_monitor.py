@@ -113,7 +113,14 @@ def test_measurements_are_those_of_iterates(
             assert row["eta_lambda"] == pytest.approx(measures.eta_lambda(it), rel=SOLVER)
             assert row["radius"] == pytest.approx(measures.radius(it), rel=1e-15)
         else:
-            hyper = {"learning_rate", "intrinsic_time_per_step", "equilibrium", "applied_gradient", "overhead"}
+            hyper = {
+                "learning_rate",
+                "intrinsic_time_per_step",
+                "equilibrium",
+                "applied_gradient",
+                "alignment",
+                "overhead",
+            }
             assert row.keys() == {"run", "step", "tau", "loss", "sharpness", "stability_ratio", "residual", *hyper}
 
 
@@ -293,3 +300,30 @@ def test_a_function_for_findings_that_fails_is_called_no_more() -> None:
     with pytest.warns(UserWarning, match="on_finding failed, and is not called again"):
         monitor, _ = watched(cases.plain(), 0.01, 10, every=5, on_finding=fails)
     assert len(monitor.history) == 3
+
+
+def test_steps_align_with_the_eigenvector_that_they_oscillate_along() -> None:
+    """On a bowl above the edge the step is along the first axis in the end: cosine one; below, along the second."""
+    h = torch.tensor([1.0, 0.2], dtype=torch.float64)
+
+    class Bowl(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (h * self.w.square()).sum() / 2
+
+    for rate, expected in ((2.05, 1.0), (1.0, 0.0)):
+        net = Bowl()
+        f = Objective(net, lambda output, target: output, [(torch.zeros(1, 1), torch.zeros(1, 1))])
+        sgd = torch.optim.SGD(net.parameters(), lr=rate)
+        monitor = Monitor(f, sgd, every=20)
+        for _ in range(40):
+            sgd.zero_grad()
+            net(torch.zeros(1)).backward()
+            sgd.step()
+            monitor.step()
+        assert monitor.history.series("training", "alignment")[-1] == pytest.approx(expected, abs=1e-3)
+    sgd.param_groups[0]["lr"] = 0.0
+    assert monitor.optimizer_state.descriptions == ["SGD, at a learning rate of zero"]

@@ -35,6 +35,7 @@ COLUMNS = (
     Column("applied_gradient", "norm of the gradient", "Norm of the gradient that the optimizer applied."),
     Column("sharpness", "λ1 of the Hessian", "Largest eigenvalue of the Hessian of the loss."),
     Column("sharpness{}", "λ{} of the Hessian", "Further eigenvalue of the Hessian, by its number from the top."),
+    Column("alignment", "step · top eigenvector", "Cosine between the step and the top eigenvector, without its sign."),
     Column("residual", "residual", "Residual of the top eigenpair."),
     Column("relative_residual", "residual / λ1", "Residual of the top eigenpair over its eigenvalue."),
     Column("spherical_sharpness", "λ1 at unit norm", "Sharpness in the scale-invariant weights, at unit norm."),

@@ -125,3 +125,15 @@ def angles(groups: ScaleGroups, turned: tuple[Tensor, Tensor] | None) -> dict[st
         return {}
     before, after = turned
     return {name: angle(before[i].double(), after[i].double()).item() for name, i in groups.groups.items()}
+
+
+def alignment(it: Iterate, turned: tuple[Tensor, Tensor] | None) -> dict[str, float]:
+    """Cosine between a step and the top eigenvector, of ∇²L where that was solved for, else in the steps' metric."""
+    pairs = it.found.get("top", it.found.get("effective_top"))
+    if turned is None or pairs is None or not pairs.vectors.numel():
+        return {}
+    vector, step = pairs.vectors[:, 0].double(), (turned[1] - turned[0]).double()
+    if "top" not in it.found:
+        vector = vector / it.criterion.metric.to(vector).sqrt()
+    size = vector.norm() * step.norm()
+    return {"alignment": (vector @ step).abs().div(size).item()} if size > 0 else {}

@@ -19,7 +19,7 @@ from ..linalg.memory import Memory
 from ..linalg.operators import without_autocast
 from ..measures import measures
 from ..measures.iterate import LARGE, Iterate
-from ..measures.row import Setting, angles, curvature
+from ..measures.row import Setting, alignment, angles, curvature
 from ..optimizers.base import Stability
 from ..symmetry.scale_groups import ScaleGroups, find_groups
 from .memory_plan import MemoryPlan, free_bytes, plan_memory
@@ -116,6 +116,7 @@ class Measuring:
             self._memories |= it.memories
             if it.error is not None and it.k == 1:
                 self._directions |= {name: pairs.vectors[:, 0] for name, pairs in it.found.items()}
+            row |= alignment(it, point.turned)
             row |= {f"rotation/{name}": a for name, a in angles(it.scale_groups, point.turned).items()}
         return it, row
 

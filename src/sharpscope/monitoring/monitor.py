@@ -545,11 +545,11 @@ class Monitor:
         return found or ()
 
     def _config(self) -> dict[str, object]:
-        rules = self.optimizer_state.rules
+        rules = self.optimizer_state.descriptions
         config: dict[str, object] = {
             "model": f"{type(self.objective.model).__name__}, {self.objective.size} parameters"
         }
-        config |= {f"rule of group {i}" if rules[1:] else "rule": str(rule) for i, rule in enumerate(rules)}
+        config |= {f"rule of group {i}" if rules[1:] else "rule": rule for i, rule in enumerate(rules)}
         if observed := self.optimizer_state.observed:
             config["without a law of stability"] = ", ".join(observed)
         if self.timetable.budget is None:

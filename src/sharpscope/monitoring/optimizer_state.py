@@ -62,6 +62,14 @@ class OptimizerState:
         return self.rules[self._leading]
 
     @property
+    def descriptions(self) -> list[str]:
+        """The rule of every parameter group in words; of one that has none at present, its optimizer."""
+        kinds = [type(one).__name__ for one in self._optimizers for _ in one.param_groups]
+        at_rest = [number(group.get("lr")) == 0 for group in self._param_groups()]
+        words = [kind + ", at a learning rate of zero" * rest for kind, rest in zip(kinds, at_rest, strict=True)]
+        return [word if rule is None else str(rule) for word, rule in zip(words, self.rules, strict=True)]
+
+    @property
     def leading_group(self) -> dict[str, Any]:
         """The parameter group that the columns of a row describe."""
         return self._param_groups()[self._leading]
