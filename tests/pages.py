@@ -13,7 +13,7 @@ from sharpscope.report.charts import Chart, SphereChart
 from sharpscope.report.html import render
 from sharpscope.report.server import Live, server
 from sharpscope.studies._framework.claims import Verdict
-from sharpscope.studies._framework.pages import claims_section
+from sharpscope.studies._framework.pages import claims_section, outcome
 
 HOSTILE = """</script><script>alert(1)</script><img src=x onerror="alert('2')">&amp;""" + 80 * "x"
 
@@ -48,7 +48,16 @@ def page(name: str = "run", **changes: Any) -> dict[str, Any]:
             caption=name,
             part=name,
         ),
-        Chart("edge", "Edge", x="step", y="edge", runs=runs, lines=((2.0, name), (1.99, "near"))),
+        Chart(
+            "edge",
+            "Edge",
+            x="step",
+            y="edge",
+            runs=runs,
+            lines=((2.0, name), (1.99, "near")),
+            marks=((60.0, name),),
+            rank=1,
+        ),
         Chart("dots", "Dots", x="loss", y="edge", runs=runs, log="xy", markers=True),
         SphereChart("sphere", "Sphere", curve="curve", color="sharpness", paths=("path",), caption=name),
         Chart("absent", "Absent", x="step", y="accuracy", runs=runs),
@@ -69,8 +78,9 @@ def page(name: str = "run", **changes: Any) -> dict[str, Any]:
         "columns": columns,
     }
     given = {**given, "config": facts, "environment": facts, **changes}
-    sections = [("Claims", claims_section(given.pop("verdicts")))]
-    return {**given, "sections": sections}
+    verdicts = given.pop("verdicts")
+    links = {name: "loss", "it fails": "edge"}
+    return {**given, "tested": outcome(verdicts), "sections": [("Claims", claims_section(verdicts, links))]}
 
 
 class Elements(HTMLParser):
@@ -82,6 +92,12 @@ class Elements(HTMLParser):
         self.scripts: list[str] = []
         self.inside = ""
         self.feed(html)
+
+    @property
+    def data(self) -> str:
+        """The JSON that the charts are drawn from."""
+        there = [attributes for tag, attributes in self.tags if tag == "script"]
+        return next(text for text, a in zip(self.scripts, there, strict=True) if a.get("id") == "data")
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))

@@ -4,14 +4,20 @@ Without Chromium in the PATH this module has no tests; `make test` says so.
 """
 
 import base64
+import xml.etree.ElementTree
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chromium import CHROMIUM, Tab
-from pages import HOSTILE, page
+from pages import HOSTILE, page, verdict
 
+from sharpscope.report.charts import Chart, SphereChart
 from sharpscope.report.html import write_report
+from sharpscope.studies._framework.pages import outcome
+from sharpscope.studies._framework.study import find, headings
 
 __test__ = CHROMIUM is not None
 
@@ -138,4 +144,138 @@ def test_paper_is_light_and_unfolded_and_the_screen_recovers(tab: Tab, report: P
     assert pdf.startswith(b"%PDF")
     assert tab.js("window.printed") == ["#fdfdfb", 0]
     assert folded > 0 and tab.js("document.querySelectorAll('details:not([open])').length") == folded
+    assert tab.complaints() == []
+
+
+def straight(charts: list[Chart | SphereChart]) -> dict[str, list[Any]]:
+    """Columns with a straight line for every run of the charts."""
+    rows: list[dict[str, Any]] = []
+    for chart in charts:
+        if isinstance(chart, Chart):
+            rows += [{"run": run, chart.x: k, chart.y: 1.0 + k} for run in chart.runs for k in range(9)]
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
+
+
+@pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
+def test_the_finding_and_its_first_picture_are_on_the_first_screen(
+    tab: Tab, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    study = find("lyu2022")
+    title, lead = headings(study)
+    charts, verdicts = list(study.CHARTS), [verdict() for _ in range(65)]
+    given: dict[str, Any] = {"title": title, "subtitle": study.PAPER, "lead": lead, "config": {}, "environment": {}}
+    path = write_report(
+        tmp_path / "report.html", **given, charts=charts, columns=straight(charts), tested=outcome(verdicts)
+    )
+    tab.open(path, size[0])
+    ends = "[...document.querySelectorAll('h1, .lead, .plot')].map(e => e.getBoundingClientRect().bottom)"
+    head, lead_end, plot, *_ = tab.js(ends)
+    assert head < lead_end < plot <= size[1]
+    assert tab.js("document.querySelector('.plot').closest('figure').id") == "chart-network-decay"
+    below = "document.querySelector('.summary').getBoundingClientRect().top + scrollY"
+    assert tab.js(below) < 3 * size[1]
+
+
+def test_claims_are_filtered_by_verdict_and_kind(tab: Tab, report: Path) -> None:
+    tab.open(report)
+    seen = "[...document.querySelectorAll('#claims tbody tr')].filter(r => r.checkVisibility()).map(r => r.id)"
+    assert tab.js(seen) == ["claim-2", "claim-3", "claim-4"]  # the part in which one fails is open
+
+    def choose(name: str, value: str) -> list[str]:
+        tab.js(f"""(() => {{ const list = document.getElementById('claim-{name}'); list.value = '{value}';
+            list.dispatchEvent(new Event('change')); }})()""")
+        return list(tab.js(seen))
+
+    assert choose("state", "fails") == ["claim-2"]
+    assert tab.js("document.getElementById('claim-count').textContent") == "1 claim"
+    assert choose("state", "holds") == ["claim-1", "claim-4"]
+    assert choose("kind", "negative control") == ["claim-4"]
+    assert choose("state", "aside") == []
+    choose("kind", "")
+    assert choose("state", "") == ["claim-2", "claim-3", "claim-4"]
+
+
+def test_a_link_unfolds_what_it_leads_to(tab: Tab, report: Path) -> None:
+    tab.open(report)
+    tab.js("document.querySelectorAll('#claims .to')[0].click()")
+    tab.settle()
+    assert tab.js("document.getElementById('chart-loss').checkVisibility()")
+    wide = "document.querySelector('#chart-loss .u-over').getBoundingClientRect().width"
+    assert tab.js(wide) > 250  # drawn anew at the width that it has now
+
+
+def press(tab: Tab, key: str) -> None:
+    for kind in ("keyDown", "keyUp"):
+        tab("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode={"Tab": 9, "Escape": 27}[key])
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_term_explains_itself_to_the_keyboard(tab: Tab, tmp_path: Path, width: int) -> None:
+    path = write_report(tmp_path / "report.html", **page(lead="It sits at the edge of stability, and τ goes on"))
+    tab.open(path, width)
+    tip = "getComputedStyle(document.querySelector('.term'), '::after').content"
+    assert tab.js(tip) == "none"
+    press(tab, "Tab")
+    assert tab.js("document.activeElement.textContent") == "edge of stability"
+    assert tab.js(tip).startswith('"Where sharpness equals') and tab.js(FITS)
+    described = "document.getElementById(document.activeElement.getAttribute('aria-describedby')).textContent"
+    assert tab.js(described).startswith("Where sharpness equals")
+    press(tab, "Escape")
+    assert tab.js(tip) == "none"
+
+
+def tree(tab: Tab) -> list[tuple[str, str, Any]]:
+    """Role, name and level of what a screen reader is given."""
+    nodes = tab("Accessibility.getFullAXTree")["nodes"]
+    seen = [node for node in nodes if not node["ignored"]]
+    level = [
+        next((p["value"]["value"] for p in node.get("properties", ()) if p["name"] == "level"), 0) for node in seen
+    ]
+    return [(n["role"]["value"], n.get("name", {}).get("value", ""), k) for n, k in zip(seen, level, strict=True)]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_screen_reader_finds_names_and_an_outline(tab: Tab, tmp_path: Path, width: int) -> None:
+    tab.open(write_report(tmp_path / "report.html", **page(lead="At the edge of stability")), width)
+    tab.js("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+    found = tree(tab)
+    named = {"button", "link", "combobox", "heading", "image", "application", "table"}
+    assert [node for node in found if node[0] in named and not node[1].strip()] == []
+    levels = [level for role, _, level in found if role == "heading"]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels)), levels
+    ids = tab.js("[...document.querySelectorAll('[id]')].map(element => element.id)")
+    assert len(ids) == len(set(ids))
+    targets = tab.js("[...document.querySelectorAll('a[href^=\"#\"]')].map(a => a.getAttribute('href').slice(1))")
+    assert set(targets) <= set(ids)
+
+
+FILES = """(async () => {
+    const made = [], old = URL.createObjectURL;
+    URL.createObjectURL = (blob) => { made.push(blob); return 'blob:nothing'; };
+    const names = [], click = HTMLAnchorElement.prototype.click;
+    HTMLAnchorElement.prototype.click = function () { names.push(this.download); };
+    document.querySelectorAll('#chart-NAME .files button').forEach(button => button.click());
+    URL.createObjectURL = old;
+    HTMLAnchorElement.prototype.click = click;
+    return [names, ...await Promise.all(made.map(blob => blob.text()))];
+})()"""
+
+
+@pytest.mark.parametrize("name", ["a run", HOSTILE], ids=["plain", "hostile"])
+def test_a_chart_comes_as_svg_and_as_csv(tab: Tab, tmp_path: Path, name: str) -> None:
+    tab.open(write_report(tmp_path / "report.html", **page(name)))
+    names, svg, csv = tab.js(FILES.replace("NAME", "edge"))
+    assert names == ["edge.svg", "edge.csv"]
+    drawing = xml.etree.ElementTree.fromstring(svg)
+    texts = [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Edge", name, "other", "step", "near"} <= set(texts)
+    paths = [path.get("d") or "" for path in drawing.iter("{http://www.w3.org/2000/svg}path")]
+    assert max(path.count("L") for path in paths) == 119  # of 120 points
+    rows = csv.splitlines()
+    assert rows[0] == "run,step,edge" and len(rows) == 1 + 240 and rows[-1] == "other,178.5,1.5"
+    names, svg, csv = tab.js(FILES.replace("NAME", "sphere"))
+    assert names == ["sphere.svg", "sphere.csv"]
+    xml.etree.ElementTree.fromstring(svg)
+    assert csv.splitlines()[0] == "run,x,y,z,sharpness" and len(csv.splitlines()) == 1 + 61 + 9
     assert tab.complaints() == []

@@ -18,9 +18,10 @@ from traces import same
 from sharpscope.autodiff.objective import Objective
 from sharpscope.measures import measures
 from sharpscope.measures.iterate import Iterate
+from sharpscope.monitoring.finding import Finding
 from sharpscope.monitoring.monitor import Monitor
-from sharpscope.monitoring.page import render_directory
-from sharpscope.monitoring.recorder import RUN
+from sharpscope.monitoring.page import charts_of, render_directory
+from sharpscope.monitoring.recorder import FINDINGS, RUN
 from sharpscope.optimizers.adaptive import Adam
 from sharpscope.optimizers.base import Stability
 from sharpscope.optimizers.from_torch import rules_of, stability_of
@@ -452,8 +453,9 @@ def test_a_run_on_disk_is_the_run_in_memory(tmp_path: Path) -> None:
     assert [{n: v for n, v in row.items() if v is not None} for row in log.rows] == rows
     assert json.loads((tmp_path / "run/monitor.json").read_text())["kind"] == "monitor"
     resumable(3, directory=tmp_path / "run")  # another run into the same place: the old log is kept
-    kept = [p for p in (tmp_path / "run").iterdir() if p.name.endswith(".1.jsonl")]
+    kept = list((tmp_path / "run").glob("training-*.1.jsonl"))
     assert len(kept) == 1 and kept[0].read_bytes().count(b"\n") == len(rows) + 1
+    assert len(list((tmp_path / "run").glob("findings-*.1.jsonl"))) == 1
 
 
 def test_a_failed_run_says_so_on_disk(tmp_path: Path) -> None:
@@ -524,3 +526,21 @@ def test_a_midpoint_needs_the_step_before() -> None:
     assert monitor.history.columns["loss"][-1] == f.value(f.weights()).item()
     losses = monitor.history.series(RUN, "loss")
     assert all(b < a for a, b in itertools.pairwise(losses))
+
+
+def test_findings_are_kept_with_their_steps_and_mark_the_curves(tmp_path: Path) -> None:
+    with resumable(6, directory=tmp_path)[0] as monitor:
+        kept = RunLog(tmp_path, FINDINGS).rows
+        assert kept and [{n: v for n, v in row.items() if n != "run"} for row in kept] == monitor.recorder.found
+        present = {finding.name for finding in monitor.findings()} - {"cost"}
+        assert present <= {row["name"] for row in kept}
+        monitor.recorder.report(Finding("edge", "At the edge.", severity="note"), 4)
+        monitor.recorder.report(Finding("edge", "At the edge once more.", severity="note"), 5)
+        marks = {chart.name: chart.marks for chart in charts_of(monitor.history, monitor.recorder.found)}
+        assert marks["stability"] == ((4.0, "edge"),) == marks["loss"]
+        assert '"marks":[[4.0,"edge"]]' in render_directory(tmp_path)
+        state = monitor.state_dict()
+    again, *_ = resumable(0, directory=tmp_path)
+    again.load_state_dict(state)
+    assert again.recorder.found == monitor.recorder.found
+    assert [row["step"] for row in RunLog(tmp_path, FINDINGS).rows][-2:] == [4, 5]

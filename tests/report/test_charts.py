@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sharpscope.errors import InvalidValue
@@ -19,7 +20,7 @@ from sharpscope.report.charts import (
     traces,
     viewpoint,
 )
-from sharpscope.report.figures import figure, save_figures
+from sharpscope.report.figures import figure, panels, save_figures
 
 LOSS = Chart("loss", "Loss", x="step", y="loss", runs=("a", "b"))
 
@@ -148,7 +149,7 @@ def test_figures_are_saved_by_name(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"\.\[studies\]"):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         figure(LOSS, {})
 
 
@@ -173,3 +174,18 @@ def test_a_chart_of_the_first_repeat_leaves_out_the_others() -> None:
     assert [len(t.points) for t in traces(chart, unrepeated)] == [4, 1, 4, 1]
     with pytest.raises(InvalidValue, match="repeats of the chart 'c' is 'last'; it must be 'all' or 'first'"):
         Chart("c", "C", x="n", y="y", runs=("r",), repeats="last")
+
+
+def test_panels_draw_what_there_is_with_marks() -> None:
+    data: dict[str, list[Any]] = {"run": ["a"] * 3, "step": [0, 1, 2], "loss": [3.0, 2.0, 1.0], "norm": [1.0, 1.0, 2.0]}
+    charts = [Chart(y, y, x="step", y=y, runs=("a",), marks=((1.5, "here"),)) for y in ("loss", "absent", "norm")]
+    fig = panels(charts, data)
+    assert [ax.get_title(loc="left") for ax in fig.axes] == ["loss", "norm"]
+    for ax in fig.axes:
+        curve, mark = ax.lines
+        assert np.asarray(curve.get_ydata()).tolist() == data[ax.get_title(loc="left")] and np.asarray(
+            mark.get_xdata()
+        ).tolist() == [1.5, 1.5]
+        assert [text.get_text() for text in ax.texts] == ["here"]
+    with pytest.raises(InvalidValue, match="nothing to draw"):
+        panels(charts, {"run": [], "step": []})

@@ -63,9 +63,9 @@ def test_names_are_text_wherever_they_stand() -> None:
     plain, hostile = Elements(render(**page())), Elements(render(**page(HOSTILE)))
     assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in plain.tags]
     assert not [attrs for _, attrs in hostile.tags if any(name.startswith("on") for name in attrs)]
-    data = json.loads(hostile.scripts[0])
+    data = json.loads(hostile.data)
     assert data["loss"]["runs"][0]["name"] == HOSTILE
-    assert data["edge"]["lines"][0] == [2.0, HOSTILE]
+    assert data["edge"]["lines"][0] == [2.0, HOSTILE] and data["edge"]["marks"] == [[60.0, HOSTILE]]
 
 
 def test_dollars_in_names_are_not_placeholders() -> None:
@@ -90,8 +90,11 @@ def test_the_licence_of_the_plotting_library_travels_with_it() -> None:
 
 def test_claims_show_number_criterion_and_verdict() -> None:
     html = render(**page())
-    assert re.search(r'class="fails">.{0,120}✗</span> fails</td><th scope="row">it fails ', html)
-    assert re.search(r'class="fails aside">.*?it fails aside <span class="tag">reported, does not decide</span>', html)
+    rows = dict(re.findall(r'<tr id="(claim-\d)" (class=.*?)</tr>', html))
+    assert re.match(r'class="fails" data-kind="inequality">.{0,120}✗</span> fails</td>', rows["claim-2"])
+    assert '<th scope="row">it fails <a class="to" href="#chart-edge">chart</a>' in rows["claim-2"]
+    assert rows["claim-3"].startswith('class="fails aside"')
+    assert 'it fails aside <span class="tag">reported, does not decide</span>' in rows["claim-3"]
     assert '<li>Fails: <a href="#claim-2">it fails</a></li>' in html and 'id="claim-2"' in html
     assert "2.05 to 2.27" in html and "at most 2" in html and "as it should</td>" in html
 
@@ -116,7 +119,7 @@ def test_long_runs_are_thinned_and_the_page_says_so() -> None:
     columns = {"run": ["run"] * 50_000, "step": list(range(50_000)), "loss": losses}
     chart = Chart("loss", "Loss", x="step", y="loss", runs=("run",), log="y")
     html = render(**page(columns=columns, charts=[chart]))
-    run = json.loads(Elements(html).scripts[0])["loss"]["runs"][0]
+    run = json.loads(Elements(html).data)["loss"]["runs"][0]
     assert len(run["x"]) <= 2000
     assert run["y"][run["x"].index(31_234)] == 70.0
     assert f"Thinned for this page, extremes kept (run: {len(run['x'])} of 49999 points)." in html
@@ -126,7 +129,7 @@ def test_long_runs_are_thinned_and_the_page_says_so() -> None:
 def test_data_keep_the_parity_of_large_steps() -> None:
     columns = {"run": ["run"] * 2, "step": [1_000_000, 1_000_001], "loss": [1.0, 2.0]}
     chart = Chart("loss", "Loss", x="step", y="loss", runs=("run",))
-    data = json.loads(Elements(render(**page(columns=columns, charts=[chart]))).scripts[0])
+    data = json.loads(Elements(render(**page(columns=columns, charts=[chart]))).data)
     assert data["loss"]["runs"][0]["x"] == [1_000_000, 1_000_001]
 
 
@@ -150,3 +153,19 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_report(path, **page(title="\ud800"))
     assert path.read_text(encoding="utf-8") == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_pictures_come_first_then_what_was_tested_then_the_rest_folded() -> None:
+    html = render(**page(lead="At the edge of stability"))
+    places = [html.index(x) for x in ("<h1>", 'class="term"', 'id="chart-edge"', 'class="summary', 'id="claims"')]
+    assert places == sorted(places) and html.count('id="chart-edge"') == 1
+    assert html.index('id="claims"') < html.index('id="chart-loss"') < html.index('id="glossary"')
+    folded = re.findall(
+        r'<details class="part"( open)?><summary><h3>(.*?)</h3> <span class="beside">(.*?)</span>', html
+    )
+    assert folded == [("", "run", "1 of 1 hold"), (" open", "One", "1 of 2 hold"), ("", "run", "1 chart")]
+
+
+def test_a_page_weighs_little() -> None:
+    """The library, the script and the style: what a page of no data takes; the points of a chart take 20 bytes each."""
+    assert len(render(**page(columns={}, verdicts=())).encode()) < 110_000

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from sharpscope.records.files import _finite
 from sharpscope.records.history import History
+from sharpscope.report.charts import Chart
 from sharpscope.studies._framework.claims import (
     KINDS,
     WIDER,
@@ -19,9 +21,11 @@ from sharpscope.studies._framework.claims import (
     Verdict,
     at_least,
     at_most,
+    comparison,
     within,
 )
 from sharpscope.studies._framework.observe import run
+from sharpscope.studies._framework.pages import chart_of, ranked
 
 CRITERIA = [at_most(2.0), at_least(2.0), within(1.9, 2.5)]
 
@@ -123,3 +127,28 @@ def test_verdicts_survive_a_file(observed: Observed) -> None:
     # JSON has one word, null, for whatever is not finite
     assert all(after == before or (math.isnan(after) and not math.isfinite(before)) for after, before in pairs)
     assert dataclasses.replace(back, observed=0.0) == dataclasses.replace(verdict, observed=0.0)
+
+
+def test_a_claim_leads_to_the_chart_that_shows_most_of_it() -> None:
+    def chart(name: str, title: str, *runs: str, part: str = "") -> Chart:
+        return Chart(name, title, x="step", y="loss", runs=runs, part=part)
+
+    charts = [
+        chart("sharp", "Sharpness", "a", "b"),
+        chart("test", "Test error", "a", "b"),
+        chart("other", "Test error", "a", part="elsewhere"),
+        chart("foreign", "Test error of c", "c"),
+    ]
+    claims = [
+        comparison(sentence, run(name)["loss"].last() <= 1) for sentence, name in (("The test error", "a"), ("it", "d"))
+    ]
+    assert [chart_of(claim, charts) for claim in claims] == ["test", ""]
+    sharp = comparison("Sharpness falls, and with it the loss", run("a")["loss"].last() <= 1)
+    assert chart_of(sharp, charts) == "sharp"
+
+
+def test_charts_without_ranks_get_two() -> None:
+    charts = [Chart(name, name, x="step", y="loss", runs=("a",)) for name in "abc"]
+    assert [chart.rank for chart in ranked(charts)] == [1, 2, 0]
+    given = [charts[0], replace(charts[1], rank=1)]
+    assert ranked(given) == given

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..display import card, progress, report, text
 from ..errors import InvalidValue
 from .differences import CentralDifferences
 from .expansion import Expansion, kept
@@ -76,7 +77,14 @@ class Checkup:
             lines.append(f"no right second derivative in {', '.join(self.without_second_derivative)}")
         return "\n".join([*lines, self.sentence])
 
+    def __repr__(self) -> str:
+        return f"Checkup(choice={self.choice!r}, {len(self.trials)} backends, gradient={1e3 * self.gradient:.3g} ms)"
 
+    def _repr_html_(self) -> str:
+        return card("Backends of second derivatives", text(str(self)))
+
+
+@progress("backends", "trials")
 def tune(f: Objective, *, products: int = 20, points: int = 1000, repeats: int = 5) -> Checkup:
     """Try, verify and time all backends; choose the fastest for `products` at each of `points`.
 
@@ -148,10 +156,13 @@ class _Case:
         self.points = (self.w, self.w + 0.1 * self.w.square().mean().sqrt() * step)
         self.found: dict[str, list[Tensor]] = {}
         self.bar = math.inf
+        self.trials = 0
         self.examples = self.f.at(self.w).examples
 
     def tried(self, name: str, expand: Expand) -> Trial:
         """Form products at both points; a failure is noted."""
+        self.trials += 1
+        report(self.trials)
         try:
             if expand is differences:
                 pairs = [CentralDifferences(self.f, w)(self.v) for w in self.points]

@@ -11,40 +11,19 @@ from typing import Any
 from ..autodiff import Objective
 from ..errors import NotConverged, NotFinite, Unusable
 from ..flows import Prediction, compare
-from ..measures import label_of
+from ..flows.compare import CHARTS, RUNS
 from ..optimizers import GD
 from ..records import History, RunLog
 from ..records.checkpoints import load_task, load_weights
 from ..records.files import is_draft
-from ..report import Chart, write_report
+from ..report import write_report
 from ..studies._framework.run import environment
 from ..studies._framework.study import find
-from ..studies._shared.forecast import RUNS, Forecast, run_forecast
+from ..studies._shared.forecast import Forecast, run_forecast
 from ..studies._shared.networks import Variant
 
 SECONDS_BETWEEN_LINES = 15.0
 """Time after which a command whose output is no terminal says again how far it is."""
-
-TITLES = {
-    "sharpness": "Sharpness",
-    "loss": "Training loss, averaged over the oscillation",
-    "radius": "Norm of the weights",
-    "error": "Distance from the optimizer",
-    "variance": "Size of the oscillation",
-    "test_loss": "Test loss",
-}
-
-CHARTS = tuple(
-    Chart(
-        y.replace("_", "-"),
-        title,
-        x="step",
-        y=y,
-        runs=RUNS[1:] if y == "error" else RUNS,
-        y_label=label_of(y),
-    )
-    for y, title in TITLES.items()
-)
 
 
 def predict_study(name: str, config: Any, job: str, start: int, steps: int, points: int, out: Path) -> str:

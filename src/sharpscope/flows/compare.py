@@ -17,10 +17,14 @@ from torch import Tensor
 
 from ..autodiff.curvature import hessian
 from ..autodiff.objective import Objective, require_objective
+from ..display import card, percent, progress, sparkline, text
 from ..errors import InvalidValue
 from ..linalg.warm_start import warm_started
+from ..measures.columns import label_of
 from ..optimizers.base import State, UpdateRule, require_rule
 from ..records.history import History
+from ..report.charts import Chart
+from ..report.figures import panels
 from .central import Flow
 from .integrate import integrate
 from .path import Method, Trajectory
@@ -29,6 +33,31 @@ Evaluate = Callable[[Tensor], Mapping[str, float]]
 
 MAX_ERROR = 0.25
 """Distance between the paths, relative to the distance moved, up to which a prediction counts as valid."""
+
+RUNS = ("optimizer", "central flow", "stable flow")
+"""Names of the runs of a prediction."""
+
+TITLES = {
+    "sharpness": "Sharpness",
+    "loss": "Training loss, averaged over the oscillation",
+    "radius": "Norm of the weights",
+    "error": "Distance from the optimizer",
+    "variance": "Size of the oscillation",
+    "test_loss": "Test loss",
+}
+
+CHARTS = tuple(
+    Chart(
+        y.replace("_", "-"),
+        title,
+        x="step",
+        y=y,
+        runs=RUNS[1:] if y == "error" else RUNS,
+        y_label=label_of(y),
+    )
+    for y, title in TITLES.items()
+)
+"""Charts of a prediction."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +91,24 @@ class Prediction:
         good = step[(error <= MAX_ERROR) & (step > 0)]
         return float(good[-1]) if len(good) else 0.0
 
+    def __repr__(self) -> str:
+        return f"Prediction({len(self.history)} rows, error={self.error():.3g}, skill={self.skill:.3g})"
+
+    def _repr_html_(self) -> str:
+        curves = ""
+        for run in self.history.runs:
+            step, values = self.history.table(run, "step", "sharpness")
+            curves += sparkline(f"sharpness, {run}", step.tolist(), values.tolist())
+        return card("Prediction by the central flow", curves, text(str(self)))
+
+    def plot(self) -> Any:
+        """Draw the optimizer and its flows beside each other, as a figure of matplotlib.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        return panels([chart for chart in CHARTS if chart.y in self.history.columns], self.history.columns)
+
     def __str__(self) -> str:
         h, steps = self.history, self.history.series("optimizer", "step")[-1]
 
@@ -83,6 +130,7 @@ class Prediction:
         )
 
 
+@progress("flow", "%")
 def compare(
     f: Objective,
     rule: UpdateRule,
@@ -93,7 +141,7 @@ def compare(
     points: int = 25,
     evaluate: Evaluate | None = None,
     method: Method | None = None,
-    progress: Callable[[float], None] = lambda fraction: None,
+    progress: Callable[[float], None] = percent,
 ) -> Prediction:
     """Run the optimizer from `w` ``(P,)`` and `state`, and its central and stable flows beside it, over `steps` steps.
 
@@ -101,7 +149,7 @@ def compare(
         points: measurements along the path, evenly spaced.
         evaluate: further columns at given weights, such as a test loss.
         method: of the central flow (`multirate()`, `implicit()`).
-        progress: called with the fraction of the work that is done.
+        progress: called with the fraction of the work that is done; by default shows a bar, where that takes long.
 
     Raises:
         ValueError: fewer steps than measurements.

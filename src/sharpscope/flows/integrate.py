@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from ..display import percent, progress
 from ..errors import FlowStuck, InvalidType, InvalidValue, Unsolvable
 from ..optimizers.base import State
 from .central import Flow
@@ -29,6 +30,7 @@ from .explicit import multirate
 from .path import Method, Point, Row, Trajectory
 
 
+@progress("flow", "%")
 def integrate(
     flow: Flow,
     w: Tensor,
@@ -37,7 +39,7 @@ def integrate(
     averages: State | None = None,
     method: Method | None = None,
     at: Iterable[float] = (),
-    progress: Callable[[float], None] = lambda fraction: None,
+    progress: Callable[[float], None] = percent,
 ) -> Trajectory:
     """Follow `flow` from `w` ``(P,)`` over a time of that many optimizer steps.
 
@@ -45,7 +47,7 @@ def integrate(
         averages: of the rule's state at the start; by default those of a rule that starts here.
         method: `multirate()` (the default) or `implicit()`.
         at: times, besides the start and the end, at which the weights are kept.
-        progress: called after every step with the fraction of the time that is done.
+        progress: called after every step with the fraction of the time that is done; by default shows a bar.
 
     Raises:
         FlowStuck: it cannot go on; the message says why.

@@ -23,11 +23,12 @@ P parameters, n probes, m steps.
 import math
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..display import card, new_figure, progress, report, sparkline, style_axes, text
 from ..errors import InvalidValue
 from .operators import SymmetricOperator, require_operator, without_autocast
 from .trace import multiply
@@ -40,6 +41,10 @@ BOTH = 0.05 / 4
 
 ROUNDING = 64
 """Errors of nodes and of roots of weights, in units of the last place."""
+
+
+QUANTILES = (0.01, 0.5, 0.99)
+"""Fractions of eigenvalues up to values that a density names."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,39 @@ class Density:
     cumulative_band: Band = field(repr=False)
     num_matvecs: int
 
+    def __repr__(self) -> str:
+        low, high = self.points[[0, -1]].tolist()
+        return f"Density(from {low:.4g} to {high:.4g}, width={self.width:.3g}, num_matvecs={self.num_matvecs})"
+
+    def __str__(self) -> str:
+        fractions = [self.points[int((self.cumulative < q).sum().clamp(max=len(self.points) - 1))] for q in QUANTILES]
+        lines = [f"{q:.0%} of the eigenvalues lie below {t:.4g}" for q, t in zip(QUANTILES, fractions, strict=True)]
+        return "\n".join([*lines, f"broadened by {self.width:.3g}, {self.num_matvecs} products"])
+
+    def _repr_html_(self) -> str:
+        curve = sparkline("fraction of eigenvalues up to a value", self.points.tolist(), self.cumulative.tolist())
+        return card("Density of eigenvalues", curve, text(str(self)))
+
+    def plot(self) -> Any:
+        """Draw the density, on a logarithmic scale, and the fraction up to each point, both with their bands.
+
+        Returns a figure of matplotlib.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+        """
+        fig = new_figure(7.2, 5.6)
+        curves = ((self.density, self.density_band, "density"), (self.cumulative, self.cumulative_band, "fraction"))
+        for ax, (curve, band, label) in zip(fig.subplots(2, 1, sharex=True), curves, strict=True):
+            style_axes(ax, "", ("eigenvalue", label))
+            ax.fill_between(self.points, *band, color="#0072b2", alpha=0.2, linewidth=0)
+            ax.plot(self.points, curve, color="#0072b2", linewidth=1.6)
+        top, _ = fig.axes
+        top.set_yscale("log")
+        top.set_ylim(bottom=1e-6 * float(self.density.max()))
+        top.set_xlabel("")
+        return fig
+
 
 class _Rule(NamedTuple):
     """The quadrature of one probe."""
@@ -73,6 +111,7 @@ class _Rule(NamedTuple):
 
 
 @without_autocast()
+@progress("density of eigenvalues", "steps")
 def density(
     a: SymmetricOperator,
     *,
@@ -106,7 +145,7 @@ def density(
     squares = v.square().sum(dim=0)
     v = (v / squares.sqrt()).to(a.like)
     blocks = v.split(1 if a.matmat is None else probes, dim=1)
-    rules = [rule for block in blocks for rule in _rules(unit.applied(a), block, steps)]
+    rules = [rule for i, block in enumerate(blocks) for rule in _rules(unit.applied(a), block, steps, i, len(blocks))]
     rules = [rule._replace(portion=part) for rule, part in zip(rules, (squares / squares.sum()).tolist(), strict=True)]
     found = _Spectrum(rules, a.size, steps, ROUNDING * torch.finfo(a.like.dtype).eps)
     sigma = 1.2 * found.span / steps if width is None else width / unit.size
@@ -201,8 +240,8 @@ class _Spectrum:
         return estimate, (torch.minimum(low, estimate), torch.maximum(high, estimate))
 
 
-def _rules(a: SymmetricOperator, v: Tensor, steps: int) -> list[_Rule]:
-    """Run Lanczos from each column of `v` ``(P, b)`` side by side, orthogonalized twice against all before.
+def _rules(a: SymmetricOperator, v: Tensor, steps: int, block: int, blocks: int) -> list[_Rule]:
+    """Run Lanczos from each column of `v` ``(P, b)``, a block of several, orthogonalized twice against all before.
 
     Where a Krylov space ends, its next vector is set to zero: the nodes that follow are zeros of no weight.
     """
@@ -212,6 +251,7 @@ def _rules(a: SymmetricOperator, v: Tensor, steps: int) -> list[_Rule]:
     for j in range(steps):
         basis[j] = v
         rest = multiply(a, v)
+        report(block * steps + j + 1, total=blocks * steps)
         alpha[:, j] = (v * rest).sum(dim=0).double().cpu()
         size = torch.maximum(size, rest.norm(dim=0).double().cpu())
         for _ in range(2):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from ..display import card, text
 from .bounds import Comparison, compare_to_threshold
 from .memory import Memory
 
@@ -41,6 +42,14 @@ class Eigenpairs:
         if math.isfinite(self.upper):
             lines[0] += f"; at most {self.upper:.6g} with probability {self.confidence:.1%}"
         return "\n".join([*lines, f"{self.num_matvecs} products, rounding {self.floor:.0e}"])
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{value:.6g}" for value in self.values.tolist())
+        residual = self.residuals.max().item() if len(self.residuals) else math.nan
+        return f"Eigenpairs(values=[{values}], residual={residual:.1e}, num_matvecs={self.num_matvecs})"
+
+    def _repr_html_(self) -> str:
+        return card("Largest eigenvalues", text(str(self)))
 
     @property
     def lower(self) -> Tensor:

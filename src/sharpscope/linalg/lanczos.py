@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..display import progress, report
 from ..errors import InvalidValue, NotConverged, NotFinite
 from .bounds import RandomStart
 from .eigenpairs import CONFIDENCE, Eigenpairs
@@ -72,6 +73,7 @@ def both_ends(
     return _block_lanczos(a, k, low, rtol=rtol, gap=math.inf, budget=budget, basis=96, seed=seed)
 
 
+@progress("eigenpairs")
 def _block_lanczos(
     a: SymmetricOperator, k: int, low: int, *, rtol: float, gap: float, budget: int, basis: int, seed: int
 ) -> tuple[Eigenpairs, Tensor]:
@@ -85,6 +87,7 @@ def _block_lanczos(
         space.multiply()
         ritz = space.ritz()
         m = len(ritz.values)
+        report(space.products, residual=ritz.residuals[min(k, m) - 1].item() / (ritz.scale or 1.0))
         bound = max(rtol, 8 * space.eps * m**0.5) * ritz.scale
         met = bool((ritz.residuals[:k] <= bound).all() and (ritz.residuals[m - low :] <= bound).all())
         complete = len(ritz.rows) == 0

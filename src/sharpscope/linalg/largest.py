@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..display import progress, report
 from ..errors import InvalidValue, NotConverged, NotFinite, OutOfTime
 from .bounds import RandomStart
 from .eigenpairs import CONFIDENCE, Eigenpairs
@@ -58,6 +59,7 @@ SMALL = 1e-3
 
 
 @without_autocast()
+@progress("largest eigenpair")
 def largest_eigenpair(
     a: SymmetricOperator,
     toward: Tensor | None = None,
@@ -108,6 +110,7 @@ def largest_eigenpair(
             found = replace(space.answer(ritz), error=float(ritz.residuals[0]))
             return replace(found, num_gradients=space.products * a.cost).scaled(unit.size)
         ritz = space.ritz()
+        report(space.products, residual=float(ritz.residuals[0]) / (ritz.scale or 1.0))
         if space.done(ritz, error, gap):
             return replace(space.answer(ritz), num_gradients=space.products * a.cost).scaled(unit.size)
         if space.products >= max_matvecs:

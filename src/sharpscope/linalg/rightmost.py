@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..display import progress, report
 from ..errors import InvalidType, InvalidValue, NotConverged, NotFinite
 from .operators import Linear, without_autocast
 from .units import Unit
@@ -46,6 +47,7 @@ class Rightmost:
 
 
 @without_autocast()
+@progress("rightmost eigenvalue")
 def rightmost(
     product: Linear, like: Tensor, *, rtol: float = 1e-3, steps: int = 60, restarts: int = 20, seed: int = 0
 ) -> Rightmost:
@@ -85,6 +87,7 @@ def rightmost(
     while True:
         space.multiply()
         ritz = space.ritz()
+        report(space.products, residual=float(ritz.residuals[0]) / (space.scale or 1.0))
         bound = max(rtol * np.abs(ritz.values).max(), 32 * space.eps * space.scale)
         met = ritz.residuals[0] <= bound
         answers = [*answers, ritz.values[0]] if met else []

@@ -20,6 +20,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from ..display import progress, report
 from ..errors import InvalidValue, NotConverged, NotFinite
 from .operators import SymmetricOperator, require_operator, without_autocast
 from .units import Unit
@@ -97,6 +98,7 @@ def diagonal(
     return _mean(a, lambda x: x, rtol=rtol, atol=atol, budget=max_matvecs, seed=seed)
 
 
+@progress("trace or diagonal")
 def _mean(
     a: SymmetricOperator, reduce: Callable[[Tensor], Tensor], *, rtol: float, atol: float, budget: int, seed: int
 ) -> Estimate:
@@ -125,8 +127,10 @@ def _mean(
         while True:
             for x in _samples(a, q, z, more, generator):
                 moments.add(reduce(x.double()))
-            used += more
+                used += x.shape[1]
+                report(used)
             value, error = known + moments.mean, moments.standard_error
+            report(used, standard_error=error.norm().item() / (value.norm().item() or 1.0))
             target = max(rtol * value.norm().item(), atol / unit.size)
             if error.norm().item() <= target:
                 return Estimate(unit.size * value, unit.size * error, moments.count, used)
@@ -186,6 +190,7 @@ def _exact(a: SymmetricOperator, reduce: Callable[[Tensor], Tensor], used: int) 
         columns = a.like.new_zeros((a.size, len(rows)))
         columns[rows, rows - rows[0]] = 1
         entries[rows] = multiply(a, columns)[rows].diagonal()
+        report(used + int(rows[-1]) + 1, total=used + a.size)
     value = reduce(entries.double()[:, None])[:, 0]
     return Estimate(value, torch.zeros_like(value), 0, used + a.size)
 

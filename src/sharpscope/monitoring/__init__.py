@@ -1,7 +1,7 @@
 """Watching a training loop: when to measure, what it means, and what to do."""
 
 from .along_step import AlongStep, BatchSharpness, GradientNoise, StepMeter, UpdateCosine
-from .finding import Finding
+from .finding import Finding, Findings
 from .loss_watch import LossWatch
 from .meters import Meter
 from .monitor import Monitor
@@ -13,6 +13,7 @@ __all__ = [
     "AlongStep",
     "BatchSharpness",
     "Finding",
+    "Findings",
     "GradientNoise",
     "LossWatch",
     "Meter",

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..optimizers.weight_kinds import INVARIANT, KINDS, NULL
 from ..records.history import History
-from .finding import Finding
+from .finding import Finding, Findings
 from .measurements import ENOUGH, Facts, Measurements, Now
 from .step_rules import STEP_RULES
 from .time_budget import ADVANCE
@@ -41,10 +41,10 @@ ALONG_STEP = (
 """Meanings of one less the gain ratio, each with its upper end."""
 
 
-def diagnose(history: History, run: str, facts: Facts, now: Now | None = None) -> list[Finding]:
+def diagnose(history: History, run: str, facts: Facts, now: Now | None = None) -> Findings:
     """Say what the measurements of `run` mean, most urgent first."""
     measurements = Measurements(history, run, facts, now)
-    return [finding for rule in RULES for finding in [rule(measurements)] if finding is not None]
+    return Findings(finding for rule in RULES for finding in [rule(measurements)] if finding is not None)
 
 
 def divergence(at: Measurements) -> Finding | None:

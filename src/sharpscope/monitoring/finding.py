@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..display import card, table
+
 SEVERITIES = ("note", "advice", "warning", "alarm")
 """From what is good to know to what ends a run."""
 
@@ -24,3 +26,17 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.text} {self.remedy}".rstrip()
+
+    def _repr_html_(self) -> str:
+        return Findings([self])._repr_html_()
+
+
+class Findings(list[Finding]):
+    """The findings of one moment: a list, which a notebook shows as a table."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+    def _repr_html_(self) -> str:
+        rows = [(f.severity, f.name, f.text, f.remedy) for f in self]
+        return card("Findings", table(("", "finding", "what is known", "what to do"), rows) if rows else "none yet")

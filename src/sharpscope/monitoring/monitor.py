@@ -7,33 +7,38 @@ P parameters.
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..autodiff.objective import Objective
+from ..display import card, cell, silent, sparkline, update_cell
 from ..errors import InvalidType, InvalidValue
+from ..measures.columns import label_of
 from ..measures.iterate import Iterate, midpoint
 from ..measures.row import Setting
 from ..optimizers.base import UpdateRule
 from ..optimizers.from_torch import optimizers_of, wrapped
 from ..optimizers.weight_kinds import kinds_of, one_sided, weights_by_kind
 from ..records.history import History
+from ..report.figures import panels
 from ..report.html import write_page
 from ..symmetry.scale_groups import ScaleGroups, find_groups
 from .diagnosis import diagnose
-from .finding import Finding
+from .finding import Finding, Findings
 from .learning_rates import Profile, rates_ahead
 from .measurements import Facts, Now
 from .measuring import Measuring, Moment
 from .meters import Meter, Meters, Step
 from .optimizer_state import OptimizerState
-from .page import render_run
+from .page import charts_of, render_run
 from .recorder import RUN, Recorder, Sink
 from .schedules import Schedule
 from .tensor_kinds import layer_kinds
@@ -45,6 +50,9 @@ UNREPORTED_STEPS = 100
 
 MOST_FAILURES = 3
 """Measurements in a row that may fail before no more are taken."""
+
+SECONDS_BETWEEN_VIEWS = 0.5
+"""Least time between two views of a run in a cell of a notebook."""
 
 OnFinding = Callable[[Finding, int], None]
 
@@ -169,6 +177,10 @@ class Monitor:
             self._start = None  # nobody knows whether the others have failed, too
         self._measure_start()
         self.recorder.close(note)
+        for one in self.recorder.sinks:
+            if isinstance(one, _Cell):
+                with suppress(Exception):  # a cell that is gone must not end what is being watched
+                    one.show()
 
     @property
     def history(self) -> History:
@@ -219,6 +231,7 @@ class Monitor:
         self.__dict__.update(state)
         self._hooks = self._watch()
 
+    @silent()
     def step(self, loss: float | Tensor | None = None, batch: Any = None) -> None:
         """Call this after every step of the optimizer.
 
@@ -259,23 +272,53 @@ class Monitor:
         self._measure_start()
         return self._measure(Moment(w, self.steps, self.tau, self.optimizer_state.setting()), None)
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> Findings:
         """Diagnose this run from the measurements so far; each finding has its numbers and its source."""
         if self._uncounted:
-            return [self._uncounted]
+            return Findings([self._uncounted])
         if self.timetable.budget is not None and not len(self.history):
-            return [self.timetable.waiting(self.measuring.plan)]
+            return Findings([self.timetable.waiting(self.measuring.plan)])
         return diagnose(self.history, RUN, self.facts, self.now)
 
     def diagnosis(self) -> str:
         """The findings as sentences, one a line."""
-        return "\n".join(map(str, self.findings()))
+        return str(self.findings())
 
     def report(self, path: str | Path) -> Path:
         """Write the measurements so far as one self-contained HTML page; of several processes the first one does."""
         if self.objective.processes.rank > 0:
             return Path(path)
-        return write_page(path, render_run(self.history, self.facts, self._config(), self.now))
+        page = render_run(self.history, self.facts, self._config(), self.now, self.recorder.found)
+        return write_page(path, page)
+
+    def plot(self) -> Any:
+        """Draw the curves of the run so far, with marks where findings began to hold, as a figure of matplotlib.
+
+        Raises:
+            MissingExtra: matplotlib is not installed.
+            InvalidValue: there is no measurement yet.
+        """
+        return panels(charts_of(self.history, self.recorder.found), self.history.columns)
+
+    def live(self) -> None:
+        """Show the run in this cell of the notebook, anew at every measurement; outside a notebook do nothing."""
+        handle = cell(self._repr_html_())
+        if handle is not None:
+            self.recorder.sinks += (_Cell(self, handle),)
+
+    def __repr__(self) -> str:
+        model, names = type(self.objective.model).__name__, ", ".join(type(one).__name__ for one in self.optimizers)
+        rows = len(self.recorder.history)
+        return f"Monitor({model}, {self.objective.size} parameters, {names}, step {self.steps}, {rows} rows)"
+
+    def _repr_html_(self) -> str:
+        """Show what is there, and measure nothing for it."""
+        history, curves = self.recorder.history, ""
+        for name in ("stability_ratio", "sharpness", "loss"):
+            if name in history.columns:
+                curves += sparkline(label_of(name), *map(np.ndarray.tolist, history.table(RUN, "step", name)))
+        found = diagnose(history, RUN, self.facts, self.now) if len(history) else Findings()
+        return card(repr(self), curves, found._repr_html_())
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts: with them a resumed run goes on as if it had not stopped."""
@@ -284,6 +327,7 @@ class Monitor:
             "steps": self.steps,
             "tau": self.tau,
             "largest_rate": self._largest_rate,
+            "findings": self.recorder.found,
             "rows": [{n: value for n, value in row.items() if value is not None} for row in self.history.rows],
             "before": None if before is None else [before[0], before[1].cpu()],
             "seconds": [ledger.steps, ledger.trained, ledger.measured, ledger.most_expensive],
@@ -301,7 +345,7 @@ class Monitor:
         self.measuring.load_state(state)
         self._groups_found()
         self.timetable.ledger = Ledger(*state["seconds"])
-        self.recorder.restore(state["rows"])
+        self.recorder.restore(state["rows"], state.get("findings", ()))
         self._describe()
 
     @property
@@ -503,6 +547,7 @@ class Monitor:
         self.objective.processes.each(lambda: points.append(moment()))
         self.objective.processes.each(measure)
 
+    @silent()
     def _measure(self, point: Moment, deadline: float | None) -> Iterate:
         """Measure a point, and add its row to the history; then see what is new in the diagnosis."""
         known = self.measuring.groups
@@ -567,6 +612,26 @@ class Monitor:
         """Write the description of the run where there is none yet, or groups have been found since."""
         if not self.recorder.described:
             self.recorder.describe(type(self.objective.model).__name__, self.facts, self._config())
+
+
+class _Cell:
+    """A sink that shows the run in a cell of a notebook."""
+
+    def __init__(self, monitor: Monitor, handle: Any) -> None:
+        self.monitor, self.handle = monitor, handle
+        self.shown = 0.0
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        if perf_counter() - self.shown >= SECONDS_BETWEEN_VIEWS:
+            self.show()
+
+    def show(self) -> None:
+        """Show the run as it is now."""
+        update_cell(self.handle, self.monitor._repr_html_())
+        self.shown = perf_counter()
+
+    def finding(self, finding: Finding, step: int) -> None:
+        """Take findings, so that the run is diagnosed at every measurement; the next row shows them."""
 
 
 def _check(objective: object, steps: int | None) -> None:

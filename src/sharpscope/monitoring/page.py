@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..report.html import number, render
 from .diagnosis import diagnose
 from .finding import Finding
 from .measurements import Facts, Measurements, Now
-from .recorder import RUN, read_description
+from .recorder import FINDINGS, RUN, read_description
 from .tensor_page import tensor_section
 
 
@@ -30,6 +31,7 @@ CHARTS = (
         "Distance to the edge of stability",
         "stability_ratio",
         lines=((1.0, "edge of stability"),),
+        rank=1,
     ),
     _chart(
         "along",
@@ -38,7 +40,7 @@ CHARTS = (
         lines=((1.0, "the step no longer pays"),),
         caption="One less the gain ratio of each step on its own batch.",
     ),
-    _chart("sharpness", "Sharpness", "sharpness", log="y"),
+    _chart("sharpness", "Sharpness", "sharpness", log="y", rank=2),
     _chart(
         "spherical",
         "Spherical sharpness",
@@ -46,7 +48,7 @@ CHARTS = (
         log="y",
         caption="Sharpness at w/‖w‖: the part that does not depend on the scale of normalized weights.",
     ),
-    _chart("loss", "Loss", "loss", log="y"),
+    _chart("loss", "Loss", "loss", log="y", rank=3),
     _chart("batch", "Loss of the batches of training", "batch_loss", log="y"),
     _chart("radius", "Norm of the scale-invariant weights", "radius"),
     _chart("rate", "Learning rate", "learning_rate"),
@@ -65,20 +67,50 @@ MAX_GROUPS = 6
 """Number of groups that are drawn: those with the largest fractions of the top eigenvector."""
 
 
-def render_run(history: History, facts: Facts, config: Mapping[str, object], now: Now | None = None) -> str:
-    """Make the HTML page of the measurements of a run."""
+EVENTS = (
+    *("below", "sharpening", "approaching", "edge", "above"),
+    *("diverged", "gaps", "loss spike", "along the step", "clipped", "settling"),
+)
+"""Names of the findings of which a chart shows when they began to hold."""
+
+
+def charts_of(history: History, found: Sequence[Mapping[str, Any]] = ()) -> list[Chart]:
+    """Choose the charts of columns that are there, marked where findings of an event first held (`Recorder.found`).
+
+    What held at the first measurement is no event.
+    """
+    first = min((row["step"] for row in found), default=0)
+    names = {row["name"]: row["step"] for row in reversed(found) if row["name"] in EVENTS}
+    steps = sorted({step for step in names.values() if step > first})
+    marks = tuple((float(s), ", ".join(name for name in reversed(names) if names[name] == s)) for s in steps)
+    return [replace(chart, marks=marks) for chart in CHARTS if chart.y in history.columns]
+
+
+def render_run(
+    history: History,
+    facts: Facts,
+    config: Mapping[str, object],
+    now: Now | None = None,
+    found: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Make the HTML page of the measurements of a run, and of when its findings began to hold (`Recorder.found`)."""
     findings = diagnose(history, RUN, facts, now)
+    advice = [f for f in findings if f.remedy or f.severity != "note"]
     charts, rows = _by_group(history)
     whole = History([*history.rows, *rows])
     return render(
         title="Sharpness of this training run",
         subtitle=str(config.get("model", "")),
         lead=next((f.text for f in findings if f.name != "gaps"), ""),
-        charts=[*(chart for chart in CHARTS if chart.y in history.columns), *charts],
+        tested=_items(advice),
+        charts=[*charts_of(history, found), *charts],
         columns=whole.columns,
         config={name: value for name, value in config.items() if name != "model"},
         environment={"torch": torch.__version__},
-        sections=[("Diagnosis", _diagnosis(findings)), ("Tensors", tensor_section(history, facts))],
+        sections=[
+            ("Diagnosis", _items([f for f in findings if f not in advice])),
+            ("Tensors", tensor_section(history, facts)),
+        ],
     )
 
 
@@ -90,7 +122,7 @@ def render_directory(directory: Path) -> str:
     """
     facts, config = read_description(directory)
     history = History({"run": RUN, **row} for row in RunLog(directory, RUN).rows)
-    return render_run(history, facts, config)
+    return render_run(history, facts, config, found=RunLog(directory, FINDINGS).rows)
 
 
 def _by_group(history: History) -> tuple[list[Chart], list[dict[str, Any]]]:
@@ -122,7 +154,7 @@ def _by_group(history: History) -> tuple[list[Chart], list[dict[str, Any]]]:
     return charts, rows
 
 
-def _diagnosis(findings: Sequence[Finding]) -> str:
+def _items(findings: Sequence[Finding]) -> str:
     """Each sentence, with the numbers its rule used and the source of the rule below it."""
     items = ""
     for finding in findings:

@@ -20,6 +20,9 @@ from .measurements import Facts
 RUN = "training"
 """The name of a monitored run in its history."""
 
+FINDINGS = "findings"
+"""The name of the log that says when findings first held."""
+
 DESCRIPTION = "monitor.json"
 """The file that says what a page of the run needs beside the rows."""
 
@@ -37,8 +40,11 @@ class Recorder:
 
     def __init__(self, sinks: Sequence[Sink], directory: str | Path | None) -> None:
         self.history = History()
+        self.found: list[dict[str, Any]] = []  # step, name, severity and text of findings, each when it began to hold
         self.sinks = tuple(sinks)
-        self._log = None if directory is None else _fresh_log(Path(directory))
+        self._log = None if directory is None else _fresh_log(Path(directory), RUN)
+        if directory is not None:
+            _fresh_log(Path(directory), FINDINGS)
         self.described = self._log is None  # whether the description on disk, if there is to be one, is up to date
 
     def append(self, step: int, row: Mapping[str, Value]) -> None:
@@ -59,7 +65,10 @@ class Recorder:
         return self._log is not None or any(hasattr(sink, "finding") for sink in self.sinks)
 
     def report(self, finding: Finding, step: int) -> None:
-        """Hand a new finding to the sinks that take some."""
+        """Keep a new finding, in memory and on disk, and hand it to the sinks that take some."""
+        row: dict[str, Value] = {"step": step, "name": finding.name, "severity": finding.severity, "text": finding.text}
+        self.found.append(row)
+        self._on_disk(lambda log: _findings_beside(log).append(**row))
         for sink in self.sinks:
             try:
                 getattr(sink, "finding", _ignore)(finding, step)
@@ -94,8 +103,10 @@ class Recorder:
         plain = json.loads(json.dumps(described, default=str))
         self._on_disk(lambda log: write_json(log.path.with_name(DESCRIPTION), plain))
 
-    def restore(self, rows: Sequence[Mapping[str, Value]]) -> None:
-        """Replace the rows, in memory and on disk."""
+    def restore(self, rows: Sequence[Mapping[str, Value]], found: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the rows and the findings, in memory and on disk."""
+        self.found = [dict(row) for row in found]
+        self._on_disk(lambda log: _findings_beside(log).replace_rows(self.found))
         self.history = History(rows)
         own = [{name: value for name, value in row.items() if name != "run"} for row in rows]
         self._on_disk(lambda log: log.replace_rows(own))
@@ -130,15 +141,19 @@ def read_description(directory: Path) -> tuple[Facts, dict[str, Any]]:
     return facts, found["config"]
 
 
-def _fresh_log(directory: Path) -> RunLog:
+def _fresh_log(directory: Path, run: str) -> RunLog:
     """An empty log; the one of an earlier run is moved aside."""
-    log = RunLog(directory, RUN)
+    log = RunLog(directory, run)
     if log.path.exists() and log.path.stat().st_size:
         n = 1
         while (aside := log.path.with_suffix(f".{n}.jsonl")).exists():
             n += 1
         os.replace(log.path, aside)
     return log
+
+
+def _findings_beside(log: RunLog) -> RunLog:
+    return RunLog(log.path.parent, FINDINGS)
 
 
 def _ignore(finding: Finding, step: int) -> None:

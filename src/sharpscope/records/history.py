@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import NoSuchColumn, Unusable
+from ..display import card, table, text
+from ..errors import MissingExtra, NoSuchColumn, Unusable
 from .files import SEAL, replacing
 
 Value = float | int | str | None
+SHOWN_ROWS, SHOWN_COLUMNS = 6, 10
+"""Numbers of rows, the last ones, and of columns, the first ones, that a notebook shows."""
+
 DAMAGED = "restore it from a copy, or delete it and repeat the command that writes it"
 
 
@@ -32,6 +36,18 @@ class History:
 
     def __len__(self) -> int:
         return self._length
+
+    def __repr__(self) -> str:
+        return (
+            f"History({len(self)} rows, {len(self.columns)} columns, runs: {', '.join(map(str, self.runs)) or 'none'})"
+        )
+
+    def _repr_html_(self) -> str:
+        names = list(self.columns)[:SHOWN_COLUMNS]
+        shown = [[_shown(self.columns[name][i]) for name in names] for i in range(len(self))[-SHOWN_ROWS:]]
+        hidden = [name for name in self.columns if name not in names]
+        more = f"further columns: {', '.join(hidden[:40])}{', ...' * (len(hidden) > 40)}" if hidden else ""
+        return card(repr(self), table(names, shown), text(more) if more else "")
 
     def append(self, **row: Value) -> None:
         """Add one row; columns it does not name stay empty there."""
@@ -65,6 +81,18 @@ class History:
         """One column of one run as floats, without its empty rows."""
         return self.table(run, name)[0]
 
+    def to_pandas(self) -> Any:
+        """Return the rows as a ``pandas.DataFrame``, with NaN or None where a column is empty.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError as missing:
+            raise MissingExtra("to_pandas() needs pandas, which is not installed: pip install pandas") from missing
+        return DataFrame(self.columns)
+
     def save(self, path: Path) -> None:
         """Write all columns as Parquet, atomically, with a checksum."""
         import pyarrow as pa
@@ -97,6 +125,10 @@ class History:
         history.columns = columns
         history._length = len(next(iter(columns.values()), []))
         return history
+
+
+def _shown(value: Value) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _checksum(columns: Mapping[str, list[Any]]) -> str:

@@ -17,7 +17,6 @@ Coordinates = tuple[float, ...]
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")  # Okabe & Ito, without yellow
 PATH_COLORS = ("#0072b2", "#1d2126", "#009e73", "#cc79a7")  # on the sphere, clear of RAMP
 RAMP = ("#f3cf86", "#e08a2e", "#7a2a05")  # low to high
-INK, MUTED, GRID = "#1d2126", "#5d656f", "#e3e5e8"
 DASHES = ("-", "--", ":")  # the second and third time round the colours
 MAX_POINTS = 2000  # of one run in one chart: more than a screen has columns of pixels
 
@@ -36,10 +35,12 @@ class Chart:
     y_label: str = ""
     log: str = ""  # the axes that are logarithmic: "x", "y" or "xy"
     lines: tuple[tuple[float, str], ...] = ()  # horizontal: (value, label), e.g. (2.0, "edge of stability")
+    marks: tuple[tuple[float, str], ...] = ()  # vertical: (place on the horizontal axis, label)
     caption: str = ""
     part: str = ""  # charts of one part stand together, under its name
     markers: bool = False  # dots instead of lines (e.g. error against il)
     beside: tuple[tuple[str, str], ...] = ()  # further columns to draw for every run: (column, label)
+    rank: int = 0  # place among the pictures on top of the page, from 1; 0: further down
     repeats: str = "all"  # "first": of a run that was repeated, only the rows with the least number in column "seed"
 
     def __post_init__(self) -> None:
@@ -74,6 +75,7 @@ class SphereChart:
     paths: tuple[str, ...]  # runs whose x, y, z are drawn as trajectories
     caption: str = ""
     part: str = ""
+    rank: int = 0
 
     @property
     def color_label(self) -> str:

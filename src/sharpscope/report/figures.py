@@ -7,14 +7,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidType, MissingExtra
+from ..display import MUTED, new_figure, style_axes
+from ..errors import InvalidType, InvalidValue
 from ..records.files import replacing
 from .charts import (
     COLORS,
     DASHES,
-    GRID,
-    INK,
-    MUTED,
     PATH_COLORS,
     RAMP,
     Chart,
@@ -40,17 +38,40 @@ def figure(chart: Any, columns: Columns) -> "Figure":
 @figure.register(Chart)
 def line_figure(chart: Chart, columns: Columns) -> "Figure":
     """Draw lines, reference lines, and a legend where there are several runs."""
-    fig = _new_figure(7.2, 4.2)
-    from matplotlib.patheffects import withStroke
+    fig = new_figure(7.2, 4.2)
+    drawn = _draw(fig.subplots(), chart, columns)
+    if len(drawn) > 1:
+        _legend(fig, drawn)
+    if not drawn:
+        _write(fig, missing(chart, columns))
+    return fig
 
-    ax = fig.subplots()
-    _style(ax, chart.title)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color=GRID, linewidth=0.8)
-    ax.set_axisbelow(True)
-    x_label, y_label = chart.axis_labels
-    ax.set_xlabel(x_label, parse_math=False)
-    ax.set_ylabel(y_label, parse_math=False)
+
+def panels(charts: Sequence[Chart], columns: Columns) -> "Figure":
+    """Draw charts of the same runs as one figure, two beside each other.
+
+    Raises:
+        InvalidValue: there is nothing to draw.
+    """
+    there = [chart for chart in charts if any(trace.points for trace in traces(chart, columns))]
+    if not there:
+        raise InvalidValue("there is nothing to draw yet: no column of these charts has a number")
+    across = min(len(there), 2)
+    down = -(-len(there) // across)
+    fig = new_figure(5.6 * across, 3.2 * down)
+    drawn: dict[str, Any] = {}
+    for ax, chart in zip(fig.subplots(down, across, squeeze=False).flat, there, strict=False):
+        drawn |= {run: line for line, run in _draw(ax, chart, columns)}
+    for ax in fig.axes[len(there) :]:
+        ax.remove()
+    if len(drawn) > 1:
+        _legend(fig, [(line, run) for run, line in drawn.items()])
+    return fig
+
+
+def _draw(ax: "Axes", chart: Chart, columns: Columns) -> list[tuple[Any, str]]:
+    """Draw lines, reference lines and marks; return the lines with their runs."""
+    style_axes(ax, chart.title, chart.axis_labels)
     ax.set_xscale("log" if chart.log_x else "linear")
     ax.set_yscale("log" if chart.log_y else "linear")
     drawn = []
@@ -63,36 +84,42 @@ def line_figure(chart: Chart, columns: Columns) -> "Figure":
     for value, label in chart.lines:
         if drawn and (value > 0 or not chart.log_y):
             ax.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-            ax.annotate(
-                label,
-                xy=(1, value),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, 3),
-                textcoords="offset points",
-                ha="right",
-                color=MUTED,
-                fontsize=9,
-                parse_math=False,
-                path_effects=[withStroke(linewidth=3, foreground="white")],
-            )
-    if len(drawn) > 1:
-        _legend(fig, drawn)
-    if not drawn:
-        _write(fig, missing(chart, columns))
-    return fig
+            _label(ax, label, (1, value), ("axes fraction", "data"), ha="right")
+    for place, label in chart.marks:
+        if drawn and (place > 0 or not chart.log_x):
+            ax.axvline(place, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+            _label(ax, label, (place, 1), ("data", "axes fraction"), ha="right", va="top", rotation=90)
+    return drawn
+
+
+def _label(ax: "Axes", words: str, place: tuple[float, float], axes: tuple[str, str], **more: Any) -> None:
+    from matplotlib.patheffects import withStroke
+
+    ax.annotate(
+        words,
+        xy=place,
+        xycoords=axes,
+        xytext=(-2, 3 if "va" not in more else -2),
+        textcoords="offset points",
+        color=MUTED,
+        fontsize=9,
+        parse_math=False,
+        path_effects=[withStroke(linewidth=3, foreground="white")],
+        **more,
+    )
 
 
 @figure.register(SphereChart)
 def sphere_figure(chart: SphereChart, columns: Columns) -> "Figure":
     """Draw the curve and the paths on a sphere, faint where they are behind it."""
-    fig = _new_figure(7.2, 5.6)
+    fig = new_figure(7.2, 5.6)
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
     from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
     ax = fig.add_subplot(projection="3d", proj_type="ortho", box_aspect=(1, 1, 1), computed_zorder=False)
     ax.set_axis_off()
-    _style(ax, chart.title)
+    style_axes(ax, chart.title)
     curve, *paths = traces(chart, columns)
     if not (curve.points or any(path.points for path in paths)):
         _write(fig, missing(chart, columns))
@@ -138,21 +165,6 @@ def save_figures(charts: Iterable[Chart | SphereChart], columns: Columns, folder
         with replacing(paths[-1]) as draft:
             figure(chart, columns).savefig(draft, dpi=150, format="png")
     return paths
-
-
-def _new_figure(width: float, height: float) -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("figures need matplotlib; in a checkout of sharpscope: pip install '.[studies]'") from error
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def _style(ax: "Axes", title: str) -> None:
-    ax.set_title(title, loc="left", color=INK, fontsize=12, pad=10, parse_math=False)
-    ax.tick_params(colors=MUTED, labelsize=9, which="both")
-    for spine in ax.spines.values():
-        spine.set_color("#9aa1aa")
 
 
 def _legend(fig: "Figure", drawn: Sequence[tuple[Any, str]]) -> None:

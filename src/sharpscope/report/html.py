@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ..records.files import write_whole
 from .charts import Chart, Columns, SphereChart, Trace, graticule, missing, traces, viewpoint
+from .glossary import explained, glossary
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 HELP = "Point at a chart to read values, drag to zoom, double-click to see all again; press a name to hide that run."
@@ -48,19 +49,25 @@ def render(
     config: Mapping[str, object],
     environment: Mapping[str, object],
     figures: Mapping[str, bytes] | None = None,
+    tested: str = "",
     sections: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """Make the page: `sections` (heading, HTML) first, then the charts.
+    """Make the page: the charts that have a rank, what was `tested` (HTML), `sections` (heading, HTML), further charts.
 
     `figures` (PNG bytes by chart name) stand in for the charts where scripts are switched off.
     """
     drawn = [(chart, traces(chart, columns)) for chart in charts]
     data = {chart.name: _data(chart, lines) for chart, lines in drawn if any(t.points for t in lines)}
+    top = sorted((item for item in drawn if item[0].rank and item[0].name in data), key=lambda item: item[0].rank)
+    below = [item for item in drawn if item not in top]
+    pictures = "".join(_figure(chart, lines, columns, (figures or {}).get(chart.name, b""), 2) for chart, lines in top)
+    words = (title, lead, *(word for c in charts for word in (c.title, c.caption)), *(html for _, html in sections))
     chapters = (
         *sections,
-        ("Charts", _charts(drawn, columns, figures or {})),
-        ("Configuration", _settings("What was set", config, unfolded=True)),
-        ("Environment", _settings("Where it ran", environment, unfolded=False)),
+        ("Charts", _charts(below, columns, figures or {})),
+        ("Glossary", glossary(words)),
+        ("Configuration", _settings("What was set", config)),
+        ("Environment", _settings("Where it ran", environment)),
     )
     scripts = Template(asset("scripts.html")).substitute(
         data=embedded(data),
@@ -68,18 +75,29 @@ def render(
         library=asset("uPlot.iife.min.js"),
         script=asset("report.js"),
     )
-    return chapters_page(title, subtitle, lead, chapters, style=asset("uPlot.min.css"), scripts=scripts)
+    if pictures:
+        pictures = f'<div class="charts pictures" role="group" aria-label="The finding in pictures">{pictures}</div>'
+    style = asset("uPlot.min.css")
+    return chapters_page(title, subtitle, lead, chapters, top=pictures + tested, style=style, scripts=scripts)
 
 
 def chapters_page(
-    title: str, subtitle: str, lead: str, chapters: Sequence[tuple[str, str]], *, style: str = "", scripts: str = ""
+    title: str,
+    subtitle: str,
+    lead: str,
+    chapters: Sequence[tuple[str, str]],
+    *,
+    top: str = "",
+    style: str = "",
+    scripts: str = "",
 ) -> str:
-    """Make a page in the look of the report: headings, and chapters whose content is HTML already."""
+    """Make a page in the look of the report: headings, what stands on top, and chapters; their content is HTML."""
     there = [(head, html) for head, html in chapters if html]
     return Template(asset("report.html")).substitute(
         title=escape(title),
         subtitle=escape(subtitle),
-        lead=escape(lead),
+        lead=explained(lead) if any(head == "Glossary" for head, _ in there) else escape(lead),
+        top=top,
         links="".join(f'<a href="#{head.lower()}">{head}</a>' for head, _ in there) if len(there) > 1 else "",
         body="".join(f'<section id="{head.lower()}"><h2>{head}</h2>{html}</section>' for head, html in there),
         style=style + asset("report.css"),
@@ -122,6 +140,12 @@ def note(*sentences: str) -> str:
     return "".join(f'<span class="note">{escape(sentence)}</span>' for sentence in sentences if sentence)
 
 
+def folded(head: str, beside: str, html: str, *, unfolded: bool = False) -> str:
+    """Fold a part of a chapter away below its heading, with what there is to say beside it."""
+    summary = f'<summary><h3>{escape(head)}</h3> <span class="beside">{escape(beside)}</span></summary>'
+    return f'<details class="part"{" open" * unfolded}>{summary}{html}</details>'
+
+
 def heads(*names: str) -> str:
     """Make the head of a table."""
     return "<thead><tr>" + "".join(f'<th scope="col">{name}</th>' for name in names) + "</tr></thead>"
@@ -134,14 +158,15 @@ def _row(head: str, *cells: str) -> str:
 def _charts(drawn: Sequence[Drawn], columns: Columns, figures: Mapping[str, bytes]) -> str:
     html = ""
     for part, group in grouped(drawn, lambda item: item[0].part):
-        html += f"<h3>{escape(part)}</h3>" if part else ""
-        shown = "".join(_figure(chart, lines, columns, figures.get(chart.name, b"")) for chart, lines in group)
-        html += f'<div class="charts">{shown}</div>'
+        level = 4 if part else 3
+        shown = "".join(_figure(chart, lines, columns, figures.get(chart.name, b""), level) for chart, lines in group)
+        shown = f'<div class="charts">{shown}</div>'
+        html += folded(part, f"{len(group)} chart{'s' * (len(group) > 1)}", shown) if part else shown
     return f'<p class="help">{HELP}</p>{html}' if "data-chart=" in html else html
 
 
-def _figure(chart: Chart | SphereChart, lines: Sequence[Trace], columns: Columns, png: bytes) -> str:
-    name = escape(chart.name)
+def _figure(chart: Chart | SphereChart, lines: Sequence[Trace], columns: Columns, png: bytes, level: int) -> str:
+    name, head = escape(chart.name), f"<h{level}>{escape(chart.title)}</h{level}>"
     thinned = "; ".join(f"{t.run}: {len(t.points)} of {t.total} points" for t in lines if len(t.points) < t.total)
     hidden = sum(t.hidden for t in lines)
     below = note(
@@ -150,15 +175,16 @@ def _figure(chart: Chart | SphereChart, lines: Sequence[Trace], columns: Columns
         f"Not on a logarithmic axis: {number(hidden)} at or below zero." if hidden else "",
     )
     if not any(t.points for t in lines):
-        return f'<figure id="chart-{name}"><h4>{escape(chart.title)}</h4><p class="missing">{below}</p></figure>'
+        return f'<figure id="chart-{name}">{head}<p class="missing">{below}</p></figure>'
     numbers = _numbers(chart, lines) if isinstance(chart, Chart) else ""
     label = escape(f"Chart: {chart.title}. Runs: {', '.join(t.run for t in lines if t.points)}.")
     encoded = b64encode(png).decode()
     picture = f'<img alt="{label}" src="data:image/png;base64,{encoded}">' if png else UNSCRIPTED
+    caption = (explained if chart.rank else escape)(chart.caption)
     return (
-        f'<figure id="chart-{name}"><h4>{escape(chart.title)}</h4>'
+        f'<figure id="chart-{name}">{head}'
         f'<div class="chart" data-chart="{name}" data-label="{label}"></div><noscript>{picture}</noscript>'
-        f"<figcaption>{escape(chart.caption)}{below}{numbers}</figcaption></figure>"
+        f"<figcaption>{caption}{below}{numbers}</figcaption></figure>"
     )
 
 
@@ -179,8 +205,10 @@ def _data(chart: Chart | SphereChart, lines: Sequence[Trace]) -> dict[str, objec
     if isinstance(chart, Chart):
         x_label, y_label = chart.axis_labels
         return {
+            "title": chart.title,
             "runs": [{"name": t.run, "color": i, **_axes(t, "xy")} for i, t in enumerate(lines) if t.points],
             "lines": [line for line in chart.lines if math.isfinite(line[0])],
+            "marks": chart.marks,
             "x_label": x_label,
             "y_label": y_label,
             "log_x": chart.log_x,
@@ -189,6 +217,7 @@ def _data(chart: Chart | SphereChart, lines: Sequence[Trace]) -> dict[str, objec
         }
     curve, *paths = lines
     return {
+        "title": chart.title,
         "runs": [{"name": t.run, "color": i, **_axes(t, "xyz")} for i, t in enumerate(paths) if t.points],
         "curve": {"label": chart.color_label, **_axes(curve, "xyzv")},
         "grid": [_axes(Trace("", list(circle), 0), "xyz") for circle in graticule()],
@@ -200,10 +229,10 @@ def _axes(trace: Trace, letters: str) -> dict[str, list[float]]:
     return {letter: [float(f"{point[i]:.8g}") for point in trace.points] for i, letter in enumerate(letters)}
 
 
-def _settings(head: str, values: Mapping[str, object], *, unfolded: bool) -> str:
+def _settings(head: str, values: Mapping[str, object]) -> str:
     rows = "".join(_row(str(name), _words(value)) for name, value in values.items())
     table = f'<table class="facts"><caption class="unseen">{head}</caption><tbody>{rows}</tbody></table>'
-    return f"<details{' open' * unfolded}><summary>{head}</summary>{table}</details>" if rows else ""
+    return f"<details><summary>{head}</summary>{table}</details>" if rows else ""
 
 
 def _words(value: object) -> str:

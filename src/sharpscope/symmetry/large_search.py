@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..autodiff.data import head
 from ..autodiff.objective import Objective
+from ..display import report
 from ..errors import InvalidValue
 from .confirmation import DOUBLE, MAX_CANDIDATE_COSINE, MAX_CHANGE, SINGLE, confirmed, factors
 from .parts import Left, Part, Piece, first, inside, lines, overlap, runs, size, views, whole
@@ -155,6 +156,7 @@ class _LargeSearch:
     def grad(self, w: Tensor, f: Objective | None = None) -> Tensor:
         """Evaluate a gradient ``(P,)``, on an example or two where nothing else is wanted, and count it."""
         self.count += 1
+        report(self.count)
         return (f or self.single[0]).grad(w)
 
     def tally(self, w: Tensor, axes: Axes, f: Objective | None = None) -> Tally:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..autodiff.objective import Objective, require_objective
+from ..display import card, progress, report, text
 from ..errors import InvalidValue
 from .candidates import Candidates, module_grids, modules, parts, remaining, row_grids, tensors, thirds, units
 from .confirmation import DOUBLE, MAX_CANDIDATE_COSINE, MAX_CHANGE, SINGLE, confirmed
@@ -85,7 +86,18 @@ class ScaleGroups:
         lines += [f"{name} by c and 1/c changes nothing, to {defect:.1e}." for name, defect in self.pairs.items()]
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        names = ", ".join([*list(self.groups)[:3], *(["..."] if len(self.groups) > 3 else [])])
+        return (
+            f"ScaleGroups({len(self.groups)} groups: [{names}], joint={self.joint.numel()} weights,"
+            f" null={len(self.null)} groups, pairs={len(self.pairs)}, num_gradients={self.num_gradients})"
+        )
 
+    def _repr_html_(self) -> str:
+        return card("Scale-invariant weights", text(str(self)))
+
+
+@progress("scale-invariant groups", "gradients")
 def find_groups(f: Objective, w: Tensor | None = None, *, candidates: Candidates | None = None) -> ScaleGroups:
     """Find the scale-invariant groups of `f` near `w` (default: the model's weights).
 
@@ -211,6 +223,7 @@ class _Search:
 
     def sample(self, w: Tensor, f: Objective | None = None) -> Sample:
         self.count += 1
+        report(self.count)
         return Sample(w, (f or self.f).grad(w))
 
     def _is_double(self) -> bool:

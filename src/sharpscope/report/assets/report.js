@@ -10,7 +10,7 @@
     const style = getComputedStyle(root);
     const get = (name) => [name, style.getPropertyValue(`--${name}`).trim()];
     const list = (name) => [name, get(name)[1].split(/\s+/)];
-    const one = ["muted", "rule", "paper", "panel", "sans"].map(get);
+    const one = ["text", "muted", "rule", "paper", "panel", "sans"].map(get);
     ink = Object.fromEntries([...one, ...["series", "paths", "ramp"].map(list)]);
   }
   const seriesColor = (i) => ink.series[i % ink.series.length];
@@ -36,6 +36,72 @@
     const made = Object.assign(document.createElement(tag), properties);
     parent.append(made);
     return made;
+  }
+
+  // Canvas commands as SVG: what is needed to draw a chart once more, as a file.
+  class Drawing {
+    constructor(width, height) {
+      Object.assign(this, { width, height, parts: [], path: "", strokeStyle: "", fillStyle: "", lineWidth: 1, globalAlpha: 1,
+        dash: [], lineCap: "round" });
+    }
+    static escaped(text) { return String(text).replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`); }
+    beginPath() { this.path = ""; }
+    moveTo(x, y) { this.path += `M${x.toFixed(1)} ${y.toFixed(1)}`; }
+    lineTo(x, y) { this.path += `L${x.toFixed(1)} ${y.toFixed(1)}`; }
+    arc(x, y, r) { this.path += `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0`; }
+    add(tag, attributes, text = "") {
+      const given = Object.entries(attributes).map(([name, value]) => ` ${name}="${Drawing.escaped(value)}"`).join("");
+      this.parts.push(`<${tag}${given}>${Drawing.escaped(text)}</${tag}>`);
+    }
+    stroke() {
+      this.add("path", { d: this.path, fill: "none", stroke: this.strokeStyle, "stroke-width": this.lineWidth,
+        "stroke-linecap": this.lineCap, "stroke-linejoin": "round", "stroke-dasharray": this.dash.join(" "),
+        opacity: this.globalAlpha });
+    }
+    fill() { this.add("path", { d: this.path, fill: this.fillStyle, opacity: this.globalAlpha }); }
+    line(x, y, x2, y2) { this.beginPath(); this.moveTo(x, y); this.lineTo(x2, y2); this.stroke(); }
+    text(x, y, text, more = {}) {
+      this.add("text", { x, y, fill: this.fillStyle, "font-size": 12, "font-family": ink.sans, ...more }, text);
+    }
+    // Title above, names below: the same around every chart.
+    file(title, runs, color) {
+      const room = this.width - 20, across = Math.max(1, Math.floor(room / 230));
+      const names = new Drawing(this.width, 0);
+      runs.forEach((run, i) => {
+        const x = 10 + (i % across) * (room / across), y = this.height + 20 + 18 * Math.floor(i / across);
+        Object.assign(names, { strokeStyle: color(run.color), fillStyle: ink.text, lineWidth: 3 });
+        names.line(x, y - 4, x + 18, y - 4);
+        names.text(x + 25, y, run.name);
+      });
+      const below = 30 + 18 * Math.ceil(runs.length / across);
+      names.fillStyle = ink.text;
+      const size = Math.max(8, Math.min(15, (1.75 * room) / title.length));
+      names.text(10, -12, title, { "font-size": size.toFixed(1), "font-weight": 600 });
+      const box = `0 -34 ${this.width} ${this.height + below + 34}`;
+      return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="${box}" width="${this.width}" height="${this.height + below + 34}">`
+        + `<rect x="0" y="-34" width="100%" height="100%" fill="${ink.paper}"/>${[...this.parts, ...names.parts].join("\n")}</svg>\n`;
+    }
+  }
+
+  // The points of a chart as a table: a row for each, with the name of its run.
+  function table(runs, heads) {
+    const cell = (value) => (/[",\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : value);
+    const letters = ["x", "y", "z", "v"].slice(0, heads.length);
+    const rows = runs.flatMap((run) => run.x.map((_, i) => [run.name, ...letters.map((l) => (run[l] ? run[l][i] : ""))]));
+    return [["run", ...heads], ...rows].map((row) => row.map(cell).join(",")).join("\n") + "\n";
+  }
+
+  // Buttons that hand the chart out as a file.
+  function downloads(box, svg, csv) {
+    const tools = element("div", box, { className: "files" }), name = box.dataset.chart;
+    for (const [kind, type, make] of [["SVG", "image/svg+xml", svg], ["CSV", "text/csv", csv]]) {
+      const label = `Download the chart as ${kind}${kind === "CSV" ? ": the points that it shows" : ""}`;
+      element("button", tools, { type: "button", textContent: kind, title: label, ariaLabel: `${label}: ${name}`, onclick: () => {
+        const href = URL.createObjectURL(new Blob([make()], { type }));
+        Object.assign(document.createElement("a"), { href, download: `${name}.${kind.toLowerCase()}` }).click();
+        setTimeout(() => URL.revokeObjectURL(href), 60000);
+      } });
+    }
   }
 
   // One button per run: its mark, its name, the value under the cursor.  Pressed means shown.
@@ -95,6 +161,7 @@
   function lineChart(box, chart) {
     const toX = chart.log_x ? Math.log10 : (v) => v, toY = chart.log_y ? Math.log10 : (v) => v;
     const lines = chart.lines.map(([value, label]) => [toY(value), label]).filter(([y]) => Number.isFinite(y));
+    const marks = chart.marks.map(([place, label]) => [toX(place), label]).filter(([x]) => Number.isFinite(x));
     const unit = window.devicePixelRatio;
     const head = element("div", box, { className: "axis" });
     element("span", head, { textContent: chart.y_label });
@@ -120,7 +187,7 @@
     };
     function drawLines(u) {
       const { ctx, bbox } = u;
-      if (!lines.length) return;
+      if (!lines.length && !marks.length) return;
       ctx.save();
       ctx.setLineDash([4 * unit, 3 * unit]);
       Object.assign(ctx, { font: `${11.5 * unit}px ${ink.sans}`, textAlign: "left", textBaseline: "alphabetic",
@@ -153,7 +220,64 @@
         ctx.restore();
         ctx.fillText(label, x, base, room);
       }
+      drawMarks(u);
       ctx.restore();
+    }
+    function drawMarks(u) { // upright, with the label along the line, below its upper end
+      const { ctx, bbox } = u;
+      ctx.setLineDash([unit, 3 * unit]);
+      for (const [place, label] of marks) {
+        const x = u.valToPos(place, "x", true), gap = 4 * unit;
+        if (x < bbox.left - 1 || x > bbox.left + bbox.width + 1) continue;
+        ctx.beginPath();
+        ctx.moveTo(x, bbox.top);
+        ctx.lineTo(x, bbox.top + bbox.height);
+        ctx.stroke();
+        ctx.save();
+        ctx.translate(x - gap, bbox.top + gap);
+        ctx.rotate(-Math.PI / 2);
+        ctx.setLineDash([]);
+        Object.assign(ctx, { textAlign: "right", lineWidth: 4 * unit, lineJoin: "round", strokeStyle: ink.paper });
+        ctx.strokeText(label, 0, 0, bbox.height - 2 * gap);
+        ctx.fillText(label, 0, 0, bbox.height - 2 * gap);
+        ctx.restore();
+      }
+    }
+    function svg() {
+      const d = new Drawing(u.width, u.height + 8), { left, top, width, height } = u.bbox;
+      const [l, t, w, h] = [left, top, width, height].map((v) => v / unit);
+      const at = (value, axis) => u.valToPos(value, axis) + (axis === "x" ? l : t);
+      Object.assign(d, { strokeStyle: ink.rule, fillStyle: ink.muted });
+      u.axes.forEach((axis, i) => (axis._splits || []).forEach((value, k) => {
+        const place = at(value, "xy"[i]), label = axis._values[k] ?? "";
+        if (i) { d.line(l, place, l + w, place); d.text(l - 6, place + 4, label, { "text-anchor": "end" }); }
+        else { d.line(place, t, place, t + h); d.text(place, t + h + 17, label, { "text-anchor": "middle" }); }
+      }));
+      d.text(l + w / 2, t + h + 36, chart.x_label, { "text-anchor": "middle" });
+      d.text(l, t - 3, chart.y_label);
+      Object.assign(d, { strokeStyle: ink.muted, dash: [4, 3] });
+      for (const [value, label] of lines) {
+        d.line(l, at(value, "y"), l + w, at(value, "y"));
+        d.text(l + w - 4, at(value, "y") - 4, label, { "text-anchor": "end" });
+      }
+      d.dash = [1, 3];
+      for (const [place, label] of marks) {
+        const x = at(place, "x");
+        d.line(x, t, x, t + h);
+        d.text(x - 4, t + 4, label, { "text-anchor": "end", transform: `rotate(-90 ${x - 4} ${t + 4})` });
+      }
+      const seen = chart.runs.filter((_, i) => u.series[i + 1].show);
+      chart.runs.forEach((run, i) => {
+        if (!u.series[i + 1].show) return;
+        const points = run.x.map((x, k) => [at(toX(x), "x"), at(toY(run.y[k]), "y")]);
+        Object.assign(d, { strokeStyle: seriesColor(run.color), fillStyle: seriesColor(run.color), lineWidth: 1.75,
+          dash: dashes[Math.floor(run.color / ink.series.length) % 3] || [] });
+        d.beginPath();
+        const dots = chart.markers || points.length === 1;
+        points.forEach(([x, y], k) => (dots ? d.arc(x, y, 3.5) : k ? d.lineTo(x, y) : d.moveTo(x, y)));
+        if (dots) d.fill(); else d.stroke();
+      });
+      return d.file(chart.title, seen, seriesColor);
     }
     function read(u) {
       const { idx, idxs } = u.cursor;
@@ -208,6 +332,7 @@
       const x = drawn[0][Math.max(0, Math.min(last, from + step))];
       u.setCursor({ left: u.valToPos(x, "x"), top: u.over.clientHeight / 2 });
     });
+    downloads(box, svg, () => table(chart.runs, [chart.x_label, chart.y_label]));
     drawings.push({
       redraw: () => { keys.forEach((key) => key.paint()); u.redraw(false); },
       resize: () => { const now = size(); if (now.width !== u.width) u.setSize(now); },
@@ -249,6 +374,9 @@
       const ctx = canvas.getContext("2d");
       ctx.setTransform(unit, 0, 0, unit, 0, 0);
       ctx.lineJoin = "round";
+      drawOn(ctx, width, height);
+    }
+    function drawOn(ctx, width, height) {
       const [ca, sa] = [Math.cos(view.azimuth), Math.sin(view.azimuth)];
       const [ce, se] = [Math.cos(view.elevation), Math.sin(view.elevation)];
       const turn = ([x, y, z]) => [ca * y - sa * x, ce * z - se * (ca * x + sa * y), ce * (ca * x + sa * y) + se * z];
@@ -296,6 +424,12 @@
         });
       }
     }
+    const svg = () => {
+      const d = new Drawing(canvas.clientWidth || 480, canvas.clientHeight || 416);
+      drawOn(d, d.width, d.height);
+      return d.file(chart.title, chart.runs.filter((_, i) => shown[i]), pathColor);
+    };
+    downloads(box, svg, () => table([{ name: "curve", ...chart.curve }, ...chart.runs], ["x", "y", "z", chart.curve.label]));
     const move = (right, up, zoom = 1) => {
       view.azimuth -= right / view.zoom;
       view.elevation = Math.max(-1.57, Math.min(1.57, view.elevation + up / view.zoom));
@@ -325,6 +459,18 @@
     drawings.push({ redraw: () => { paintBar(); keys.forEach((key) => key.paint()); draw(); }, resize: draw });
   }
 
+  // A link to something that is folded away unfolds it.
+  function reveal() {
+    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!target) return;
+    for (let part = target.closest("details"); part; part = part.parentElement.closest("details")) part.open = true;
+    target.scrollIntoView();
+  }
+  addEventListener("hashchange", reveal);
+  addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && document.activeElement.matches(".term")) document.activeElement.blur();
+  });
+
   readInk();
   for (const box of document.querySelectorAll("[data-chart]")) {
     const chart = data[box.dataset.chart];
@@ -335,6 +481,8 @@
   redraw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   new ResizeObserver(resize).observe(document.body);
+  addEventListener("toggle", resize, true); // what was folded away had no width
+  if (location.hash) reveal();
 
   // On paper: light colours, a fixed width, everything unfolded; afterwards as before.
   let folded = [];

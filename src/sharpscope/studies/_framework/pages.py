@@ -1,15 +1,20 @@
 """The pages over several runs, in the look of a report: all studies, and one study under several seeds."""
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
-from ...report.html import MARK, chapters_page, grouped, heads, note, number
-from .claims import CONTROL, WIDER, Verdict
+from ...report.charts import Chart, SphereChart
+from ...report.html import MARK, asset, chapters_page, folded, grouped, heads, note, number
+from .claims import CONTROL, WIDER, Claim, Verdict
 from .seeds import CONFIDENCE, LEAST_FRACTION, Repeated, Spread
 from .study import Study, headings
+
+STATES = {"": "all claims", "holds": "what holds", "fails": "what fails", "aside": "what does not decide"}
+"""Classes of the rows of a table of claims, by which it can be filtered."""
 
 UNSUPPORTED = "Not supported here"
 
@@ -67,7 +72,21 @@ def overview(rows: Sequence[StudyRow]) -> str:
         "Each study repeats what a paper argues, as sentences with numbers and criteria that can fail. Negative"
         " controls break the hypothesis, and the effect has to be absent. Wider claims of a paper do not decide."
     )
-    return chapters_page("Studies side by side", _count(rows), lead, [("Studies", box + table)])
+    return chapters_page(_headline(rows), _count(rows), lead, [("Studies", table)], top=box)
+
+
+def _headline(rows: Sequence[StudyRow]) -> str:
+    """Say in a sentence what has come of the studies."""
+    failed = sum(len(row.failed) for row in rows)
+    missing = sum(bool(row.failures) for row in rows)
+    if missing or failed:
+        claims = f"{failed} deciding claim{'s fail' if failed > 1 else ' fails'}" if failed else ""
+        broken = f"{missing} {'studies' if missing > 1 else 'study'} could not run" if missing else ""
+        return f"Of {len(rows)} studies: {' and '.join(filter(None, (claims, broken)))}"
+    done = sum(row.done for row in rows)
+    if done < len(rows):
+        return f"{done} of {len(rows)} studies are done, and nothing fails so far"
+    return f"What {len(rows)} studies claim holds" if len(rows) > 1 else "What the study claims holds"
 
 
 def _count(rows: Sequence[StudyRow]) -> str:
@@ -233,24 +252,71 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     return "; ".join(text) + "."
 
 
-def claims_section(verdicts: Sequence[Verdict]) -> str:
-    """All verdicts, those that fail first as links; part by part."""
+def outcome(verdicts: Sequence[Verdict]) -> str:
+    """Say in a line what was tested, with links to what fails."""
+    if not verdicts:
+        return ""
+    failed = [(i, v) for i, v in _numbered(verdicts) if v.deciding and not v.passed]
+    links = "".join(f'<li>Fails: <a href="#{i}">{escape(v.claim)}</a></li>' for i, v in failed)
+    html = f'<div class="summary {"fails" if failed else "holds"}"><p>{MARK[not failed]} {summary(verdicts)}</p>'
+    return html + (f"<ul>{links}</ul></div>" if failed else "</div>")
+
+
+def _numbered(verdicts: Sequence[Verdict]) -> list[tuple[str, Verdict]]:
+    return [(f"claim-{i}", v) for i, v in enumerate(verdicts, 1)]
+
+
+def claims_section(verdicts: Sequence[Verdict], charts: Mapping[str, str] | None = None) -> str:
+    """All verdicts, folded part by part, those parts open in which one fails; `charts` are names, by claim."""
     if not verdicts:
         return ""
     many = len({v.study for v in verdicts}) > 1
-    numbered = [(f"claim-{i}", v) for i, v in enumerate(verdicts, 1)]
-    failed = [(i, v) for i, v in numbered if v.deciding and not v.passed]
-    links = "".join(f'<li>Fails: <a href="#{i}">{escape(v.claim)}</a></li>' for i, v in failed)
-    html = f'<div class="summary {"fails" if failed else "holds"}"><p>{MARK[not failed]} {summary(verdicts)}</p>'
-    html += f"<ul>{links}</ul></div>" if failed else "</div>"
+    html = _filters(verdicts)
+    numbered = _numbered(verdicts)
     for part, group in grouped(numbered, lambda item: f"{item[1].study}: {item[1].part}" if many else item[1].part):
-        html += claims_table(f"<h3>{escape(part or 'All claims')}</h3>", group)
-    return html
+        deciding = [v for _, v in group if v.deciding]
+        beside, bad = _of(deciding, "hold") if deciding else "", not all(v.passed for v in deciding)
+        caption = f'<span class="unseen">{escape(part or "All claims")}</span>'
+        html += folded(part or "All claims", beside, claims_table(caption, group, charts or {}), unfolded=bad)
+    return f"{html}<script>{asset('claims.js')}</script>"
 
 
-def claims_table(caption: str, verdicts: Sequence[tuple[str, Verdict]]) -> str:
-    """The verdicts, each with the id of its row; the caption is HTML."""
-    rows = "".join(_claim(name, v) for name, v in verdicts)
+def _filters(verdicts: Sequence[Verdict]) -> str:
+    """Two lists by which a script shows only some of the claims."""
+    kinds = "".join(f"<option>{kind}</option>" for kind in dict.fromkeys(v.kind for v in verdicts))
+    states = "".join(f'<option value="{value}">{words}</option>' for value, words in STATES.items())
+    return (
+        f'<div class="tools" id="claim-filters" hidden><label>Show <select id="claim-state">{states}</select></label>'
+        f' <label>of <select id="claim-kind"><option value="">all kinds</option>{kinds}</select></label>'
+        ' <output id="claim-count"></output></div>'
+    )
+
+
+def chart_of(claim: Claim, charts: Sequence[Chart | SphereChart]) -> str:
+    """Name the chart of the claim's part that shares most words with it, then most runs; empty where none has any."""
+
+    def words(text: str) -> set[str]:
+        return set(re.findall(r"\w{4,}|\w\d", text.lower()))
+
+    def fit(chart: Chart | SphereChart) -> tuple[int, int, int]:
+        runs = chart.runs if isinstance(chart, Chart) else (chart.curve, *chart.paths)
+        shown = words(f"{chart.title} {' '.join(getattr(chart, 'axis_labels', ()))}")
+        return len(shown & words(claim.sentence)), len({*runs} & {*claim.runs}), -len(runs)
+
+    there = [chart for chart in charts if chart.part == claim.part and any(fit(chart)[:2])]
+    return max(there, key=fit).name if there else ""
+
+
+def ranked(charts: Sequence[Chart | SphereChart]) -> list[Chart | SphereChart]:
+    """Charts of which some are on top of the page: the first two, where the study ranks none."""
+    if any(chart.rank for chart in charts):
+        return list(charts)
+    return [replace(chart, rank=i if i <= 2 else 0) for i, chart in enumerate(charts, 1)]
+
+
+def claims_table(caption: str, verdicts: Sequence[tuple[str, Verdict]], charts: Mapping[str, str] | None = None) -> str:
+    """The verdicts, each with the id of its row; the caption is HTML, and `charts` are names, by claim."""
+    rows = "".join(_claim(name, v, (charts or {}).get(v.claim, "")) for name, v in verdicts)
     head = heads("Verdict", "Claim", "Observed", "Criterion", "Kind")
     return f'<table class="claims"><caption>{caption}</caption>{head}<tbody>{rows}</tbody></table>'
 
@@ -262,16 +328,18 @@ def state(v: Verdict) -> tuple[str, str]:
     return kind, f"{MARK[v.passed]} {words[not v.passed]}"
 
 
-def claimed(v: Verdict) -> str:
-    """Make the head of a row: the claim, with what there is to say about it."""
+def claimed(v: Verdict, chart: str = "") -> str:
+    """Make the head of a row: the claim, with what there is to say about it, and a link to its chart."""
     aside = "" if v.deciding else '<span class="tag">reported, does not decide</span>'
-    return f'<th scope="row">{escape(v.claim)} {aside}{note(v.note)}</th>'
+    link = f' <a class="to" href="#chart-{escape(chart)}">chart</a>' if chart else ""
+    return f'<th scope="row">{escape(v.claim)}{link} {aside}{note(v.note)}</th>'
 
 
-def _claim(name: str, v: Verdict) -> str:
+def _claim(name: str, v: Verdict, chart: str) -> str:
     kind, words = state(v)
     return (
-        f'<tr id="{escape(name)}" class="{kind}"><td class="verdict">{words}</td>{claimed(v)}'
+        f'<tr id="{escape(name)}" class="{kind}" data-kind="{escape(v.kind)}"><td class="verdict">{words}</td>'
+        f"{claimed(v, chart)}"
         f'<td data-head="Observed" class="number">{observed(v.observed)}</td>'
         f'<td data-head="Criterion">{escape(v.criterion)}</td>'
         f'<td data-head="Kind" class="kind">{escape(v.kind)}</td></tr>'

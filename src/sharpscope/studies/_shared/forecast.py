@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...errors import NotConverged, NotFinite
-from ...flows.compare import compare
+from ...flows.compare import RUNS, compare
 from ...optimizers.base import UpdateRule
 from ...optimizers.gd import GD
 from ...records.run_log import RunLog
@@ -16,8 +16,6 @@ from .._framework.observe import Quantity, run
 from .._framework.study import Job, Progress
 from .networks import SECONDS_PER_STEP, Variant, problem_of
 from .recorded import recorded
-
-RUNS = ("optimizer", "central flow", "stable flow")
 
 
 @dataclass(frozen=True)

@@ -247,6 +247,9 @@ CHARTS = under(
             y="spherical_sharpness",
             runs=("BN", "BN, no decay", "LN", "LN, no decay"),
             log="y",
+            caption="A regression network with batch (BN) or layer normalization (LN): with weight decay the run stays"
+            " at the edge of stability, and the minimum becomes flatter; without it nothing moves.",
+            rank=1,
         ),
         Chart(
             "network-test",
@@ -255,6 +258,8 @@ CHARTS = under(
             y="test_loss",
             runs=("BN", "BN, no decay", "LN", "LN, no decay", "no normalization", "no normalization, no decay"),
             log="y",
+            caption="The test error falls with the sharpness, long after the training data are fitted.",
+            rank=2,
         ),
     ),
 )

@@ -205,6 +205,7 @@ CHARTS = under(
         paths=("gradient descent", "sharpness-reduction flow"),
         caption="Toy A3, il = 1e-3; the coloured curve is the minima. Weight decay first only shrinks ‖w‖. At the edge"
         " of stability gradient descent begins to oscillate across the curve and drifts to its flattest part.",
+        rank=3,
     ),
     *labelled(
         LABELS,
