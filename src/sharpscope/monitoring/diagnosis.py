@@ -135,8 +135,8 @@ def _number_only(at: Measurements) -> Finding:
     if at.rate > 0 and not math.isclose(at.rate, rates, rel_tol=1e-6):
         text += f" (at the present {_n(at.rate)} the same curvature would give {_r(ratios * at.rate / rates)})"
     if at.count < ENOUGH:
-        have = {0: "the only measurement, of the start,", 1: "one measurement", 2: "two measurements"}[at.count]
-        return Finding("too few", f"{text}: {have} gives a number and no verdict; {ENOUGH} will.", numbers, COHEN)
+        have = ("the only measurement, of the start, gives", "one measurement gives", "two measurements give")[at.count]
+        return Finding("too few", f"{text}: {have} a number and no verdict; {ENOUGH} will.", numbers, COHEN)
     text += ": too long ago for a verdict on the present."
     remedy = "Measure more often (every=), or with a larger budget."
     return Finding("out of date", text, numbers, COHEN, remedy=remedy)

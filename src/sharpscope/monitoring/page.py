@@ -95,13 +95,16 @@ def render_run(
 ) -> str:
     """Make the HTML page of the measurements of a run, and of when its findings began to hold (`Recorder.found`)."""
     findings = diagnose(history, RUN, facts, now)
+    first = next((i for i, f in enumerate(findings) if f.name != "gaps"), 0)
+    lead = findings[first].text if findings else ""
+    findings[first : first + 1] = [replace(f, text="") for f in findings[first : first + 1]]  # it stands once
     advice = [f for f in findings if f.remedy or f.severity != "note"]
     charts, rows = _by_group(history)
     whole = History([*history.rows, *rows])
     return render(
         title="Sharpness of this training run",
         subtitle=str(config.get("model", "")),
-        lead=next((f.text for f in findings if f.name != "gaps"), ""),
+        lead=lead,
         tested=_items(advice),
         charts=[*charts_of(history, found), *charts],
         columns=whole.columns,
@@ -136,7 +139,9 @@ def _by_group(history: History) -> tuple[list[Chart], list[dict[str, Any]]]:
         for group in groups
         for row in history.rows
     ]
-    part = f"The {len(groups)} of {len(fractions)} scale-invariant groups with the largest fractions"
+    part = "Scale-invariant groups"
+    if len(fractions) > len(groups):
+        part = f"The {len(groups)} of {len(fractions)} scale-invariant groups with the largest fractions"
     charts = [
         Chart(
             f"group-{prefix}",
@@ -162,5 +167,6 @@ def _items(findings: Sequence[Finding]) -> str:
         evidence = " · ".join(filter(None, (used, finding.source)))
         small = f'<p class="evidence">{escape(evidence)}</p>' if evidence else ""
         remedy = f'<p class="remedy">{escape(finding.remedy)}</p>' if finding.remedy else ""
-        items += f'<li class="{finding.severity}"><p>{escape(finding.text)}</p>{remedy}{small}</li>'
+        text = f"<p>{escape(finding.text)}</p>" if finding.text else ""
+        items += f'<li class="{finding.severity}">{text}{remedy}{small}</li>'
     return f'<ul class="findings">{items}</ul>' if items else ""
