@@ -158,7 +158,7 @@ def bn_mlp() -> Problem:
     data = digits(500, 0)
     stages = {"start": 0, "half-way": 10, "edge": 200}
     about = "MLP, batch normalization, 500 digits, half squares"
-    return Problem("BN MLP", about, nets.digits_mlp("BN", 0), HalfSquares(), data.x, data.y, 0.2, 5e-4, stages)
+    return Problem("BN MLP", about, nets.mlp("BN", 0), HalfSquares(), data.x, data.y, 0.2, 5e-4, stages)
 
 
 def gn_conv(name: str = "GN conv", widths: tuple[int, int, int] = (24, 48, 64), lr: float = 0.008) -> Problem:

@@ -18,7 +18,7 @@ from sharpscope.optimizers.adaptive import Adam, RMSprop
 from sharpscope.optimizers.base import UpdateRule
 from sharpscope.optimizers.gd import GD
 from sharpscope.studies._shared.data import digits
-from sharpscope.studies._shared.nets import digits_mlp, half_squares, squares
+from sharpscope.studies._shared.nets import half_squares, mlp, squares
 
 
 def some(w: Tensor, k: int, seed: int = 0) -> Tensor:
@@ -144,7 +144,7 @@ def test_a_refresh_of_ten_modes_costs_at_most_250_gradients(monkeypatch: pytest.
     def product() -> None:
         count[0] += 2
 
-    f = problems.observed(Objective(digits_mlp("BN", 0), half_squares, [(data.x, data.y)]), product)
+    f = problems.observed(Objective(mlp("BN", 0), half_squares, [(data.x, data.y)]), product)
     rule = GD(0.2, 5e-4)
     w = settled(f, rule, 300)
     values = ss.linalg.lanczos(ss.hessian(f, w), 11).values * 0.2

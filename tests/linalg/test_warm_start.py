@@ -262,7 +262,7 @@ def test_along_training(norm: str, lr: float) -> None:
 def test_five_products_a_step_at_the_edge() -> None:
     """The BN MLP of the digits, whose top eigenvalues lie within 7 % and cross; the first calls learn its period."""
     data = digits(500, 0)
-    f = Objective(nets.digits_mlp("BN", 0), lambda out, y: 0.5 * (out - y).square().sum(1).mean(), [(data.x, data.y)])
+    f = Objective(nets.mlp("BN", 0), lambda out, y: 0.5 * (out - y).square().sum(1).mean(), [(data.x, data.y)])
     w = f.weights()
     found: Eigenpairs | None = None
     used = []

@@ -21,6 +21,7 @@ from sharpscope.studies._shared import forecast as forecast_module
 from sharpscope.studies._shared import nets, toys, train
 from sharpscope.studies._shared.networks import LOSSES, Variant, run_variant
 from sharpscope.studies.lyu2022 import completion, digits, network, regression, sphere
+from sharpscope.studies.lyu2022.config import WORDS
 from sharpscope.symmetry.scale_groups import find_groups
 
 CONFIGS = {"full": lyu.Config(), "quick": lyu.QUICK}
@@ -48,10 +49,13 @@ def test_a_study_keeps_the_contract(name: str) -> None:
 
 def test_every_field_of_the_configuration_turns_something() -> None:
     before = {(job.name, repr(job.arguments)) for job in lyu.jobs(lyu.Config())}
+    words = {"data": "digits", "network": "conv", "norm": "LN", "device": "cuda", "dtype": "float32"}
     for field in fields(lyu.Config):
         value = getattr(lyu.Config(), field.name)
         if isinstance(value, tuple):
             other: Any = value[1:]
+        elif isinstance(value, str):
+            other = words[field.name]
         elif isinstance(value, bool):
             other = not value
         else:
@@ -74,10 +78,16 @@ def test_nonsense_is_refused_by_name() -> None:
             with pytest.raises(ValueError, match="seed is -1; it must not be negative"):
                 lyu.Config(seed=-1)
             continue
-        for number in () if isinstance(value, bool) else (-1, 0, float("nan")):
+        for number in () if isinstance(value, bool) or field.name in WORDS else (-1, 0, float("nan")):
             wrong: Any = (number,) if isinstance(value, tuple) else number
             with pytest.raises(ValueError, match=re.escape(f"{field.name} is {wrong}; it must be positive")):
                 lyu.Config(**{field.name: wrong})
+    for name in ("network", "norm", "dtype"):
+        other: Any = {name: "other"}
+        with pytest.raises(ValueError, match=f"{name} is 'other'; known are "):
+            lyu.Config(**other)
+    with pytest.raises(ValueError, match="parts is 'other'; known are sphere, "):
+        lyu.Config(parts=("digits", "other"))
     with pytest.raises(ValueError, match="lr·wd is 1; it must be below one"):
         lyu.Config(learning_rate=10, weight_decay=0.1)
 
@@ -112,7 +122,7 @@ def measurements(config: lyu.Config, patch: pytest.MonkeyPatch) -> dict[str, np.
         variant = job.arguments.get("variant")
         if variant is not None:
             rule = GD(variant.learning_rate, variant.weight_decay, variant.momentum)
-            trained(job.name, rule, variant.num_steps, variant.every)
+            trained(job.name, rule, variant.num_steps + variant.cooling, variant.every)
         elif "forecast" in job.arguments:
             forecast = job.arguments["forecast"]
             found.update(dict.fromkeys(forecast_module.runs(job.name), np.linspace(0, 0.1, forecast.points + 1)))
@@ -176,7 +186,7 @@ def test_the_quick_study_leaves_out_ablations_only(measured: dict[str, dict[str,
     assert {part for part, kind in kept if kind == "negative control"} == {claim.part for claim in lyu.CLAIMS}
 
 
-NETWORKS = {"regression": nets.regression_net, "mlp": nets.digits_mlp, "conv": nets.digits_conv}
+NETWORKS = {"regression": nets.regression_net, "mlp": nets.mlp, "conv": nets.conv}
 
 
 @pytest.mark.parametrize("norm", nets.NORMS)
@@ -199,7 +209,7 @@ def test_networks_are_scale_invariant_in_all_weights(kind: str, norm: str) -> No
 
 def test_the_transformer_is_scale_invariant_in_all_weights() -> None:
     data = bundled.digits(100)
-    f = Objective(nets.digits_transformer("LN", 0), LOSSES["half squares"], [(data.x, data.y)])
+    f = Objective(nets.transformer("LN", 0), LOSSES["half squares"], [(data.x, data.y)])
     groups = find_groups(f)
     assert groups.covers(f.size) and groups.groups.keys() == f.slices.keys()
     w = f.weights()

@@ -20,6 +20,7 @@ from sharpscope.optimizers.scalar import SphericalRMSprop
 from sharpscope.records.run_log import RunLog
 from sharpscope.studies._shared import train as training
 from sharpscope.studies._shared.nets import squares
+from sharpscope.studies._shared.norm_only import NormOnly
 from sharpscope.studies._shared.train import LearningProblem, TrainingPlan, train
 from sharpscope.symmetry.scale_groups import find_groups
 
@@ -234,3 +235,40 @@ def test_progress_is_reported(tmp_path: Path) -> None:
     learning = LearningProblem(invariant().model, squares, X, Y, lambda net: {})
     train(RunLog(tmp_path, "a"), fractions.append, learning, PLAIN, PLAN)
     assert fractions == sorted(fractions) and fractions[-1] == 1
+
+
+def test_a_run_cools_at_a_tenth_of_the_rate_and_without_weight_decay(tmp_path: Path) -> None:
+    """The last weights are those of the steps by hand, and τ stands still, across an interruption too."""
+    plan = TrainingPlan(6, every=2, k=1, cooling=3)
+    rows = descend(tmp_path / "whole", PLAIN, plan).rows
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert [row["tau"] for row in rows] == [PLAIN.intrinsic_time_per_step * min(n, 3) for n in range(7)]
+    f = invariant()
+    w = f.weights()
+    for step in range(6):
+        lr, wd = (0.05, 0.02) if step < 3 else (0.005, 0.0)
+        w = w - lr * (f.grad(w) + wd * w)
+    assert rows[-1]["radius"] == pytest.approx(w.norm().item(), rel=1e-3)  # at the midpoint of the last step
+    assert rows[-1]["spherical_threshold"] == pytest.approx(2 / 0.005 * rows[-1]["radius"] ** 2, rel=1e-12)
+    interrupted(tmp_path / "parts", PLAIN, plan, stop=5)
+    parts = descend(tmp_path / "parts", PLAIN, plan)
+    assert [{k: v for k, v in row.items() if k != "run"} for row in parts.rows] == [
+        {k: v for k, v in row.items() if k != "run"} for row in rows
+    ]
+
+
+def test_weight_decay_of_the_norm_alone_leaves_the_direction() -> None:
+    """Beside gradient descent without weight decay, on a loss that does not notice the scale."""
+    f, plain, rule = invariant(), GD(0.05), NormOnly(0.05, 0.5)
+    v = w = f.weights()
+    state = rule.init(w)
+    for _ in range(20):
+        rate = rule.effective_learning_rate(w.norm().item(), state)
+        assert rate == pytest.approx(plain.effective_learning_rate(v.norm().item(), {}), rel=1e-9)
+        assert rule.threshold(state) * w.norm().item() ** 2 == pytest.approx(rule.edge / rate, rel=1e-12)
+        w, state = rule.step(w, f.grad(w), state)
+        v, _ = plain.step(v, f.grad(v), {})
+        assert torch.allclose(w / w.norm(), v / v.norm(), rtol=0, atol=1e-9)  # rounding, as it grows on the path
+    assert w.norm() / v.norm() == pytest.approx(state["scale"].item(), rel=1e-9)
+    # c' = -lr wd c³ in continuous time; the steps are of size lr wd = 0.025
+    assert state["scale"].item() == pytest.approx((1 + 2 * 20 * 0.025) ** -0.5, rel=0.02)

@@ -65,7 +65,7 @@ def predictable_runs(study: Any) -> str:
 
 def _is_described(variant: Variant) -> bool:
     """Say whether a run is full-batch gradient descent."""
-    return variant.batch is None and not variant.rmsprop
+    return variant.batch is None and not variant.rmsprop and not variant.norm_only
 
 
 def predict_checkpoint(task: str, checkpoint: Path | None, rule: GD, steps: int, points: int, out: Path) -> str:

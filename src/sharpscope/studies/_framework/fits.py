@@ -46,6 +46,21 @@ def power(x: ArrayLike, y: ArrayLike) -> Line:
     return line(np.log(np.asarray(x, float)), np.log(np.asarray(y, float)))
 
 
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval of Student's t for the mean of at least two numbers that are spread about normally.
+
+    >>> [round(end, 4) for end in mean_interval([1, 2, 3])]
+    [-0.4841, 4.4841]
+    """
+    from scipy.stats import t
+
+    v = np.asarray(values, float)
+    if len(v) < 2:
+        raise InvalidValue(f"an interval of a mean needs two numbers; got {v.tolist()}")
+    reach = float(t.ppf((1 + confidence) / 2, len(v) - 1)) * v.std(ddof=1) / len(v) ** 0.5
+    return float(v.mean() - reach), float(v.mean() + reach)
+
+
 def slope(x: ArrayLike, y: ArrayLike) -> float:
     """Slope of the line that fits y over x best."""
     return line(x, y).slope
@@ -62,6 +77,8 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
     >>> spearman([1, 2, 3, 4], [10, 20, 30, 25])
     0.8
     """
+    if np.size(x) < 2:
+        raise InvalidValue(f"a rank correlation needs two points; got {np.size(x)}")
     ranks = [_ranks(np.asarray(v, float)) for v in (x, y)]
     a, b = (r - r.mean() for r in ranks)
     return float(a @ b / np.sqrt((a @ a) * (b @ b)))

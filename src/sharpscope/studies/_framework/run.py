@@ -64,7 +64,10 @@ def unfinished(run: Run, locks: ExitStack) -> Group:
     """
     study = find(run.study)
     with explained(run.out):
+        begun = (run.out / CONFIG).exists()
         _claim_directory(run.out, {"study": run.study, "config": dataclasses.asdict(run.config)})
+        if not begun:
+            _demand_jobs(study, run)
         (run.out / ERROR).unlink(missing_ok=True)
         tasks: list[WorkItem] = []
         if _gathered(run.out) is None:
@@ -75,6 +78,15 @@ def unfinished(run: Run, locks: ExitStack) -> Group:
     return Group(
         tuple(tasks), WorkItem("verdicts and figures", _close, (run,), 1 + SECONDS_PER_CHART * len(study.CHARTS))
     )
+
+
+def _demand_jobs(study: Study, run: Run) -> None:
+    """Demand that the jobs can be formed; where data are missing the directory is free for another configuration."""
+    try:
+        study.jobs(run.config)
+    except Unusable:
+        (run.out / CONFIG).unlink()
+        raise
 
 
 def unfinished_jobs(run: Run) -> list[Job]:
@@ -131,16 +143,19 @@ def _close(progress: Progress, run: Run) -> list[Verdict]:
     study = find(run.study)
     with explained(run.out):
         if _gathered(run.out) is None:
-            _gather(run, [RunLog(run.out / "log", job.name) for job in study.jobs(run.config)])
+            _gather(run, study.jobs(run.config))
         return conclude(study, run.study, run.config, run.out, progress)
 
 
-def _gather(run: Run, logs: Sequence[RunLog]) -> None:
+def _gather(run: Run, jobs: Sequence[Job]) -> None:
     """Write the rows of all jobs as one table, after what is known of how they were made."""
+    logs = [RunLog(run.out / "log", job.name) for job in jobs]
+    data = {name: sentence for job in jobs for name, sentence in job.data().items()}
     rows = History(row for log in logs for row in log.rows)
     stopped = {log.run: log.note for log in logs if log.note}
     seconds = round(sum(_seconds_of(log) for log in logs), 1)
-    write_json(run.out / ENVIRONMENT, environment(run.study) | {"seconds": seconds, "stopped": stopped})
+    made = {"data": data} if data else {}
+    write_json(run.out / ENVIRONMENT, environment(run.study) | made | {"seconds": seconds, "stopped": stopped})
     rows.save(run.out / HISTORY)
     for log in logs:
         log.state.unlink(missing_ok=True)  # where a kill came between the end of a job and this

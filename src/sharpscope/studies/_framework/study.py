@@ -35,13 +35,15 @@ class Job:
 
     `work` is a module-level function.  It appends rows to the log, leaves checkpoints, and calls
     ``progress(fraction)`` with the fraction of its work that is done.  `cost` is its rough duration in seconds, for the
-    order of execution and the progress bar.
+    order of execution and the progress bar.  `data` says, when called, what the data are that it reads, by name, for
+    the record of the run.
     """
 
     name: str
     work: Callable[..., None]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     cost: float = 1.0
+    data: Callable[[], Mapping[str, str]] = dict
 
 
 Progress = Callable[[float], None]

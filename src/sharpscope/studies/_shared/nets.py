@@ -4,11 +4,12 @@ Every linear map is followed by a normalization without affine parameters and wi
 readout is fixed.  Everything is in elementary operations, so that all derivatives are right.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, unfold
+from torch.nn.functional import conv2d, linear, unfold
 
 
 class BatchNorm(nn.Module):
@@ -50,15 +51,27 @@ class GroupNorm(nn.Module):
 
 
 class Weights(nn.Module):
-    """A linear map or a 3×3 convolution of stride 2, without bias, N(0, 1/fan-in).
+    """A linear map or a 3×3 convolution, without bias, N(0, gain²/fan-in).
 
-    `unit_rows` divides each row (or filter) by its norm: weight normalization.
+    `unit_rows` divides each row (or filter) by its norm: weight normalization.  With `native` a convolution is torch's
+    own, and otherwise a matrix product of patches, whose double backward is faster on a CPU where images are small.
     """
 
-    def __init__(self, shape: tuple[int, ...], generator: torch.Generator, *, unit_rows: bool = False) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator,
+        *,
+        stride: int = 2,
+        gain: float = 1.0,
+        unit_rows: bool = False,
+        native: bool = False,
+    ) -> None:
         super().__init__()
+        self.stride, self.native = stride, native
         fan_in = torch.Size(shape[1:]).numel()
-        self.weight = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64) / fan_in**0.5)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        self.weight = nn.Parameter(gain * drawn / fan_in**0.5)
         self.unit_rows = unit_rows
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,16 +80,17 @@ class Weights(nn.Module):
             w = w / w.norm(dim=1, keepdim=True)
         if self.weight.dim() == 2:
             return linear(x, w)
-        # As a matrix product: its double backward is many times faster than that of a convolution on a CPU.
-        patches = unfold(x, kernel_size=3, padding=1, stride=2)
-        return (w @ patches).view(len(x), len(w), (x.shape[2] + 1) // 2, -1)
+        if self.native or x.is_cuda:
+            return conv2d(x, w.view_as(self.weight), padding=1, stride=self.stride)
+        patches = unfold(x, kernel_size=3, padding=1, stride=self.stride)
+        return (w @ patches).view(len(x), len(w), (x.shape[2] - 1) // self.stride + 1, -1)
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "BN": BatchNorm,
     "LN": lambda width: GroupNorm(1),
     "RMSNorm": lambda width: GroupNorm(1, centre=False),
-    "GN": lambda width: GroupNorm(4 if width % 4 == 0 else 1),
+    "GN": lambda width: GroupNorm(4 if width % 4 == 0 and width >= 16 else 1),  # groups of two are only signs
     "WN": lambda width: nn.Identity(),
     "none": lambda width: nn.Identity(),
 }
@@ -108,34 +122,51 @@ def regression_net(norm: str, seed: int) -> nn.Module:
     return nn.Sequential(*hidden, Readout(readout))
 
 
-def digits_mlp(norm: str, seed: int) -> nn.Module:
-    """Three maps, 64→64→64→10, with normalization after each, also the last, and GELU between."""
+DIGITS = (1, 8, 8)
+"""Channels, height and width of the bundled digits."""
+
+
+def mlp(norm: str, seed: int, shape: tuple[int, ...] = DIGITS, classes: int = 10) -> nn.Module:
+    """Three maps, inputs→64→64→classes, with normalization after each, also the last, and GELU between."""
     g = torch.Generator().manual_seed(seed)
-    first, second, last = (_layer(shape, norm, g) for shape in ((64, 64), (64, 64), (10, 64)))
+    first, second, last = (_layer(sizes, norm, g) for sizes in ((64, math.prod(shape)), (64, 64), (classes, 64)))
     return nn.Sequential(nn.Flatten(), *first, nn.GELU(), *second, nn.GELU(), *last)
 
 
-def digits_conv(norm: str, seed: int) -> nn.Module:
-    """Two 3×3 convolutions of stride 2 (16 and 32 channels) with GELU, then 128→10, all normalized."""
+def conv(norm: str, seed: int, shape: tuple[int, ...] = DIGITS, classes: int = 10) -> nn.Module:
+    """Two 3×3 convolutions of stride 2 (16 and 32 channels) with GELU, then a map to the classes, all normalized."""
     g = torch.Generator().manual_seed(seed)
-    first, second, last = (_layer(shape, norm, g) for shape in ((16, 1, 3, 3), (32, 16, 3, 3), (10, 128)))
+    channels, *sides = shape
+    places = math.prod((side + 3) // 4 for side in sides)
+    shapes = ((16, channels, 3, 3), (32, 16, 3, 3), (classes, 32 * places))
+    first, second, last = (_layer(sizes, norm, g) for sizes in shapes)
     return nn.Sequential(*first, nn.GELU(), *second, nn.GELU(), nn.Flatten(), *last)
 
 
 class TokenNorm(nn.Module):
-    """Layer normalization of the last axis."""
+    """Layer normalization of the last axis, or without `centre` RMS normalization."""
+
+    def __init__(self, *, centre: bool = True) -> None:
+        super().__init__()
+        self.centre = centre
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x - x.mean(-1, keepdim=True)
+        if self.centre:
+            x = x - x.mean(-1, keepdim=True)
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True))
 
 
 class Block(nn.Module):
-    """Self-attention and a GELU layer on tokens ``(n, t, d)``, with residual sums; every map meets a normalization."""
+    """Self-attention and a GELU layer on tokens ``(n, t, d)``, with residual sums; every map meets a normalization.
 
-    def __init__(self, width: int, heads: int, generator: torch.Generator) -> None:
+    In a `causal` block no token attends to later ones.
+    """
+
+    def __init__(
+        self, width: int, heads: int, generator: torch.Generator, *, causal: bool = False, centre: bool = True
+    ) -> None:
         super().__init__()
-        self.heads, self.norm = heads, TokenNorm()
+        self.heads, self.causal, self.norm = heads, causal, TokenNorm(centre=centre)
         self.query, self.key, self.value, self.out = (Weights((width, width), generator) for _ in range(4))
         self.up, self.down = Weights((2 * width, width), generator), Weights((width, 2 * width), generator)
 
@@ -145,10 +176,17 @@ class Block(nn.Module):
             z.view(n, t, self.heads, -1).transpose(1, 2)
             for z in (self.norm(self.query(x)), self.norm(self.key(x)), self.value(x))
         )
-        attention = (q @ k.transpose(2, 3) * (d // self.heads) ** -0.5).softmax(-1)
-        x = x + self.norm(self.out((attention @ v).transpose(1, 2).reshape(n, t, d)))
+        scores = q @ k.transpose(2, 3) * (d // self.heads) ** -0.5
+        if self.causal:
+            scores = scores.masked_fill(later(t, x.device), -math.inf)
+        x = x + self.norm(self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, t, d)))
         hidden = nn.functional.gelu(self.norm(self.up(self.norm(x))))
         return x + self.norm(self.down(hidden))
+
+
+def later(length: int, device: torch.device) -> Tensor:
+    """Mark the pairs ``(t, t)`` of a place and a later one."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
 
 
 class Tokens(nn.Module):
@@ -162,7 +200,7 @@ class Tokens(nn.Module):
         self.register_buffer("code", torch.randn(rows, width, generator=generator, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.embed(x.squeeze(1))) + self.code
+        return self.norm(self.embed(x.transpose(1, 2).flatten(2))) + self.code
 
 
 class MeanOverTokens(nn.Module):
@@ -194,17 +232,19 @@ class Product(nn.Module):
         return self.scale * centred * torch.rsqrt((moments - moments.mean()).square().mean()) + self.shift
 
 
-def digits_transformer(norm: str, seed: int) -> nn.Module:
-    """The 8 rows of an image as tokens of width 24, two blocks with two heads, the mean, 24→10, layer normalization."""
+def transformer(norm: str, seed: int, shape: tuple[int, ...] = DIGITS, classes: int = 10) -> nn.Module:
+    """The rows of an image as tokens of width 24, two blocks with two heads, the mean, a map, layer normalization."""
     g = torch.Generator().manual_seed(seed)
+    channels, rows, columns = shape
     blocks = [Block(24, 2, g) for _ in range(2)]
-    return nn.Sequential(Tokens(8, 8, 24, g), *blocks, MeanOverTokens(), Weights((10, 24), g), TokenNorm())
+    tokens = Tokens(rows, channels * columns, 24, g)
+    return nn.Sequential(tokens, *blocks, MeanOverTokens(), Weights((classes, 24), g), TokenNorm())
 
 
-def plain_mlp(norm: str, seed: int) -> nn.Module:
-    """Three maps, 64→32→32→10, with tanh, without biases and without normalization."""
+def plain(norm: str, seed: int, shape: tuple[int, ...] = DIGITS, classes: int = 10) -> nn.Module:
+    """Three maps, inputs→32→32→classes, with tanh, without biases and without normalization."""
     g = torch.Generator().manual_seed(seed)
-    first, second, last = (Weights(shape, g) for shape in ((32, 64), (32, 32), (10, 32)))
+    first, second, last = (Weights(sizes, g) for sizes in ((32, math.prod(shape)), (32, 32), (classes, 32)))
     return nn.Sequential(nn.Flatten(), first, nn.Tanh(), second, nn.Tanh(), last)
 
 
@@ -222,6 +262,11 @@ def soft_cross_entropy(output: Tensor, target: Tensor, *, logit: float, smoothin
     """Binary cross-entropy of ``logit·output`` on the target's sign, softened by `smoothing`."""
     hard = (target > 0).to(output)
     return nn.functional.binary_cross_entropy_with_logits(logit * output, hard * (1 - 2 * smoothing) + smoothing)
+
+
+def next_token(output: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of the tokens that come next ``(n, t)``, from logits ``(n, t, classes)``."""
+    return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
 def cross_entropy(output: Tensor, target: Tensor, *, smoothing: float) -> Tensor:

@@ -1,7 +1,7 @@
 """The training loop that all studies share: an objective, an update rule, and rows of what is measured on the way."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,15 +25,19 @@ from .recorded import recorded
 EARLY = {1, 2, 5, 10, 20, 30, 50, 70, 100, 150, 200, 300}
 """Steps that are measured whatever the stride: much happens at the start."""
 
+AT_ONCE = 2000
+"""Examples that are judged at a time."""
+
 DIVERGED = 1e6
 """A run is given up when its weights have grown by this factor."""
 
 
 @dataclass(frozen=True)
 class LearningProblem:
-    """A network, what it is trained on in one batch, and how it is judged at other weights.
+    """A network, what it is trained on, and how it is judged at other weights.
 
-    `evaluate` takes the network with weights in place, in training mode, and returns columns.
+    `evaluate` takes the network with weights in place, in training mode, and returns columns.  The full batch is one,
+    or parts of `chunk` examples, always the same: batch normalization then takes the statistics of each part.
     """
 
     net: nn.Module
@@ -41,10 +45,12 @@ class LearningProblem:
     x: Tensor
     y: Tensor
     evaluate: Callable[[nn.Module], Mapping[str, float]]
+    chunk: int | None = None
 
     @cached_property
     def objective(self) -> Objective:
-        return Objective(self.net, self.loss, [(self.x, self.y)])
+        size = self.chunk or len(self.x)
+        return Objective(self.net, self.loss, list(zip(self.x.split(size), self.y.split(size), strict=True)))
 
     def columns_at(self, w: Tensor) -> dict[str, float]:
         """The columns of `evaluate` at the weights `w` ``(P,)``."""
@@ -60,6 +66,7 @@ class TrainingPlan:
     """The length of a run and what is measured on the way.
 
     `steps` in all, a row every `every` steps with the top `k` eigenvalues; mini-batches of `batch` drawn by `seed`.
+    The last `cooling` of them are gradient descent at a tenth of the learning rate, without weight decay.
     `rtol` bounds the residuals of eigenpairs relative to λ1; the eigenvalues are then good to about rtol².
     """
 
@@ -69,10 +76,22 @@ class TrainingPlan:
     rtol: float = 1e-2
     batch: int | None = None
     seed: int = 0
+    cooling: int = 0
+
+    @property
+    def warm(self) -> int:
+        """Steps before the run cools."""
+        return self.steps - self.cooling
+
+    def rule_at(self, step: int, rule: UpdateRule) -> UpdateRule:
+        """The rule of the step after `step` others."""
+        if step < self.warm or not isinstance(rule, GD):
+            return rule
+        return replace(rule, learning_rate=rule.learning_rate / 10, weight_decay=0.0)
 
     def measures(self, step: int) -> bool:
         """True where a row is due after this step."""
-        return step % self.every == 0 or step in EARLY or step == self.steps
+        return step % self.every == 0 or step in EARLY or step in (self.warm, self.steps)
 
 
 @dataclass
@@ -130,20 +149,23 @@ def train(
 
     A run that diverges, or whose eigenvalues cannot be found, ends there with a note that says so.
     `loss` is that of the iterate w_{t-1}, `midpoint_loss` that of the midpoint, as are all columns about curvature,
-    accuracy and test loss.  `balance/g` is ``⟨lr²‖∇_g‖²⟩ / ⟨(2il - il²)‖w_g‖²⟩`` over the steps since the last row.
+    accuracy and test loss; `tau` stands still while the run cools.  `balance/g` is ``⟨lr²‖∇_g‖²⟩ / ⟨(2il -
+    il²)‖w_g‖²⟩`` over the steps since the last row.
     """
     f = problem.objective
     groups = find_groups(f)
     first = f.weights()
     if unit_start:
         first = first / first.norm()
-    saved = log.resume()
+    saved = {name: t if name == "draw" else t.to(first.device) for name, t in log.resume().items()}
     draw = torch.Generator().manual_seed(plan.seed)
     now = _Position.of(saved) if saved else _Position(0, first, rule.init(first), {}, draw)
 
     def measure(w: Tensor, **more: float) -> None:
-        it = Iterate(f, w, rule, now.state, now.step, groups, plan.k, plan.rtol, now.memories)
-        log.append(step=now.step, radius=w.norm().item(), **_row(it, rule, problem), **more)
+        last = plan.rule_at(now.step - 1, rule)
+        it = Iterate(f, w, last, now.state, now.step, groups, plan.k, plan.rtol, now.memories)
+        tau = min(now.step, plan.warm) * rule.intrinsic_time_per_step
+        log.append(step=now.step, radius=w.norm().item(), tau=tau, **_row(it, last, problem), **more)
         now.memories.update(it.memories)
 
     try:
@@ -154,13 +176,13 @@ def train(
         while now.step < plan.steps:
             before = now.w
             loss, g = _next_batch(fast, problem, plan, now.draw).value_and_grad(before)
+            now.w, now.state = plan.rule_at(now.step, rule).step(before, g, now.state)
             now.step += 1
-            now.w, now.state = rule.step(before, g, now.state)
             _check_growth(now, loss, first)
             squares += _squared_norms(f, g, before)
             if plan.measures(now.step):
                 of_step = {"loss": loss.item(), "angle": angle(before, now.w).item()}
-                measure(midpoint(before, now.w), **of_step, **_balance(f, rule, squares))
+                measure(midpoint(before, now.w), **of_step, **_balance(f, plan.rule_at(now.step - 1, rule), squares))
                 squares.zero_()
                 log.checkpoint(**now.tensors())
                 progress(now.step / plan.steps)
@@ -174,11 +196,7 @@ def _row(it: Iterate, rule: UpdateRule, problem: LearningProblem) -> dict[str, f
     """The columns that depend on the weights of `it` alone."""
     f = it.objective
     try:
-        row = {
-            "tau": it.step * rule.intrinsic_time_per_step,
-            "midpoint_loss": measures.loss(it),
-            **_curvature(it, rule),
-        }
+        row = {"midpoint_loss": measures.loss(it), **_curvature(it, rule)}
     except (NotConverged, NotFinite) as error:
         raise _Stopped(f"stopped at step {it.step}: {error}") from error
     row |= {f"radius/{name}": it.w[s].norm().item() for name, s in f.slices.items()}
@@ -233,12 +251,13 @@ def judge(loss: Callable[[Any, Any], Tensor], data: Split) -> Callable[[nn.Modul
     """Accuracies and test loss; batch statistics for the test set are those of the training set at these weights."""
 
     def hits(output: Tensor, labels: Tensor) -> float:
-        guess = output.argmax(1) if output.shape[1] > 1 else (output[:, 0] > 0).long()
+        guess = output.argmax(-1) if output.shape[-1] > 1 else (output[:, 0] > 0).long()
         return (guess == labels).double().mean().item()
 
     def evaluate(net: nn.Module) -> dict[str, float]:
         fit = net(data.x)
-        output = net.eval()(data.test_x)
+        net.eval()
+        output = torch.cat([net(part) for part in data.test_x.split(AT_ONCE)])
         return {
             "train_accuracy": hits(fit, data.labels),
             "test_accuracy": hits(output, data.test_labels),

@@ -4,6 +4,15 @@ from dataclasses import dataclass
 
 from ...errors import InvalidValue
 from .._framework.config import demand_positive
+from .._shared.nets import NORMS
+
+PARTS = ("sphere", "regression", "completion", "network", "digits", "benefit")
+"""The parts of the study, each a file beside this one."""
+
+NETWORKS = ("mlp", "conv", "transformer", "vgg11", "resnet20", "language")
+
+WORDS = ("parts", "data", "network", "norm", "width", "device", "dtype", "chunk")
+"""Fields that are no positive numbers."""
 
 LR_CLOSED = 0.1
 """Learning rate of the toys and of the linear regression."""
@@ -32,12 +41,37 @@ class Config:
     digits_steps: int = 6000
     digits_every: int = 50  # steps between measurements
     forecast_steps: int = 1000  # predicted by the central flow
+    parts: tuple[str, ...] = PARTS  # which parts of the study to run
+    data: str = "mnist5k"  # of the benefit: digits, mnist5k, patches, text, or a kind and a path (cifar10:DIR, ...)
+    network: str = "mlp"  # of the benefit: mlp, conv, transformer, vgg11, resnet20, language
+    norm: str = "BN"  # its normalization
+    width: int = 0  # of vgg11, resnet20 or language; 0: as published
+    invariant: bool = True  # these are scale-invariant in all weights, not as commonly trained
+    device: str = "cpu"
+    dtype: str = "float64"  # or float32
+    examples: int = 300  # to train on
+    tests: int = 4000  # to test on
+    chunk: int = 0  # examples of a part of the full batch; 0: all at once
+    benefit_rate: float = 0.2  # learning rate
+    benefit_decay: float = 1e-2  # weight decay
+    benefit_steps: int = 8000  # and a quarter more at a tenth of the learning rate, without weight decay
+    benefit_every: int = 200  # steps between measurements
+    benefit_seeds: int = 10  # training sets and starts
     seed: int = 0  # of data, weights and starts
 
     def __post_init__(self) -> None:
-        demand_positive(self)
+        demand_positive(self, *WORDS)
+        self._demand_known("parts", PARTS, *self.parts)
+        self._demand_known("network", NETWORKS, self.network)
+        self._demand_known("norm", tuple(NORMS), self.norm)
+        self._demand_known("dtype", ("float64", "float32"), self.dtype)
         if self.learning_rate * self.weight_decay >= 1:
             raise InvalidValue(f"lr·wd is {self.learning_rate * self.weight_decay:g}; it must be below one")
+
+    def _demand_known(self, name: str, known: tuple[str, ...], *values: str) -> None:
+        unknown = [value for value in values if value not in known]
+        if unknown:
+            raise InvalidValue(f"{name} is '{unknown[0]}'; known are {', '.join(known)}")
 
     @property
     def first_seed(self) -> int:
@@ -62,4 +96,7 @@ QUICK = Config(
     digits_steps=3000,
     digits_every=100,
     forecast_steps=500,
+    benefit_steps=4000,
+    benefit_every=400,
+    benefit_seeds=5,
 )
