@@ -7,6 +7,7 @@ P parameters.
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
@@ -62,7 +63,7 @@ def _flat(t: Tensor, dtype: torch.dtype) -> Tensor:
     return (torch.view_as_real(t) if t.is_complex() else t).reshape(-1).to(dtype)
 
 
-class OfSteps(Meter):
+class OfSteps(Meter, ABC):
     """A meter of the whole step from one call of ``monitor.step`` to the next, by however many optimizers.
 
     It keeps one vector between them.
@@ -93,9 +94,9 @@ class OfSteps(Meter):
         found = self.columns(step, taken, step.objective.weights())
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
+    @abstractmethod
     def columns(self, step: Step, taken: Taken, now: Tensor) -> Mapping[str, float]:
         """Measure along the step `taken`, which led to the weights `now` ``(P,)``."""
-        raise NotImplementedError
 
     def on_batch(self, step: Step) -> Objective:
         """Put the objective on the batch of the step, or on its own first one where the loop gives none."""
