@@ -238,6 +238,7 @@ CHARTS = under(
             log="x",
             caption="With weight decay it goes on rising for thousands of steps after the fit; without it falls while"
             " the training loss does.",
+            rank=2,
         ),
         Chart(
             "benefit-loss",

@@ -259,7 +259,6 @@ CHARTS = under(
             runs=("BN", "BN, no decay", "LN", "LN, no decay", "no normalization", "no normalization, no decay"),
             log="y",
             caption="The test error falls with the sharpness, long after the training data are fitted.",
-            rank=2,
         ),
     ),
 )
