@@ -246,8 +246,8 @@ CHARTS = under(
             y="test_loss",
             runs=(BN, f"{BN}, no decay", f"{BN}, norm only", f"{BN}, no normalization"),
             log="y",
-            caption="A batch-normalized network with weight decay (benefit) and without; where the norm alone decays the"
-            " curve is that without weight decay.",
+            caption="A batch-normalized network with weight decay (benefit) and without; where the norm alone decays"
+            " the curve is that without weight decay.",
             rank=2,
         ),
         Chart(
