@@ -75,9 +75,9 @@ EVENTS = (
 
 
 def charts_of(history: History, found: Sequence[Mapping[str, Any]] = ()) -> list[Chart]:
-    """Choose the charts of columns that are there, marked where findings of an event first held (`Recorder.found`).
+    """Choose the charts of columns that are there, marked where findings of an event began (`Recorder.found`).
 
-    What held at the first measurement is no event.
+    What holds at the first measurement is no event.
     """
     first = min((row["step"] for row in found), default=0)
     names = {row["name"]: row["step"] for row in reversed(found) if row["name"] in EVENTS}

@@ -21,7 +21,7 @@ RUN = "training"
 """The name of a monitored run in its history."""
 
 FINDINGS = "findings"
-"""The name of the log that says when findings first held."""
+"""The name of the log that says when findings began to hold."""
 
 DESCRIPTION = "monitor.json"
 """The file that says what a page of the run needs beside the rows."""

@@ -6,8 +6,8 @@ there is one after t steps when
     measured + c ≤ b · (trained + s · max(G - t, 0)),        G = 200
 
 with s seconds for a step: the first steps are given an advance, so that the beginning is seen too, and from step G on
-the fraction is kept at every moment.  What the first measurement leaves of the advance is spread over these steps.  A
-dear measurement is made up for before the next.  One that takes longer than it may is given up.  Until the
+the fraction is kept at every moment.  What the first measurement leaves of the advance is spread over these steps.  An
+expensive measurement is made up for before the next.  One that takes longer than it may is given up.  Until the
 scale-invariant groups are found, half of what measuring may cost is saved for that.
 """
 
