@@ -279,7 +279,7 @@ def test_a_bar_says_what_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         display.report(2, residual=0.4)  # too soon to be shown
         time.sleep(1.1 * display.BETWEEN)
         display.report(7, residual=1.2e-3, standard_error=3e-2)
-    assert "7 products" in terminal.getvalue() and "2 products" not in terminal.getvalue()
+    assert ": 7 products" in terminal.getvalue() and ": 2 products" not in terminal.getvalue()
     assert "residual 1.2e-03, standard error 3.0e-02" in terminal.getvalue()
 
 
