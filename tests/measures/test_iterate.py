@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sharpscope.autodiff.curvature import hessian
 from sharpscope.autodiff.objective import Objective
+from sharpscope.errors import InvalidType
 from sharpscope.measures import measures
 from sharpscope.measures.iterate import Iterate, midpoint
 from sharpscope.optimizers.gd import GD
@@ -205,3 +206,16 @@ def test_measuring_leaves_the_network_as_it_is() -> None:
 def test_a_model_is_no_objective() -> None:
     with pytest.raises(TypeError, match="make an Objective"):
         measures.sharpness(torch.nn.Linear(2, 1))  # type: ignore[arg-type]
+
+
+def test_groups_that_are_given_are_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    f = cases.affine()
+    groups = find_groups(f)
+    expected = measures.spherical_sharpness(f), measures.product_sphere_sharpness(f)
+    monkeypatch.setattr("sharpscope.measures.iterate.find_groups", lambda *_: pytest.fail("searched"))
+    assert measures.spherical_sharpness(f, groups=groups) == expected[0]
+    assert measures.product_sphere_sharpness(f, groups=groups) == expected[1]
+    it = Iterate(f, f.weights(), error=1e-3, vectors=False)
+    assert measures.spherical_sharpness(it, groups=groups) == expected[0]
+    with pytest.raises(InvalidType, match="find_groups"):
+        measures.spherical_sharpness(f, groups=dict(groups.groups))  # type: ignore[arg-type]

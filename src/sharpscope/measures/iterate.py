@@ -78,15 +78,18 @@ class Iterate:
         require_objective(self.objective)
 
     @classmethod
-    def of(cls, at: "Objective | Iterate", error: float | None = None) -> "Iterate":
-        """Return the Iterate itself, or the one at an objective's present weights, with values to this error."""
+    def of(cls, at: "Objective | Iterate", error: float | None = None, groups: ScaleGroups | None = None) -> "Iterate":
+        """Return the Iterate itself, or the one at an objective's present weights; with this error, these groups."""
         if not isinstance(at, Iterate | Objective):
             raise InvalidType(f"a {type(at).__name__} has no sharpness by itself; make an Objective(model, loss, data)")
         if error is not None and not error > 0:
             raise InvalidValue(f"error={error}: give the relative error that is enough, such as 1e-3")
+        if not isinstance(groups, ScaleGroups | None):
+            raise InvalidType(f"groups are what find_groups(f) returns, not a {type(groups).__name__}")
         if isinstance(at, Iterate):
-            return at if error is None else replace(at, error=error)
-        return cls(at, at.weights(), error=ERROR if error is None else error, vectors=at.size < LONG)
+            it = at if error is None else replace(at, error=error)
+            return it if groups is None else replace(it, groups=groups)
+        return cls(at, at.weights(), error=ERROR if error is None else error, groups=groups, vectors=at.size < LONG)
 
     @cached_property
     def expansion(self) -> Expansion:

@@ -6,6 +6,7 @@ Each takes an `Iterate`, or an `Objective` (then at its model's present weights)
 from ..autodiff.objective import Objective
 from ..linalg.eigenpairs import Eigenpairs
 from ..linalg.vectors import length
+from ..symmetry.scale_groups import ScaleGroups
 from .iterate import ERROR, Iterate
 
 
@@ -36,24 +37,39 @@ def sharpness(at: Objective | Iterate, *, error: float | None = None) -> float:
     return it.top.values[0].item() if it.objective.follows_gradient else it.rightmost.value.real
 
 
-def spherical_sharpness(at: Objective | Iterate, *, error: float | None = None) -> float:
+def spherical_sharpness(
+    at: Objective | Iterate, *, error: float | None = None, groups: ScaleGroups | None = None
+) -> float:
     """Sharpness at unit norm: ``λ1`` of the Hessian in the jointly scale-invariant weights at w/‖w‖ [N7].
 
-    (Lyu, Li & Arora 2022, arXiv 2206.07085.)  `error` is that of `sharpness`.
+    (Lyu, Li & Arora 2022, arXiv 2206.07085.)  `error` is that of `sharpness`.  `groups` are those of
+    ``find_groups(f)``, to be found once by those who measure one network at many weights.
 
     Raises:
         ValueError: no weights are scale-invariant.
+
+    >>> from torch import nn, randn
+    >>> net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4, affine=False, eps=0))
+    >>> f = Objective(net, nn.functional.mse_loss, [(randn(9, 3), randn(9, 4))])
+    >>> from sharpscope import find_groups
+    >>> groups = find_groups(f)
+    >>> before = spherical_sharpness(f, groups=groups)
+    >>> _ = net[0].weight.data.mul_(10)  # the function is the same, and so is the number
+    >>> abs(spherical_sharpness(f, groups=groups) - before) < 0.01 * before
+    True
     """
-    return Iterate.of(at, error).spherical_top.values[0].item()
+    return Iterate.of(at, error, groups).spherical_top.values[0].item()
 
 
-def product_sphere_sharpness(at: Objective | Iterate, *, error: float | None = None) -> float:
+def product_sphere_sharpness(
+    at: Objective | Iterate, *, error: float | None = None, groups: ScaleGroups | None = None
+) -> float:
     """Sharpness with every invariant group at unit norm: ``λ1(Δ H Δ)``, Δ = diag(‖w_g‖) [N12].
 
-    Unlike `spherical_sharpness` it does not change when groups are rescaled against each other.  `error` is that of
-    `sharpness`.
+    Unlike `spherical_sharpness` it does not change when groups are rescaled against each other.  `error` and `groups`
+    are those of `spherical_sharpness`.
     """
-    return Iterate.of(at, error).product_sphere_top.values[0].item()
+    return Iterate.of(at, error, groups).product_sphere_top.values[0].item()
 
 
 def effective_learning_rate(at: Objective | Iterate) -> float:
