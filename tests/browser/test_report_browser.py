@@ -16,8 +16,8 @@ from pages import HOSTILE, page, verdict
 
 from sharpscope.report.charts import Chart, SphereChart
 from sharpscope.report.html import write_report
-from sharpscope.studies._framework.pages import outcome
-from sharpscope.studies._framework.study import find, headings
+from sharpscope.studies._framework.pages import about, opening, outcome, ranked
+from sharpscope.studies._framework.study import find, headings, known
 
 __test__ = CHROMIUM is not None
 
@@ -153,27 +153,34 @@ def straight(charts: list[Chart | SphereChart]) -> dict[str, list[Any]]:
     for chart in charts:
         if isinstance(chart, Chart):
             rows += [{"run": run, chart.x: k, chart.y: 1.0 + k} for run in chart.runs for k in range(9)]
+        else:
+            runs = (chart.curve, *chart.paths)
+            rows += [{"run": run, "x": 1.0, "y": 0.0, "z": 0.0, chart.color: 1.0} for run in runs]
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
 
 
-@pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
-def test_the_finding_and_its_first_picture_are_on_the_first_screen(
-    tab: Tab, tmp_path: Path, size: tuple[int, int]
-) -> None:
-    study = find("lyu2022")
-    title, lead = headings(study)
-    charts, verdicts = list(study.CHARTS), [verdict() for _ in range(65)]
-    given: dict[str, Any] = {"title": title, "subtitle": study.PAPER, "lead": lead, "config": {}, "environment": {}}
-    path = write_report(
-        tmp_path / "report.html", **given, charts=charts, columns=straight(charts), tested=outcome(verdicts)
-    )
-    tab.open(path, size[0])
-    ends = "[...document.querySelectorAll('h1, .lead, .plot')].map(e => e.getBoundingClientRect().bottom)"
-    head, lead_end, plot, *_ = tab.js(ends)
-    assert head < lead_end < plot <= size[1]
+@pytest.mark.parametrize("name", known())
+def test_the_finding_and_its_first_picture_are_on_the_first_screen(tab: Tab, tmp_path: Path, name: str) -> None:
+    study = find(name)
+    title, argument = headings(study)
+    charts, verdicts = ranked(list(study.CHARTS)), [verdict() for _ in range(65)]
+    given: dict[str, Any] = {"subtitle": study.PAPER, "config": {}, "environment": {}, "tested": outcome(verdicts)}
+    given |= {"title": title, "lead": opening(argument)[0], "sections": [("About", about(study))]}
+    path = write_report(tmp_path / "report.html", **given, charts=charts, columns=straight(charts))
+    for width, height in ((1280, 900), (390, 844)):
+        tab.open(path, width)
+        ends = "[...document.querySelectorAll('h1, .lead, .plot, .sphere')].map(e => e.getBoundingClientRect().bottom)"
+        head, lead_end, plot, *_ = tab.js(ends)
+        assert head < lead_end < plot <= height, (width, plot)
+        assert tab.js(FITS)
+        below = "document.querySelector('.summary').getBoundingClientRect().top + scrollY"
+        assert tab.js(below) < 3 * height
+
+
+def test_what_decides_the_paper_is_its_first_picture(tab: Tab, tmp_path: Path) -> None:
+    charts = list(find("lyu2022").CHARTS)
+    tab.open(write_report(tmp_path / "report.html", **page(charts=charts, columns=straight(charts))))
     assert tab.js("document.querySelector('.plot').closest('figure').id") == "chart-network-decay"
-    below = "document.querySelector('.summary').getBoundingClientRect().top + scrollY"
-    assert tab.js(below) < 3 * size[1]
 
 
 def test_claims_are_filtered_by_verdict_and_kind(tab: Tab, report: Path) -> None:

@@ -6,17 +6,22 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from itertools import accumulate
 
 from ...report.charts import Chart, SphereChart
+from ...report.glossary import explained
 from ...report.html import MARK, asset, chapters_page, folded, grouped, heads, note, number
 from .claims import CONTROL, WIDER, Claim, Verdict
 from .seeds import CONFIDENCE, LEAST_FRACTION, Repeated, Spread
-from .study import Study, headings
+from .study import Study, headings, paragraphs
 
 STATES = {"": "all claims", "holds": "what holds", "fails": "what fails", "aside": "what does not decide"}
 """Classes of the rows of a table of claims, by which it can be filtered."""
 
 UNSUPPORTED = "Not supported here"
+
+FIRST_SCREEN = 345
+"""Letters above the pictures of a page that leave room for one of them on the first screen of a phone."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +255,25 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     if others:
         text.append(f"{others} more {'are' if others > 1 else 'is'} reported without deciding")
     return "; ".join(text) + "."
+
+
+def opening(argument: str) -> tuple[str, str]:
+    """Split an argument into the sentences above the pictures, one at least, and those below."""
+    sentences = re.split(r"(?<=[.?!]) ", argument)
+    lengths = accumulate(len(sentence) + 1 for sentence in sentences)
+    above = max(1, sum(length <= FIRST_SCREEN + 1 for length in lengths))
+    return " ".join(sentences[:above]), " ".join(sentences[above:])
+
+
+def about(study: Study) -> str:
+    """Show what the docstring of a study says beyond its opening: the rest of the argument, and equations, as HTML."""
+    _, rest = opening(headings(study)[1])
+    html = [f"<p>{explained(rest)}</p>"] if rest else []
+    for paragraph in paragraphs(study)[2:]:
+        equations = any(line.startswith("    ") for line in paragraph.splitlines())
+        text = escape(paragraph if equations else " ".join(paragraph.split()))
+        html.append(f'<pre tabindex="0">{text}</pre>' if equations else f"<p>{text}</p>")
+    return "".join(html)
 
 
 def outcome(verdicts: Sequence[Verdict]) -> str:

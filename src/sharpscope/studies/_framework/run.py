@@ -31,7 +31,7 @@ from ...report.figures import save_figures
 from ...report.html import render, write_report
 from .claims import Verdict
 from .old_names import columns_of_today, fields_of_today
-from .pages import chart_of, claims_section, outcome, ranked
+from .pages import about, chart_of, claims_section, opening, outcome, ranked
 from .pool import Group, WorkItem
 from .study import Job, Progress, Study, elsewhere, find, headings
 
@@ -188,14 +188,17 @@ def _report(
     ran = set(history.runs)
     verdicts = [c.decide(name, history, config) for c in study.CLAIMS if set(c.runs) <= ran]
     left_out = [c.sentence for c in study.CLAIMS if not set(c.runs) <= ran]
-    title, lead = headings(study)
+    title, argument = headings(study)
     charts = ranked([chart for chart in study.CHARTS if _has_runs(chart, ran)])
     return verdicts, {
         "title": title,
         "subtitle": study.PAPER,
-        "lead": lead,
+        "lead": opening(argument)[0],
         "tested": outcome(verdicts),
-        "sections": [("Claims", claims_section(verdicts, {c.sentence: chart_of(c, charts) for c in study.CLAIMS}))],
+        "sections": [
+            ("About", about(study)),
+            ("Claims", claims_section(verdicts, {c.sentence: chart_of(c, charts) for c in study.CLAIMS})),
+        ],
         "charts": charts,
         "columns": history.columns,
         "config": dataclasses.asdict(config) | ({"claims that need other sizes": left_out} if left_out else {}),

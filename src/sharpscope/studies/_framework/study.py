@@ -15,6 +15,7 @@ Modules whose names begin with an underscore are shared by studies and are none 
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,6 +104,11 @@ def find(name: str) -> Study:
 
 
 def headings(study: Study) -> tuple[str, str]:
-    """Title and lead of a study's page: the first two paragraphs of its docstring."""
-    summary = (study.__doc__ or "").strip().split("\n\n")
-    return summary[0].rstrip("."), " ".join(summary[1].split()) if len(summary) > 1 else ""
+    """Title and argument of a study: the first two paragraphs of its docstring, each in one line."""
+    title, argument, *_ = [*paragraphs(study), "", ""]
+    return " ".join(title.split()).rstrip("."), " ".join(argument.split())
+
+
+def paragraphs(study: Study) -> list[str]:
+    """Cut the docstring of a study into paragraphs; lines that are indented more than the rest are equations."""
+    return inspect.cleandoc(study.__doc__ or "").split("\n\n")
