@@ -3,6 +3,7 @@
 Without Chromium in the PATH this module has no tests; `make test` says so.
 """
 
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,10 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
     tab.close()
 
 
+DOT = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg==")
+"""A picture of one grey dot."""
+
+
 def rows(name: str) -> list[StudyRow]:
     verdicts = [
         verdict(name, part=name, note=name, criterion=name),
@@ -34,7 +39,7 @@ def rows(name: str) -> list[StudyRow]:
         verdict(name, passed=False, kind=WIDER, deciding=False),
         verdict("the control behaves", kind="negative control"),
     ]
-    good = StudyRow("one", name, name, "one/report.html", verdicts, [], {name: name}, 75.0, 10, name, True)
+    good = StudyRow("one", name, name, "one/report.html", verdicts, [], {name: name}, 75.0, 10, name, True, DOT)
     broken = StudyRow("two", name, "", "", [], [name], {}, 0.0, 0, "", True)
     return [good, broken, StudyRow("three", name, name, "", [], [], {}, 0.0, 0, "", False)]
 
@@ -45,11 +50,15 @@ def test_the_overview_fits_and_asks_for_nothing(tab: Tab, tmp_path: Path, theme:
     for name in ("a study", HOSTILE):
         path = write_page(tmp_path / "index.html", overview(rows(name)))
         tab.open(path, width, theme)
-        assert tab.complaints() == [] and tab.requests() == [path.as_uri()]
+        asked = [uri for uri in tab.requests() if not uri.startswith("data:image/png;")]
+        assert tab.complaints() == [] and asked == [path.as_uri()]
         assert tab.js(FITS)
         tab.js("document.querySelectorAll('details').forEach(details => { details.open = true; })")
         assert tab.js(FITS)
-        assert tab.js("document.scripts.length + document.images.length") == 0
+        assert tab.js("document.scripts.length") == 0
+        assert tab.js("[...document.images].map(image => [image.naturalWidth, image.closest('a').innerText])") == [
+            [1, name]
+        ]
 
 
 def test_keys_open_the_claims(tab: Tab, tmp_path: Path) -> None:

@@ -167,6 +167,12 @@ def save_figures(charts: Iterable[Chart | SphereChart], columns: Columns, folder
     return paths
 
 
+def save_preview(chart: Chart | SphereChart, columns: Columns, path: Path) -> None:
+    """Write a small PNG of the chart, some 400 points wide."""
+    with replacing(path) as draft:
+        figure(chart, columns).savefig(draft, dpi=55, format="png")
+
+
 def _legend(fig: "Figure", drawn: Sequence[tuple[Any, str]]) -> None:
     lines, blank = [line for line, _ in drawn], [""] * len(drawn)
     legend = fig.legend(lines, blank, loc="outside right upper", frameon=False, fontsize=9)

@@ -24,6 +24,7 @@ from .run import (
     ENVIRONMENT,
     ERROR,
     HISTORY,
+    PREVIEW,
     RUNS,
     SEEDS,
     Run,
@@ -308,7 +309,15 @@ def _row(e: Entry, out: Path) -> StudyRow:
         seeds=e.seeds,
         note=e.note,
         done=e.done,
+        picture=_preview(e),
     )
+
+
+def _preview(e: Entry) -> bytes:
+    """Return the small picture of a study, under several seeds that of the first; nothing where there is none."""
+    with suppress(OSError, StopIteration):
+        return (next(iter(e.runs.values())).out / PREVIEW).read_bytes()
+    return b""
 
 
 def _label(e: Entry, seed: int | None) -> str:

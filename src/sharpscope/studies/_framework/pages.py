@@ -3,6 +3,7 @@
 import math
 import re
 import statistics
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -39,6 +40,7 @@ class StudyRow:
     seeds: int  # zero for a single run
     note: str
     done: bool
+    picture: bytes = b""  # PNG
 
     @property
     def failed(self) -> list[Verdict]:
@@ -77,7 +79,18 @@ def overview(rows: Sequence[StudyRow]) -> str:
         "Each study repeats what a paper argues, as sentences with numbers and criteria that can fail. Negative"
         " controls break the hypothesis, and the effect has to be absent. Wider claims of a paper do not decide."
     )
-    return chapters_page(_headline(rows), _count(rows), lead, [("Studies", table)], top=box)
+    return chapters_page(_headline(rows), _count(rows), lead, [("Studies", table)], top=box + _previews(rows))
+
+
+def _previews(rows: Sequence[StudyRow]) -> str:
+    """Show a small picture of every study that has one, as a link to its page."""
+    shown = "".join(
+        f'<a href="{escape(row.link)}"><img alt="" loading="lazy" src="data:image/png;base64,'
+        f'{b64encode(row.picture).decode()}"><span>{escape(row.title)}</span></a>'
+        for row in rows
+        if row.picture and row.link
+    )
+    return f'<div class="previews" role="group" aria-label="The studies in pictures">{shown}</div>' if shown else ""
 
 
 def _headline(rows: Sequence[StudyRow]) -> str:

@@ -1,8 +1,8 @@
 """One run of a study in its directory: its jobs, then verdicts, figures and the report.
 
 A run directory holds ``config.json`` (study and configuration), ``log/`` (rows as they come, and the seconds of each
-job), ``history.parquet`` (every row), ``verdicts.json``, ``figures/``, ``environment.json`` and ``report.html``.  Where
-a study raised, ``error.txt`` has the traceback.
+job), ``history.parquet`` (every row), ``verdicts.json``, ``figures/``, ``preview.png``, ``environment.json`` and
+``report.html``.  Where a study raised, ``error.txt`` has the traceback.
 
 What a run needs from earlier files is checked when it is read.  What is damaged and follows from the rows is made
 again; rows that are damaged are computed again; a configuration that is damaged is refused.
@@ -27,7 +27,7 @@ from ...records.fields import from_fields
 from ...records.files import is_draft, read_json, remove_drafts, write_json, write_whole
 from ...records.history import History
 from ...records.run_log import RunLog
-from ...report.figures import save_figures
+from ...report.figures import save_figures, save_preview
 from ...report.html import render, write_report
 from .claims import Verdict
 from .old_names import columns_of_today, fields_of_today
@@ -38,6 +38,7 @@ from .study import Job, Progress, Study, elsewhere, find, headings
 CONFIG, HISTORY, ENVIRONMENT = "config.json", "history.parquet", "environment.json"
 PACKAGES = ("sharpscope", "torch", "numpy", "scikit-learn", "pyarrow", "matplotlib", "safetensors")
 ERROR = "error.txt"
+PREVIEW = "preview.png"
 RUNS = "that of a run of sharpscope"
 
 SEEDS = "seeds.json"
@@ -177,6 +178,9 @@ def conclude(
     for i, chart in enumerate(page["charts"], 1):
         save_figures([chart], history.columns, out / "figures")
         progress(i / (1 + len(page["charts"])))
+    for chart in page["charts"]:
+        if chart.rank == 1:
+            save_preview(chart, history.columns, out / PREVIEW)
     write_report(out / "report.html", **page)
     return verdicts
 
