@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/sharpscope"
 WINGS = (
     *("linalg", "autodiff", "symmetry", "records", "report", "optimizers", "measures", "flows", "monitoring"),
-    *("integrations", "studies", "cli"),
+    *("integrations", "studies", "cli", "__main__"),
 )
 """From the ground up: a wing imports those before it, and the ground that they stand on."""
 GROUND = ("errors", "display")

@@ -250,6 +250,11 @@ def test_help_says_what_a_command_does(command: str, capsys: pytest.CaptureFixtu
     assert re.search(r"\n\n(Write|Predict|Measure|Serve) [^\n]+", capsys.readouterr().out)
 
 
+def test_the_package_is_a_command() -> None:
+    command = [sys.executable, "-m", "sharpscope", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("sharpscope ")
+
+
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--version"])
