@@ -13,27 +13,31 @@ from torch.nn.functional import conv2d, linear, unfold
 
 
 class BatchNorm(nn.Module):
-    """Normalize each channel over the batch; in eval mode by the statistics of the last batch in training mode."""
+    """Normalize each channel over the batch; in eval mode by the statistics of the last batch in training mode.
+
+    A layer that is not quite scale-invariant, as in common use, has `eps` added to the variances.
+    """
 
     mean: Tensor
     var: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float = 0.0) -> None:
         super().__init__()
+        self.eps = eps
         self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
         self.register_buffer("var", torch.ones(width, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (1, -1, *(1,) * (x.dim() - 2))
         if not self.training:
-            return (x - self.mean.view(shape)) * torch.rsqrt(self.var.view(shape))
+            return (x - self.mean.view(shape)) * torch.rsqrt(self.var.view(shape) + self.eps)
         dims = (0, *range(2, x.dim()))
         mean = x.mean(dims, keepdim=True)
         centred = x - mean
         var = centred.square().mean(dims, keepdim=True)
         self.mean.copy_(mean.detach().flatten())
         self.var.copy_(var.detach().flatten())
-        return centred * torch.rsqrt(var)
+        return centred * torch.rsqrt(var + self.eps)
 
 
 class GroupNorm(nn.Module):
