@@ -1,21 +1,27 @@
 """Norm against sharpness: the closed forms of the toy, its two extremes, and a sweep against single runs."""
 
+from typing import Any, ClassVar
+
 import numpy as np
 import pytest
 import torch
 
 from sharpscope.autodiff.batched import BatchedRuns
+from sharpscope.studies._shared.data import flat_digits
+from sharpscope.studies._shared.deep import Stack
 from sharpscope.studies._shared.ode import descent
-from sharpscope.studies.fojtik2025 import Config
+from sharpscope.studies.fojtik2025 import Config, Setting, _at_all_rates
 from sharpscope.studies.fojtik2025.datum import (
     X,
     dense_sharpness,
     errors,
     field,
     flow_end,
+    from_shared,
     gain,
     losses,
     product,
+    shared_losses,
     sharpness,
     summary,
     sweep,
@@ -57,6 +63,35 @@ def test_a_sweep_is_many_single_runs() -> None:
     assert found["least_norm"] == 1 and found["interior"] == 0 and found["at_edge"] == 1
     assert max(found["norm_apart"], found["sharp_apart"]) < 0.05
     assert found["norm_order"] == 1 and found["sharp_order"] == -1
+
+
+def test_shared_weights_take_the_same_steps_at_half_of_the_rate() -> None:
+    w = np.abs(RNG.standard_normal((3, 6)))
+    both = np.concatenate([w, w], 1)
+    shared = BatchedRuns(shared_losses).grad(torch.as_tensor(w)).numpy()
+    assert shared / 2 == pytest.approx(-field(both)[:, :6], rel=1e-12)
+    on_minimizer = w[:1] / np.sqrt(np.square(w[:1]) @ X)
+    dense = torch.linalg.eigvalsh(BatchedRuns(shared_losses).hessian(torch.as_tensor(on_minimizer))[0])[-1].item()
+    assert dense / 2 == pytest.approx(float(sharpness(np.concatenate([on_minimizer, on_minimizer], 1))[0]), rel=1e-12)
+    off, by_noise = from_shared(0.05 + 1e-3 * RNG.standard_normal(12), np.array([0.5, 1.2]), 3000)
+    assert off <= 1e-9 and by_noise <= 1e-2  # at the edge the noise of the start has shrunk by 1e-3 and more
+
+
+def test_a_network_is_compared_at_all_rates_with_its_slow_run() -> None:
+    class Log:
+        rows: ClassVar[list[dict[str, Any]]] = []
+
+        def append(self, **row: Any) -> None:
+            self.rows.append(row)
+
+    log: Any = Log()
+    data, stack = flat_digits(20, 50, 4.0, 0), Stack(64, 6, 2, 10, activation="tanh")
+    setting = Setting("net", stack, data, 0.05, 0.2, (0.9, 1.5, 1e4))
+    _at_all_rates(log, lambda fraction: None, setting, 0, 2000)
+    assert [row["run"] for row in log.rows] == ["net, flow", "net", "net"]  # and the last diverges
+    for row in log.rows:
+        assert 0 <= row["accuracy"] <= 1 and row["l1"] > row["norm"] > 0
+    assert log.rows[1]["l1"] == pytest.approx(log.rows[0]["l1"], rel=0.05)
 
 
 def test_gain_is_one_where_an_end_is_best() -> None:

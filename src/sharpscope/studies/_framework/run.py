@@ -271,7 +271,9 @@ def _claim_directory(out: Path, request: Mapping[str, Any]) -> None:
     if path.exists():
         there = stored_request(out)
         if there["study"] == request["study"]:
-            there["config"] = fields_of_today(find(request["study"]), there["config"])
+            study = find(request["study"])
+            since_then = json.loads(json.dumps(dataclasses.asdict(study.Config())))  # fields of today at their defaults
+            there["config"] = since_then | fields_of_today(study, there["config"])
         if there != request:
             raise Unusable(f"{out} holds a different run ({_difference(there, request)}); choose another --out")
     elif out.exists() and any(not _ours(file, out) for file in out.iterdir()):

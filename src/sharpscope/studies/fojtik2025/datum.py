@@ -101,6 +101,31 @@ def sweep(starts: Array, fractions: Array, steps: int) -> RateSweep:
     )
 
 
+def shared_losses(W: Tensor) -> Tensor:
+    """Compute the losses of the net with shared weights, ``½ (⟨x, w⊙w⟩ - 1)²`` ``(R,)``, of weights ``(R, d)``."""
+    return 0.5 * (W.square() @ torch.as_tensor(X) - 1).square()
+
+
+def from_shared(start: Array, fractions: Array, steps: int) -> tuple[float, float]:
+    """Compare with the net with shared weights ``w = (u + v)/2`` at half of the rates.
+
+    Its steps are ``w ← w - η (⟨x, w⊙w⟩ - 1) x⊙w``, those of u = v = w.  The result is how far the products of these two
+    end from each other, and how far ‖(u, v)‖² from `start` ends from that of u = v, relative: medians over the rates at
+    which both converge.
+    """
+    w = start.reshape(2, -1).mean(0)
+    both = np.stack([np.concatenate([w, w]), start])
+    runs = sweep(both, fractions, steps)
+    rules = [GD(float(0.5 * fraction * flow_end(both[0])[1])) for fraction in fractions]
+    W = torch.as_tensor(w).expand(len(fractions), -1).clone()
+    f = BatchedRuns(shared_losses)
+    ends = descend(f.recorded(W), W, rules, steps, until=lambda loss: loss < 0.5e-18).weights.numpy()
+    ok = runs.converged.all(0)
+    off = np.abs(product(runs.ends[0, ok]) - np.square(ends[ok])).max(1)
+    norms = np.square(runs.ends[:, ok]).sum(2)
+    return float(np.median(off)), float(np.median(np.abs(norms[1] / norms[0] - 1)))
+
+
 def summary(runs: RateSweep, k: int, fractions: Array, teachers: Array) -> dict[str, float]:
     """Summarize the runs from one start, below .9 and beyond 1.03 of the critical rate.
 

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from ....errors import Unusable
 from .images import MNIST5K, arrays, cifar10, columns, folders, mnist5k, packaged, patches
-from .made import all_digits, digits, flat_digits, smooth_function
+from .made import all_digits, digits, flat, flat_digits, smooth_function
 from .split import Examples, Split
 from .text import own_text, standard_library
 
-__all__ = ["Examples", "Split", "demand", "describe", "digits", "examples", "flat_digits", "smooth_function"]
+__all__ = ["Examples", "Split", "demand", "describe", "digits", "examples", "flat", "flat_digits", "smooth_function"]
 
 Source = Callable[[str], Examples]
 

@@ -26,12 +26,16 @@ def flat_digits(train: int, test: int, factor: float, seed: int = 0) -> Split:
 
     Mean and norm are those of the training images.
     """
-    known = all_digits()
+    return flat(all_digits(), train, test, factor, seed)
+
+
+def flat(known: Examples, train: int, test: int, factor: float, seed: int) -> Split:
+    """Images of any kind drawn by `seed` as `flat_digits` has them."""
     order = np.random.default_rng(seed).permutation(len(known.labels))[: train + test]
     x, labels = torch.tensor(known.x[order]).flatten(1), torch.tensor(known.labels[order])
     x = x - x[:train].mean(0)
     x = factor * x / x[:train].square().sum(1).mean().sqrt()
-    y = one_hot(labels, 10).double()
+    y = one_hot(labels, known.classes).double()
     return Split(x[:train], y[:train], labels[:train], x[train:], y[train:], labels[train:])
 
 
