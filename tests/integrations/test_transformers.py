@@ -25,6 +25,8 @@ from transformers import (
 
 from sharpscope.autodiff.objective import Objective
 from sharpscope.integrations.transformers import SharpnessCallback, _load, _save
+from sharpscope.monitoring import AlongStep, LossWatch, TensorTable
+from sharpscope.monitoring.meters import Meter, Step
 from sharpscope.monitoring.monitor import Monitor
 from sharpscope.optimizers.from_torch import rule_of, rules_of
 
@@ -109,6 +111,41 @@ def test_a_watched_training_is_the_unwatched_one_to_the_last_bit(name: str, bf16
     assert callback.monitor.history.columns["step"] == [0, 2, 4]
     assert callback.monitor.planned_steps == 4
     assert None not in callback.monitor.history.columns["stability_ratio"][1:]  # before the first step Adam has none
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_meters_get_losses_and_batches_and_the_training_does_not_notice(accumulated: int, tmp_path: Path) -> None:
+    """The loss of a step is the sum of what the trainer made of its micro-batches."""
+    options = dict[str, Any](gradient_accumulation_steps=accumulated, max_steps=4)
+    seed_all()
+    alone = trainer_of(tmp_path, gpt2(), Text(), **options)
+    alone.train()
+    seed_all()
+    seen: list[Step] = []
+    meters = [AlongStep(), LossWatch(rows=1), TensorTable(every=1), Seen(seen)]
+    watch = {"every": 4, "batches": 1, "meters": meters}
+    callback, watched = train(tmp_path, gpt2(), Text(), watch=watch, **options)
+    assert differing(left(watched), left(alone)) == []
+    assert "training_step" not in vars(watched)
+    assert callback.monitor is not None
+    columns = callback.monitor.history.columns
+    losses = [value for value in columns["batch_loss"] if value is not None]
+    sums = torch.tensor(watched.losses).view(4, accumulated).sum(dim=1)
+    assert losses == pytest.approx(sums.tolist(), rel=1e-6)  # seven digits are kept
+    assert [s.batch is not None for s in seen] == [accumulated == 1] * 4
+    assert sum(value is not None for value in columns["edge_along_step"]) == 4
+    assert sum(value is not None for value in columns["norm/transformer.wte.weight"]) == 4
+
+
+class Seen(Meter):
+    """Keeps what meters are given."""
+
+    def __init__(self, seen: list[Step]) -> None:
+        self.seen = seen
+
+    def read(self, step: Step) -> dict[str, float]:
+        self.seen.append(step)
+        return {}
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

@@ -42,12 +42,13 @@ class SharpnessCallback(Callback):
         model: the part to measure, where that is not the whole module: ``lambda module: module.net``.
         report: where a report is written at the end, also if the training fails.
         sinks: functions that get every measurement; the trainer's loggers do in any case.
-        options: those of `Monitor`, such as every, budget, k, point, rule, directory.
+        options: those of `Monitor`, such as every, budget, k, point, rule, meters, directory.
 
-    Of several optimizers, all that train the measured model are watched.  Dropout is left out of what is measured.
-    Several processes measure together the loss of the batches of all, and the first one logs and writes.  The state is
-    part of Lightning's checkpoints, and a resumed fit goes on with it.  `monitor` is the Monitor, from the start of a
-    fit on.
+    Meters get the loss of each step and its batch; where gradients are accumulated neither, and those that need a batch
+    measure the first of the data.  Of several optimizers, all that train the measured model are watched.  Dropout is
+    left out of what is measured.  Several processes measure together the loss of the batches of all, and the first one
+    logs and writes.  The state is part of Lightning's checkpoints, and a resumed fit goes on with it.  `monitor` is the
+    Monitor, from the start of a fit on.
 
     Raises:
         ValueError: (at the start of a fit) parameters spread over processes, or trained by no optimizer; no probe can

@@ -47,11 +47,13 @@ class SharpnessCallback(TrainerCallback):
         model: the part to measure, where that is not the whole model: ``lambda model: model.encoder``.
         report: where a report is written at the end.
         sinks: functions that get every measurement with all its columns; the trainer's log leaves those of groups out.
-        options: those of `Monitor`, such as every, budget, k, point, rule, directory.
+        options: those of `Monitor`, such as every, budget, k, point, rule, meters, directory.
 
-    Dropout and autocast are left out of what is measured.  Several processes measure together the loss of the batches
-    of all, and the first one logs and writes.  The state is kept in the checkpoints; training that resumes from one in
-    ``output_dir`` goes on with it.  `monitor` is the Monitor, from the start of training on.
+    Meters get the loss that the trainer computed for each step, and its batch unless gradients are accumulated, where
+    those that need one measure the first of the data.  Dropout and autocast are left out of what is measured.  Several
+    processes measure together the loss of the batches of all, and the first one logs and writes.  The state is kept in
+    the checkpoints; training that resumes from one in ``output_dir`` goes on with it.  `monitor` is the Monitor, from
+    the start of training on.
 
     Raises:
         ValueError: (at the start of training) parameters spread over processes; no probe can be taken from the data.
@@ -83,6 +85,7 @@ class SharpnessCallback(TrainerCallback):
         self.options = options
         self.monitor: Monitor | None = None
         self._unlogged: list[dict[str, float]] = []
+        self._handed: Handed | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Make the Monitor."""
@@ -101,11 +104,12 @@ class SharpnessCallback(TrainerCallback):
         optimizer = parts["optimizer"].optimizer  # accelerate wraps it
         sinks = (*self.sinks, self._keep)
         self.monitor = monitor_of(objective, optimizer, saved, state.global_step, sinks, **options)
+        self._watch_losses()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Measure if it is time: here, because the schedule changes the learning rate next."""
         if self.monitor is not None:
-            self.monitor.step()
+            self.monitor.step(*(self._handed.take() if self._handed is not None else ()))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Log the measurement, now that the trainer has counted the step."""
@@ -123,13 +127,60 @@ class SharpnessCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Write the report."""
+        if self._handed is not None:
+            self._handed.stop()
         if self.monitor is not None:
             self.monitor.close()
             if self.report is not None:
                 self.monitor.report(self.report)
 
+    def _watch_losses(self) -> None:
+        """Have the losses and batches of training steps kept for the meters, where there are any."""
+        if self._handed is not None:  # of a training that has failed
+            self._handed.stop()
+        self._handed = Handed(self.trainer) if self.options.get("meters") else None
+
     def _keep(self, step: int, values: Mapping[str, float]) -> None:
         self._unlogged.append(named({name: value for name, value in values.items() if "/" not in name}))
+
+
+class Handed:
+    """The losses and batches of the training steps of a trainer since the last step of its optimizer.
+
+    Its `training_step` is wrapped until `stop`, by what calls it and keeps references to what goes in and comes out.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._before = vars(trainer).get("training_step")  # as a rule none: the method of the class
+        self._losses: list[Tensor] = []
+        self._batch: Any = None
+        original = trainer.training_step
+
+        def watched(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            loss = original(model, inputs, *args, **kwargs)
+            self._losses.append(loss)
+            self._batch = inputs
+            return loss
+
+        vars(trainer)["training_step"] = watched
+
+    def take(self) -> tuple[Tensor | None, Any]:
+        """The loss of the step, and its batch where there was but one."""
+        losses, batch = self._losses, self._batch
+        self._losses, self._batch = [], None
+        if not losses:
+            return None, None
+        return sum(losses[1:], losses[0]).detach(), batch if len(
+            losses
+        ) == 1 else None  # each is divided by their number
+
+    def stop(self) -> None:
+        """Put the trainer's own `training_step` back."""
+        if self._before is None:
+            vars(self._trainer).pop("training_step", None)
+        else:
+            vars(self._trainer)["training_step"] = self._before
 
 
 def _without_autocast(model: nn.Module) -> nn.Module:

@@ -29,6 +29,9 @@ TRUSTED = 0.001
 SAME_NORM = 1 - 1e-4
 """Norms of gradients that differ by less are those of gradients clipped to one norm."""
 
+HARMLESS = 5
+"""Ties among the largest entries of gradients that were those of the loss, one after the other, that are enough."""
+
 LONGEST = 100
 """Most steps that are read from one comparison of what the loop hands over to the next."""
 
@@ -41,6 +44,7 @@ class Taken:
         self.start = objective.weights()
         self.optimizers: list[Optimizer] = []
         self._sums: list[Tensor] = []
+        self._largest: list[Tensor] = []  # size of the largest entries of a gradient, and their number
 
     def add(self, optimizer: Optimizer) -> None:
         """Enter the part of the step that an optimizer has taken, with its gradients."""
@@ -50,6 +54,8 @@ class Taken:
             if id(p) in own and p.grad is not None and not p.grad.is_sparse:
                 g, now, w = (_flat(t, self.start.dtype) for t in (p.grad, p.detach(), before[name]))
                 self._sums.append(torch.stack([(g * (now - w)).sum(), (g * w).square().sum(), g.square().sum()]))
+                size = g.abs()
+                self._largest.append(torch.stack([size.amax(), (size == size.amax()).sum().to(size.dtype)]))
 
     def sums(self) -> tuple[float, float, float]:
         """Slope ``gᵀΔ``, ``‖g ∘ w‖`` and ``‖g‖``, by the gradients that the optimizers were given."""
@@ -57,6 +63,13 @@ class Taken:
             return 0.0, 0.0, 0.0
         slope, sensitivity, square = torch.stack(self._sums).sum(0).tolist()
         return slope, math.sqrt(sensitivity), math.sqrt(square)
+
+    def is_tied(self) -> bool:
+        """Say whether several entries of the gradients are the largest in size, as after clipping by value."""
+        if not self._largest:
+            return False
+        found = torch.stack(self._largest)
+        return bool(found[found[:, 0] == found[:, 0].max(), 1].sum() > 1)
 
 
 def _flat(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,19 +121,27 @@ class OfSteps(Meter, ABC):
         return step.objective.on([self._probe[1]])
 
 
-class Doubling:
-    """Intervals that double: of what it is called for, the numbers 1, 2, 4, .., 128 are due, then one in a hundred."""
+class Seldom:
+    """Intervals that grow: of what it is called for, number 1 is due, then after `gap`, each time `growth` times that.
 
-    def __init__(self) -> None:
-        self._gap, self._wait = 1, 0
+    The longest is `LONGEST`.
+    """
+
+    def __init__(self, gap: int = LONGEST, growth: int = 1) -> None:
+        self._gap, self._growth, self._wait = gap, growth, 0
 
     def due(self) -> bool:
         """Count one more; say whether it is due."""
         self._wait -= 1
         if self._wait > 0:
             return False
-        self._wait, self._gap = self._gap, min(2 * self._gap, LONGEST)
+        self._wait, self._gap = self._gap, min(self._growth * self._gap, LONGEST)
         return True
+
+
+def comparisons() -> Seldom:
+    """The numbers 1, 2, 4, .., 128, then one in a hundred: with fewer, autocast gives slopes that are 4 % wrong."""
+    return Seldom(1, 2)
 
 
 class Trust:
@@ -129,20 +150,25 @@ class Trust:
     def __init__(self) -> None:
         self.in_loss = True
         self._suspect = math.inf  # norm of gradients from which on they were not those of the loss
-        self._comparisons = Doubling()
+        self._comparisons = comparisons()
+        self._harmless = 0  # ties of gradients that were those of the loss
 
-    def in_slope(self, norm: float) -> bool:
+    def in_slope(self, norm: float, tied: bool) -> bool:
         """Say whether the slope by gradients of this norm can be used without a comparison."""
-        return norm < self._suspect and not self._comparisons.due()
+        clipped = tied and self._harmless < HARMLESS
+        return not clipped and norm < self._suspect and not self._comparisons.due()
 
-    def compare(self, gain: StepGain, slope: float, norm: float) -> None:
+    def compare(self, gain: StepGain, slope: float, norm: float, tied: bool) -> None:
         """Compare the slope by the gradients at hand with the measured one."""
         agrees = abs(slope - gain.slope) <= TRUSTED * abs(gain.slope)
+        if tied:
+            self._harmless = self._harmless + 1 if agrees else 0
+            return
         if agrees and norm >= self._suspect:
             self._suspect = math.inf
         elif not agrees and norm < self._suspect:
             self._suspect = SAME_NORM * norm
-            self._comparisons = Doubling()
+            self._comparisons = comparisons()
 
     def compare_loss(self, loss: float, gain: StepGain) -> None:
         """Compare the loss of the loop with the measured one; one that was another is not trusted again."""
@@ -158,18 +184,18 @@ class AlongStep(OfSteps):
 
     With ``monitor.step(loss, batch)`` it costs one forward pass, and the weights before the step in memory.  The loss
     must be that of the batch at the weights before the step, and the gradients those of it.  Both are compared with the
-    measured ones, by a gradient and three more forward passes, at the steps 1, 2, 4, 8, .. of those that are read, then
-    at one in a hundred.  Where the loss is another (none handed over, of low precision, with dropout), it costs one
-    more forward pass; where gradients are (clipped, scaled, accumulated over batches or processes, of low precision,
-    with dropout), a gradient.  Those clipped by their norm are recognized by it; clipping by value that comes and goes
-    between two comparisons is not.  Without a batch, the first of the objective is measured, by a gradient and a
-    forward pass.
+    measured ones, by a gradient, at the steps 1, 2, 4, 8, .. of those that are read, then at one in a hundred; rounding
+    is measured by three more forward passes at one in a hundred.  Where the loss is another (none handed over, of low
+    precision, with dropout), it costs one more forward pass; where gradients are (clipped, scaled, accumulated over
+    batches or processes, of low precision, with dropout), a gradient.  Those clipped by their norm are recognized by
+    it, those clipped by value by several entries that are the largest in size.  Without a batch, the first of the
+    objective is measured, by a gradient and a forward pass.
     """
 
     def __init__(self, every: int = 1) -> None:
         self.every = every
         self._trust = Trust()
-        self._samples = Doubling()
+        self._samples = Seldom()
         self._noise = 0.0  # rounding of the change, where it was measured last
 
     def columns(self, step: Step, taken: Taken, now: Tensor) -> Mapping[str, float]:
@@ -180,15 +206,16 @@ class AlongStep(OfSteps):
     def _gain(self, step: Step, taken: Taken, now: Tensor) -> StepGain:
         f, w, delta = self.on_batch(step), taken.start, now - taken.start
         slope, sensitivity, norm = taken.sums()
+        tied = taken.is_tied()
         sampled = self._samples.due()
         noise = None if sampled else self._noise
-        if step.batch is not None and self._trust.in_slope(norm):
+        if step.batch is not None and self._trust.in_slope(norm, tied):
             loss = step.loss if step.loss is not None and self._trust.in_loss else f.value(w).item()
             gain = gain_from(f, w, delta, loss, slope, sensitivity, noise=noise)
         else:
             gain = step_gain(f, w, delta, noise=noise)
             if step.batch is not None:
-                self._trust.compare(gain, slope, norm)
+                self._trust.compare(gain, slope, norm, tied)
                 if step.loss is not None:
                     self._trust.compare_loss(step.loss, gain)
         if sampled:

@@ -106,7 +106,11 @@ def _table(
     titles = ("Tensor", "Kind", *(QUANTITIES[q] for q in there))
     head = heads(*(f'<button type="button">{escape(title)}</button>' for title in titles))
     note = "Latest values; press a head to sort."
-    note += " The law is that of invariant weights that have settled." if "law" in there else ""
+    if "law" in there:
+        note += (
+            " The law is that of tensors that are invariant as a whole and have settled; where only rows of one are,"
+        )
+        note += " or several together, it is not known."
     caption = '<caption class="unseen">The latest numbers of every tensor</caption>'
     table = f'<table id="tensor-table">{caption}{head}<tbody>{rows}</tbody></table>'
     return f'<h3>Every tensor</h3><p class="note">{note}</p><div class="wide tall">{table}</div>'

@@ -24,7 +24,7 @@ from ..display import report
 from ..errors import InvalidValue
 from .confirmation import DOUBLE, MAX_CANDIDATE_COSINE, MAX_CHANGE, SINGLE, confirmed, factors
 from .parts import Left, Part, Piece, first, inside, lines, overlap, runs, size, views, whole
-from .points import at_ordinary_size, in_double_if_possible, perturbed_by_rank_one, perturbed_by_tensors
+from .points import at_ordinary_size, extinguishes, in_double_if_possible, perturbed_by_rank_one, perturbed_by_tensors
 from .relations import MAX_PAIR_MISMATCH, Sums, joint_sets, paired, place, read_by_several, title, zero_runs
 
 EXAMPLES = 4
@@ -44,6 +44,9 @@ MAX_REST = 3e-2
 
 MAX_PAIR_CHANGE = {DOUBLE[0]: 1e-6, SINGLE[0]: 1e-4}
 """Largest relative change of the loss where pairs are rescaled by c and 1/c, by the Euler cosine that is rounding."""
+
+MAX_QUIET = 300.0
+"""Gradient of a vector against the rounding of a typical one, up to which it may be rounding itself."""
 
 SMALL_STEP, MAX_ROUNDING = 1e-8, 1e-12
 """Relative size of a step, and of the second difference of the loss along it, which is rounding."""
@@ -140,8 +143,13 @@ class _LargeSearch:
         self.rows = [(name, 0) for name in f.slices]
         self.groups: dict[str, Part] = {}
         self.pairs: dict[tuple[str, str], _Pair] = {}
+        self.raised = not torch.equal(w, at_ordinary_size(f, w))
         self.at = self.base_point(1)
         self.few, self.single = few_examples(f, self.at)
+        if self.raised and self._is_extinguished():
+            self.raised = False
+            self.at = self.base_point(1)
+            self.few, self.single = few_examples(f, self.at)
         self.base = self._base()
         if not self.base:
             self.few, self.single = f, [f]
@@ -289,14 +297,18 @@ class _LargeSearch:
 
     def near_weights(self) -> list[Tally]:
         """Gradients near the weights as they are, small or not."""
-        if torch.equal(self.w, at_ordinary_size(self.f, self.w)):
+        if not self.raised:
             return self.base
         axes = {*self.rows, *((p.name, p.axis) for part in self.groups.values() for p in part)}
         return [self.tally(perturbed_by_tensors(self.f, self.w, 0.1, seed), axes) for seed in (1, 2)]
 
     def base_point(self, seed: int) -> Tensor:
-        """Perturb the weights a little, small ones raised to ordinary size."""
-        return perturbed_by_tensors(self.f, at_ordinary_size(self.f, self.w), 0.1, seed)
+        """Perturb the weights a little, small ones raised to ordinary size where that leaves a gradient."""
+        return perturbed_by_tensors(self.f, at_ordinary_size(self.f, self.w) if self.raised else self.w, 0.1, seed)
+
+    def _is_extinguished(self) -> bool:
+        before = perturbed_by_tensors(self.f, self.w, 0.1, 1)
+        return extinguishes(before, self.grad(before), self.at, self.grad(self.at))
 
     def _base(self) -> list[Tally]:
         """Gradients at two points near the weights; none if they are not finite."""
@@ -306,24 +318,42 @@ class _LargeSearch:
     def _null(self) -> dict[str, Part]:
         """Find tensors, or runs of entries of a vector, with a gradient at rounding level, also when they are moved.
 
-        The last gradient is that of all examples: some weights matter to few of them.
+        The last gradient is that of all examples: some weights matter to few of them.  The gradient of a vector
+        may be nothing but rounding that is louder (a bias of keys, under a sharp softmax): double precision decides.
         """
         least = SINGLE[1] * max(_typical_gradient(self.f, t) for t in self.base)
-        quiet = _both(*(_quiet(self.f, t, least) for t in self.base))
-        here = self.single[0]
-        for keep, distance, f in ((0, 0.1, here), (1, 3, here), (1, -3, here), (1, 3, self.f)):
-            if quiet:
-                w = self.at.clone()
-                for v in views(self.f, w, tuple(p for part in quiet.values() for p in part)):
-                    random = torch.randn(v.shape, generator=torch.Generator().manual_seed(5)).to(v)
-                    step = (1 + v.abs()) * (random + random.sign()) if keep else random
-                    v.mul_(keep).add_(step, alpha=distance)
-                quiet = _both(quiet, _quiet(self.f, self.tally(w, [(name, 0) for name in quiet], f), least))
+        quiet = self._quiet_far(_both(*(_quiet(self.f, t, least) for t in self.base)), least, self.single[0], self.f)
+        rounding = [n for n, part in self._small_vectors(MAX_QUIET * least).items() if quiet.get(n) != part]
+        if rounding and self.exact.floor == DOUBLE[0]:
+            t = self.exact.base[0]
+            least = DOUBLE[1] * _typical_gradient(self.f, t)
+            silent = {n: p for n, p in _quiet(self.f, t, least).items() if n in rounding and p == (whole(self.f, n),)}
+            quiet = {**quiet, **self._quiet_far(silent, least, self.exact.f)}
         return {
             name if len(part) == 1 and part[0] == whole(self.f, name) else f"{name}[{p.start}:{p.stop}]": (p,)
             for name, part in quiet.items()
             for p in part
         }
+
+    def _small_vectors(self, least: float) -> dict[str, Part]:
+        """Find the vectors with gradients of at most `least` in the mean of their entries."""
+        small = {name: (whole(self.f, name),) for name, shape in self.f.shapes.items() if len(shape) == 1}
+        squares = {name: max(t.of(part)[2].item() for t in self.base) for name, part in small.items()}
+        return {name: part for name, part in small.items() if squares[name] <= least**2 * self.f.shapes[name].numel()}
+
+    def _quiet_far(
+        self, quiet: Mapping[str, Part], least: float, f: Objective, last: Objective | None = None
+    ) -> Mapping[str, Part]:
+        """Keep what is quiet wherever it is moved, at gradients of `f`, and far away of `last`."""
+        points = [(0, 0.1, f), (1, 3, f), (1, -3, f), *([(1, 3, last)] if last else [])]
+        for keep, distance, one in points if quiet else ():
+            w = self.at.to(one.dtype, copy=True)
+            for v in views(self.f, w, tuple(p for part in quiet.values() for p in part)):
+                random = torch.randn(v.shape, generator=torch.Generator().manual_seed(5)).to(v)
+                step = (1 + v.abs()) * (random + random.sign()) if keep else random
+                v.mul_(keep).add_(step, alpha=distance)
+            quiet = _both(quiet, _quiet(self.f, self.tally(w, [(name, 0) for name in quiet], one), least))
+        return quiet
 
 
 class _Screening:

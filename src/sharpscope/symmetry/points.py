@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..autodiff.objective import Objective
 
+LEAST_LEFT = 1e-3
+"""Part of the gradient that is left where weights of ordinary size do not extinguish it."""
+
 
 def noise(w: Tensor, seed: int) -> Tensor:
     """Draw standard normal numbers like `w`, the same on every device."""
@@ -63,6 +66,16 @@ def at_ordinary_size(f: Objective, w: Tensor) -> Tensor:
             size = part.square().mean(others, keepdim=True).sqrt() if others else part.abs()
             part *= torch.where((size > 0) & (size < least), usual / size, 1)
     return out
+
+
+def extinguishes(before: Tensor, g_before: Tensor, after: Tensor, g_after: Tensor) -> bool:
+    """Say whether hardly any gradient is left after weights were raised to ordinary size.
+
+    Trained networks may have many small weights, which together decide everything once they are raised.  Compared are
+    ``‖∇ ∘ w‖``, to which the size of the weights does not matter.
+    """
+    left = (g_after * after).norm()
+    return not bool(left >= LEAST_LEFT * (g_before * before).norm())
 
 
 def _spread(part: Tensor) -> Tensor:

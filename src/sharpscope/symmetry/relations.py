@@ -233,9 +233,10 @@ def joint_sets(names: Sequence[str], sums: Mapping[str, Sums]) -> Iterator[list[
     Null vectors of the Euler products ``(m, T)`` in reduced form, with the pivots on the first names: where these are
     small tensors (gains), a relation through one of them does not mix with the others.
     """
+    names = [n for n in names if bool(sums[n].products.any())]  # of others nothing is known
     if len(names) < 2:
         return
-    matrix, sizes = (x.cpu() for x in _side_by_side(sums, list(names)))
+    matrix, sizes = (x.cpu() for x in _side_by_side(sums, names))
     free = torch.ones(len(names), dtype=torch.bool)
     for chosen in _zero_one(matrix):
         close = matrix[:, chosen].sum(dim=1).abs() <= MAX_JOINT_COSINE * sizes[:, chosen].norm(dim=1)

@@ -31,10 +31,10 @@ from .confirmation import DOUBLE, MAX_CANDIDATE_COSINE, MAX_CHANGE, SINGLE, conf
 from .large_search import Found, search_large
 from .parts import indices as places
 from .parts import views
-from .points import at_ordinary_size, in_double_if_possible, noise, perturbed
+from .points import at_ordinary_size, extinguishes, in_double_if_possible, noise, perturbed
 from .relations import Sample, Sums, blocks, euler_cosine, joint_groups, read_by_several, rescaled_pairs, row_products
 
-LARGE = 500_000
+LARGE = 2**18
 """Number of parameters from which few examples and single precision are used (`large_search`)."""
 
 EULER = 2e-3
@@ -176,7 +176,11 @@ class _Search:
         self.given_in_double = w.dtype is torch.float64
         self.w = w.double() if self.f is not f else w
         self.start = at_ordinary_size(f, self.w)
-        self.base = [self.sample(perturbed(f, self.start, 0.1, seed)) for seed in (1, 2)]
+        self.base = self.near(self.start)
+        if not torch.equal(self.start, self.w):
+            before, after = self.sample(perturbed(f, self.w, 0.1, 1)), self.base[0]
+            if extinguishes(before.w, before.g, after.w, after.g):
+                self.start, self.base = self.w, self.near(self.w)
         if not all(bool(s.g.isfinite().all()) for s in self.base):
             raise InvalidValue("the gradient near these weights is not finite: no telling what they are invariant to")
         self.floor, self.zero = DOUBLE if self._is_double() else SINGLE
@@ -219,7 +223,11 @@ class _Search:
         """Gradients near the weights as they are, small or not."""
         if torch.equal(self.start, self.w):
             return self.base
-        return [self.sample(perturbed(self.f, self.w, 0.1, seed)) for seed in (1, 2)]
+        return self.near(self.w)
+
+    def near(self, w: Tensor) -> list[Sample]:
+        """Gradients at two points near w."""
+        return [self.sample(perturbed(self.f, w, 0.1, seed)) for seed in (1, 2)]
 
     def sample(self, w: Tensor, f: Objective | None = None) -> Sample:
         self.count += 1
