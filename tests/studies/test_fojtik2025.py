@@ -10,7 +10,7 @@ from sharpscope.autodiff.batched import BatchedRuns
 from sharpscope.studies._shared.data import flat_digits
 from sharpscope.studies._shared.deep import Stack
 from sharpscope.studies._shared.ode import descent
-from sharpscope.studies.fojtik2025 import Comparison, Config, _at_all_rates
+from sharpscope.studies.fojtik2025 import Config, Rates, _at_all_rates
 from sharpscope.studies.fojtik2025.datum import (
     X,
     dense_sharpness,
@@ -86,7 +86,7 @@ def test_a_network_is_compared_at_all_rates_with_its_slow_run() -> None:
 
     log: Any = Log()
     data, stack = flat_digits(20, 50, 4.0, 0), Stack(64, 6, 2, 10, activation="tanh")
-    setting = Comparison("net", stack, data, 0.05, 0.2, (0.9, 1.5, 1e4))
+    setting = Rates("net", stack, data, 0.05, 0.2, (0.9, 1.5, 1e4))
     _at_all_rates(log, lambda fraction: None, setting, 0, 2000)
     assert [row["run"] for row in log.rows] == ["net, flow", "net", "net"]  # and the last diverges
     for row in log.rows:

@@ -121,7 +121,7 @@ def _network(log: RunLog, progress: Progress, seed: int, config: Config) -> None
     """Train 64→24→24→10 with tanh on 150 digits to a training loss of .01, from one start at all rates."""
     log.resume()
     stack = Stack(64, 24, 2, 10, activation="tanh")
-    setting = Comparison("network", stack, flat_digits(150, 1000, 4.0, seed), 0.06, config.target, config.fractions)
+    setting = Rates("network", stack, flat_digits(150, 1000, 4.0, seed), 0.06, config.target, config.fractions)
     _at_all_rates(log, progress, setting, seed, config.steps)
 
 
@@ -130,12 +130,12 @@ def _mnist(log: RunLog, progress: Progress, seed: int, config: Config) -> None:
     log.resume()
     data = flat(examples("mnist5k"), config.images, MNIST_TESTS, 4.0, seed).to("cpu", torch.float32)
     stack = Stack(196, 32, 2, 10, activation="tanh")
-    setting = Comparison("MNIST", stack, data, 0.1, config.mnist_target, config.mnist_fractions)
+    setting = Rates("MNIST", stack, data, 0.1, config.mnist_target, config.mnist_fractions)
     _at_all_rates(log, progress, setting, seed, config.steps)
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Rates:
     """A network, its data, the rate that stands for the flow, the training loss to reach, and rates over η_c."""
 
     run: str
@@ -146,7 +146,7 @@ class Comparison:
     fractions: tuple[float, ...]
 
 
-def _at_all_rates(log: RunLog, progress: Progress, setting: Comparison, seed: int, steps: int) -> None:
+def _at_all_rates(log: RunLog, progress: Progress, setting: Rates, seed: int, steps: int) -> None:
     """Descend from one start, slowly and at all rates, and write where each run reaches the training loss."""
     data, stack = setting.data, setting.stack
     f = BatchedRuns(partial(losses, stack, data.x, data.y))
