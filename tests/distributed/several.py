@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from sharpscope.autodiff import processes
+from sharpscope.autodiff import messages
 
 
 def together(size: int, folder: Path, *functions: Callable[[int], Any]) -> dict[str, list[Any]]:
@@ -28,7 +28,7 @@ def together(size: int, folder: Path, *functions: Callable[[int], Any]) -> dict[
 
 def _main(rank: int, size: int, folder: str, functions: tuple[Callable[[int], Any], ...]) -> None:
     torch.set_num_threads(1)
-    processes.TIMEOUT = timedelta(seconds=20)  # a check that fails on one process only must not keep the other
+    messages.TIMEOUT = timedelta(seconds=20)  # a check that fails on one process only must not keep the other
     at = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=at, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     found: dict[str, Any] = {}

@@ -17,13 +17,10 @@ import torch
 import torch.distributed as dist
 from several import together
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import sharpscope as ss
-from sharpscope.autodiff import hvp, third_order
+from sharpscope.autodiff import hvp, sharded, third_order
 from sharpscope.autodiff.expansion import kept
 from sharpscope.linalg import density, lanczos, largest_eigenpair, trace, warm_started
 from sharpscope.measures import error_budget
@@ -292,6 +289,43 @@ def monitors(rank: int) -> dict[str, Any]:
     return found
 
 
+def between(rank: int) -> dict[str, tuple[str, str, float]]:
+    """Errors on one process where the others wait in a message: of a product, of objects, of numbers, of a nested one.
+
+    A second one comes while the first is on its way out; what both compute after it is right.
+    """
+    f, one = objectives(rank, network())
+    w, found = f.weights(), {}
+
+    def fails(then: Callable[[], Any], times: int = 0) -> Any:
+        for _ in range(times):
+            f.grad(w)
+        if rank == 1:
+            raise ZeroDivisionError("between two messages")
+        return then()
+
+    each, waiting = f.processes.each, lambda: f.grad(w)
+    for name, call in {
+        "product": lambda: each(lambda: fails(waiting, 2)),
+        "objects": lambda: each(lambda: fails(lambda: each(lambda: 0))),
+        "long": lambda: each(lambda: fails(lambda: f.processes.first("x" * 5000))),
+        "numbers": lambda: each(lambda: fails(lambda: f.processes.mean(1.0))),
+        "parts": lambda: each(lambda: fails(lambda: sharded(ss.hessian(f), f) @ w[: -(-f.size // 2)])),
+        "nested": lambda: each(lambda: [each(lambda: fails(waiting)), f.grad(w)]),
+        "on the way out": lambda: each(lambda: [fails(lambda: each(lambda: each(waiting)))]),
+        "at the end": lambda: each(lambda: fails(lambda: None)),
+        "on both": lambda: each(lambda: 1 / 0),
+    }.items():
+        began = time.perf_counter()
+        try:
+            call()
+        except Exception as error:
+            found[name] = type(error).__name__, str(error), time.perf_counter() - began
+    found["after"] = str(off(f.grad(w), one.grad(w)) < 1e-12), "x" * 5000, 0.0
+    assert f.processes.each(lambda: found["after"][1]) == ["x" * 5000] * 2
+    return found
+
+
 def pointless(rank: int) -> tuple[list[int], list[str], float]:
     """A function of the user that fails on one process: the steps that are measured, the warnings and the seconds."""
 
@@ -318,30 +352,13 @@ def files(rank: int) -> tuple[bool, bool, int]:
         return (folder / "monitor.json").exists(), (folder / "report.html").exists(), len(got)
 
 
-def sharded(rank: int) -> dict[str, str]:
-    """What is said of models whose weights are spread over processes."""
-    mesh = init_device_mesh("cpu", (2,))
-    wholly, by_layer = network(), network()
-    fully_shard(wholly[0], mesh=mesh)
-    fully_shard(wholly, mesh=mesh)
-    parallelize_module(by_layer, mesh, {"0": ColwiseParallel()})
-    synced = nn.SyncBatchNorm.convert_sync_batchnorm(network(norm=nn.BatchNorm1d))
-    found = {}
-    for name, model in {"FSDP": wholly, "tensors": by_layer, "synced": synced}.items():
-        try:
-            ss.Objective(model, nn.functional.mse_loss, batches(rank)[1], group=dist.group.WORLD)
-        except ss.SharpscopeError as error:
-            found[name] = str(error)
-    return found
-
-
 def lost(rank: int) -> Any:
     """A process goes away, and the other is told."""
     f, _ = objectives(rank, network())
     return None if rank == 1 else f.grad(f.weights())
 
 
-CHECKS = (products, solvers, estimates, groups, flow, failures, monitors, pointless, files, sharded)
+CHECKS = (products, solvers, estimates, groups, flow, failures, between, monitors, pointless, files)
 
 
 @pytest.fixture(scope="module")
@@ -391,6 +408,17 @@ def test_an_error_on_one_process_is_an_error_on_all(found: dict[str, list[Any]])
     assert "group=torch.distributed.group.WORLD" in found["failures"][0]["no group"][1]
 
 
+def test_an_error_between_messages_is_an_error_on_all_within_seconds(found: dict[str, list[Any]]) -> None:
+    for rank, own in enumerate(found["between"]):
+        assert len(own) == 10, own
+        for name, (kind, text, seconds) in own.items():
+            assert seconds < 5, (name, seconds)
+            own_kind = "OtherProcess" if rank == 0 and name != "on both" else "ZeroDivisionError"
+            assert kind == ("True" if name == "after" else own_kind), (name, text)
+            if kind == "OtherProcess":
+                assert "process 1 failed: ZeroDivisionError: between two messages" in text, (name, text)
+
+
 def test_monitors_measure_at_the_same_steps_and_leave_the_training_alone(found: dict[str, list[Any]]) -> None:
     first, second = found["monitors"]
     assert first["same"] and second["same"]
@@ -413,16 +441,6 @@ def test_a_measurement_that_fails_on_one_process_fails_on_all(found: dict[str, l
 
 def test_the_first_process_writes(found: dict[str, list[Any]]) -> None:
     assert found["files"] == [(True, True, 3), (False, False, 0)]
-
-
-def test_what_is_sharded_is_refused_in_a_sentence(found: dict[str, list[Any]]) -> None:
-    for own in found["sharded"]:
-        assert own["FSDP"].startswith(
-            "the model is sharded over processes (FSDPSequential): curvature needs all weights"
-        )
-        assert own["tensors"].startswith("'0.weight' is sharded over processes (a DTensor, (Shard(dim=0),)): curvature")
-        assert "get_model_state_dict" in own["FSDP"]
-        assert own["synced"].startswith("'1' averages over processes (SyncBatchNorm)")
 
 
 def test_a_process_that_has_ended_is_missed(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """A model, a loss and data as one smooth function of the weights, and its derivatives."""
 
 from .batched import BatchedRuns
-from .curvature import gauss_newton, hessian
+from .curvature import gauss_newton, hessian, own_entries, sharded, whole_vectors
 from .objective import Objective
 from .smooth import smooth
 from .tuning import Checkup, tune
@@ -12,6 +12,9 @@ __all__ = [
     "Objective",
     "gauss_newton",
     "hessian",
+    "own_entries",
+    "sharded",
     "smooth",
     "tune",
+    "whole_vectors",
 ]

@@ -22,6 +22,7 @@ from ..linalg.operators import Linear
 from .data import map_tensors, tensors
 from .differences import CentralDifferences
 from .second_order import differentiating, ordinary
+from .shards import is_sharded
 
 
 @dataclass(frozen=True)
@@ -196,9 +197,9 @@ def counting_saved_bytes(leaves: Iterable[Tensor]) -> Iterator[Callable[[], int]
 
 
 def storage_of(t: Tensor) -> torch.UntypedStorage | None:
-    """Return the memory of a tensor; None of a sparse one, or inside a transform of torch.func."""
+    """Return the memory of a tensor; None of a sparse or sharded one, or inside a transform of torch.func."""
     try:
-        return t.untyped_storage() if t.layout == torch.strided else None
+        return t.untyped_storage() if t.layout == torch.strided and not is_sharded(t) else None
     except (NotImplementedError, RuntimeError):
         return None
 

@@ -23,6 +23,9 @@ from .reach import HOOKS, hooks_of
 BELONGING = ("torch.nn.utils", "torch.ao")
 """Modules of torch whose hooks form weights: weight and spectral normalization of old, pruning, fake quantization."""
 
+SPREADING = "torch.distributed"
+"""Module of torch whose hooks gather and scatter weights and activations while training; here weights are whole."""
+
 _lock = RLock()
 
 
@@ -93,7 +96,8 @@ def quiet(modules: Collection[nn.Module]) -> Iterator[None]:
 
 def user_hooks(modules: Iterable[nn.Module]) -> list[Callable[..., Any]]:
     """Find the hooks of modules that may be either part of the function or somebody's recording."""
-    return [h for m in modules for hooks in hooks_of(m) for h in hooks.values() if not _belongs(h)]
+    found = (h for m in modules for hooks in hooks_of(m) for h in hooks.values())
+    return [h for h in found if not _belongs(h) and not _is_of(h, SPREADING)]
 
 
 def _is_dressed(m: nn.Module) -> bool:
@@ -105,6 +109,8 @@ def _chosen(present: Mapping[int, Any], chosen: Collection[Callable[..., Any]]) 
 
 
 def _belongs(hook: Any) -> bool:
-    return type(hook).__module__.startswith(BELONGING) or (getattr(hook, "__module__", "") or "").startswith(
-        __package__
-    )
+    return type(hook).__module__.startswith(BELONGING) or _is_of(hook, __package__)
+
+
+def _is_of(hook: Any, package: str) -> bool:
+    return (getattr(hook, "__module__", "") or "").startswith(package)

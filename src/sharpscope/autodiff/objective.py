@@ -27,9 +27,20 @@ from .data import Batch, BatchForm, Source, first_batch, map_tensors, read
 from .expansion import BatchLoss, Expansion, jacobian_of_field, kept
 from .first_look import Look, first_look
 from .neutral import plainly, quiet
-from .processes import ALONE, UNDECIDED, Part, Processes, Together, fingerprint, joined, processes_of
+from .processes import (
+    ALONE,
+    UNDECIDED,
+    Part,
+    Processes,
+    Together,
+    fingerprint,
+    joined,
+    number_of_processes,
+    processes_of,
+)
 from .reach import Surroundings
 from .second_order import differentiating, modules_without_second_derivative, ordinary
+from .shards import gathered, is_sharded, like
 from .smooth import is_lower, smooth
 from .weighting import check_mean, check_weights
 from .whole import Contents, Loss, Whole, check_model, unwrapped
@@ -109,6 +120,7 @@ class Objective:
         group: Any = UNDECIDED,
     ) -> None:
         self.processes = ALONE  # until all of them are ready
+        self._gathered: Tensor | None = None  # the weights, while the objective is being made of sharded ones
         self.group = group
         processes = processes_of(group)
         self.loss = loss
@@ -118,12 +130,12 @@ class Objective:
         self.expand: Expand = kept
         self.gradient: Gradient = by_batches
 
-        def prepare() -> None:
+        def lay_out() -> None:
             self.model = unwrapped(check_model(model))
             self.form = BatchForm(self.model, batch, examples)
-            self._prepare(examples is None)
+            self._lay_out()
 
-        self._together(processes, prepare)
+        self._together(processes, lay_out, lambda: self._prepare(examples is None))
 
     def _prepare(self, by_size: bool) -> None:
         """Check the loss and the data of this process; batches are weighted `by_size` or as the user wants."""
@@ -132,13 +144,15 @@ class Objective:
         if reduction == "none" or (reduction != "mean" and by_size):
             raise InvalidValue(f"the loss has reduction='{reduction}'; batches are weighted by size, so use 'mean'")
         self._seed = self.source.seed
-        self._plan()
+        self._take_first_look()
         first = first_batch(self.source, self._planned[0].device, self.form)
         if self.source.several and by_size:
             check_mean(self, first.raw)
 
-    def _together(self, processes: Processes, prepare: Callable[[], None]) -> None:
-        """Prepare the objective on all processes, or on none.
+    def _together(self, processes: Processes, lay_out: Callable[[], None], prepare: Callable[[], None]) -> None:
+        """Lay out the weights and prepare the objective on all processes, or on none.
+
+        Weights that are sharded are gathered in between, before anything that may fail on one process only.
 
         Raises:
             OtherProcess: another one cannot.
@@ -149,7 +163,16 @@ class Objective:
             prepare()
             return ([*self.shapes.items()], self.dtype, self.dropout), fingerprint(self.weights()), self._look.jacobian
 
+        processes.each(lay_out)
+        sharded = [name for name, p in self._whole.contents().parameters.items() if is_sharded(p)]
+        if sharded and processes is ALONE and number_of_processes() > 1:
+            raise InvalidValue(
+                f"'{sharded[0]}' is sharded over processes, which have to measure together: give all of them"
+                " group=torch.distributed.group.WORLD"
+            )
+        self._gathered = self.weights() if sharded else None
         found = processes.each(prepared)
+        self._gathered = None
         (layout, mark, _), eps = found[0], torch.finfo(self.dtype).eps
         for rank, (other, number, _) in enumerate(found):
             if other != layout:
@@ -164,8 +187,8 @@ class Objective:
             self.expand = jacobian_of_field
         self.processes = processes
 
-    def _plan(self) -> None:
-        """Lay out the weights, and take a first look at the loss: once, and again when the model has changed."""
+    def _lay_out(self) -> None:
+        """Lay out the weights: once, and again when the model has changed."""
         known = list(self.model.modules()) + (list(self.loss.modules()) if isinstance(self.loss, nn.Module) else [])
         self._around = Surroundings([self.model, self.loss], known)
         self._whole = Whole(self.model, self.loss, self._around.modules)
@@ -178,10 +201,13 @@ class Objective:
         self.slices = {name: slice(end - n, end) for name, n, end in zip(trainable, sizes, ends, strict=True)}
         self.size: int = ends[-1]
         self._planned = list(trainable.values())
+        self._frozen: dict[str, Tensor] = {}  # that are sharded, as they were when the weights were gathered
         self._complex = [name for name, p in trainable.items() if p.is_complex()]
         lower = any(is_lower(p, self.dtype) for p in self._whole.parameters())
         self._raised_to = self.dtype if lower else None
         self._droppers = droppers(self.model, recurrent_only=not self.dropout)
+
+    def _take_first_look(self) -> None:
         self._look = Look()
         self._look = first_look(self, self._around)
         if self.expand in (kept, jacobian_of_field):
@@ -219,6 +245,11 @@ class Objective:
         return [(name.removesuffix("."), m) for name, m in named]
 
     @property
+    def is_sharded(self) -> bool:
+        """True where a weight is spread over processes, as by FSDP2 or tensor parallel layers."""
+        return any(map(is_sharded, self._planned))
+
+    @property
     def captured(self) -> list[Tensor]:
         """Trainable weights on which the loss depends and that are neither the model's nor those of a loss module."""
         return list(self._look.captured)
@@ -241,23 +272,30 @@ class Objective:
     def renewed(self) -> "Objective":
         """Make the objective anew, for the trainable parameters that the model has now."""
         other = self.local()
-        other._together(self.processes, other._plan)
+        other._together(self.processes, other._lay_out, other._take_first_look)
         return other
 
     def weights(self) -> Tensor:
         """Return the trainable parameters now, as a new flat vector ``(P,)``.
 
+        Where they are sharded over processes, all of these have to call this.
+
         Raises:
             ValueError: they are not those any more for which the objective was made (`renewed`).
         """
+        if self._gathered is not None:
+            return self._gathered.clone()
         params = list(self.parameters().values())
         if list(map(_real_shape, params)) != list(self.shapes.values()):
             raise InvalidValue(
                 f"the trainable parameters are not those of this objective any more ({self.changes()}); go on with"
                 " f.renewed()"
             )
-        with torch.inference_mode(mode=False):
-            return torch.cat([_real(p.detach()).reshape(-1).to(self.dtype) for p in params])
+        with torch.inference_mode(mode=False), torch.no_grad():
+            for name, p in self._whole.contents().parameters.items():
+                if is_sharded(p) and name not in self.slices:
+                    self._frozen[name] = gathered(p)
+            return torch.cat([_real(gathered(p)).reshape(-1).to(self.dtype) for p in params])
 
     def unflatten(self, w: Tensor) -> dict[str, Tensor]:
         """Return views of `w` ``(P,)`` under the parameters' names and shapes; complex ones as pairs of numbers."""
@@ -265,11 +303,11 @@ class Objective:
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def load(self, w: Tensor) -> None:
-        """Write `w` into the model: the one method that changes it."""
+        """Write `w` into the model, on all processes over which that is sharded: the one method that changes it."""
         params = self.parameters()
         with torch.no_grad():
             for name, value in self.unflatten(w).items():
-                _real(params[name]).copy_(value)
+                _real(params[name]).copy_(like(params[name], value))
 
     def on(self, data: Iterable[Any]) -> "Objective":
         """Put the same model and loss on other data (a mini-batch, say), without checking anything again."""
@@ -497,11 +535,12 @@ class Objective:
             yield
 
     def _constants(self, contents: Contents) -> dict[str, Tensor]:
-        return {name: p for name, p in contents.parameters.items() if name not in self.slices}
+        return {n: self._frozen.get(n, p) for n, p in contents.parameters.items() if n not in self.slices}
 
     def _as_called(self, tensors: Mapping[str, Tensor], contents: Contents) -> dict[str, Tensor]:
         """Bring flat parameters and buffers into the form in which the modules hold them."""
         level = self._raised_to
+        tensors = {**self._frozen, **tensors}
         fixed = {} if level is None else {**self._constants(contents), **contents.buffers}
         lower = {name: t.detach() for name, t in fixed.items() if level is not None and is_lower(t, level)}
         called = {**lower, **tensors}

@@ -7,19 +7,14 @@ Every process holds all weights and its own batches, and what it computes of the
 with one all-reduce for each value, gradient or product.  The vector that is reduced ends in three numbers more: how
 many processes have failed, and the sum of an angle's cosine and sine that each has computed of the vectors that it
 multiplies.  So an error on one process is an error on all, and processes with different weights or different random
-vectors notice it in place of adding up numbers that mean nothing.  Messages run in process groups of their own, and
-never meet those of the training.
+vectors notice it in place of adding up numbers that mean nothing.  How messages travel is in `messages`.
 
 P parameters, W processes.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -28,6 +23,7 @@ from torch import Tensor
 from .. import errors
 from ..errors import Diverged, InvalidType, InvalidValue, OtherProcess
 from .expansion import Expansion
+from .messages import channel_of
 
 T = TypeVar("T")
 
@@ -36,9 +32,6 @@ Part = tuple[float, Sequence[Tensor]]
 
 UNDECIDED: Any = "undecided"
 """The `group` of an objective that nobody has chosen."""
-
-TIMEOUT = timedelta(minutes=5)
-"""Time after which a process that does not answer counts as lost."""
 
 MAX_LOSS_OF_LENGTH = 1e-4
 """Relative loss of length of a sum of unit vectors from which on their angles differ; less is rounding in float32."""
@@ -72,7 +65,7 @@ class Together(Processes):
     def __init__(self, group: Any) -> None:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        self._own = _own_groups(group)
+        self._channel = channel_of(group)
 
     def __reduce__(self) -> str:
         raise InvalidType(
@@ -100,10 +93,10 @@ class Together(Processes):
             out.zero_()
         angle = sum((i * _angle(v) for i, v in enumerate(about, 1)), torch.zeros_like(out[0]))
         out[length:] = torch.stack([torch.full_like(angle, error is not None), angle.cos(), angle.sin()])
-        self._ask(partial(dist.all_reduce, out, group=self._own.vectors))
+        self._channel.reduce(out)
         failed, x, y = out[length:].tolist()
         if failed:
-            _raise_first(error, self._gathered(_described(error)))
+            _raise_first(error, self._channel.exchange(_described(error)))
         if self.size - math.hypot(x, y) > MAX_LOSS_OF_LENGTH * self.size:
             raise Diverged(
                 f"the {self.size} processes compute with different vectors: their weights differ, or the seeds of their"
@@ -114,79 +107,36 @@ class Together(Processes):
     def each(self, compute: Callable[[], T]) -> list[T]:
         error: Exception | None = None
         value: T | None = None
+        self._channel.depth += 1
         try:
             value = compute()
         except Exception as caught:
             error = caught
-        found = self._gathered((value, _described(error)))
+        finally:
+            self._channel.depth -= 1
+        found = self._channel.exchange((value, _described(error)), error)
         _raise_first(error, [failure for _, failure in found])
         return [value for value, _ in found]
 
     def first(self, value: T) -> T:
-        sent = [value if self.rank == 0 else None]
-        at = dist.get_global_rank(self._own.objects, 0)
-        self._ask(partial(dist.broadcast_object_list, sent, src=at, group=self._own.objects))
-        return sent[0]  # type: ignore[return-value]
+        return self._channel.exchange(value if self.rank == 0 else None)[0]
 
     def mean(self, number: float | Tensor) -> float | Tensor:
         total = torch.as_tensor(number, dtype=torch.float64).detach().clone()
-        group = self._own.objects if total.device.type == "cpu" else self._own.vectors
-        self._ask(partial(dist.all_reduce, total, group=group))
+        self._channel.reduce(total)
         return total / self.size
 
-    def _gathered(self, value: object) -> list[Any]:
-        found: list[Any] = [None] * self.size
-        self._ask(partial(dist.all_gather_object, found, value, group=self._own.objects))
-        return found
+    def total(self, numbers: Tensor) -> Tensor:
+        """Sum a small tensor over the processes."""
+        out = numbers.double().cpu().clone()
+        self._channel.reduce(out)
+        return out.to(numbers)
 
-    def _ask(self, message: Callable[[], object]) -> None:
-        try:
-            message()
-        except RuntimeError as error:
-            raise OtherProcess(
-                f"process {self.rank} of {self.size} waits in vain for the others: one has ended, or was not called"
-                f" upon to measure within {TIMEOUT.seconds} s; every process has to make the same calls ({error})"
-            ) from error
-
-
-@dataclass(frozen=True)
-class _OwnGroups:
-    """Process groups for measuring: one for vectors on their devices, one for objects on the processor.
-
-    They belong to torch.distributed, which ends them: whoever keeps one beyond that may see its threads abort.
-    """
-
-    _vectors: ref[Any]
-    _objects: ref[Any]
-
-    @property
-    def vectors(self) -> Any:
-        return _alive(self._vectors())
-
-    @property
-    def objects(self) -> Any:
-        return _alive(self._objects())
-
-
-def _alive(group: Any) -> Any:
-    """Raise OtherProcess where torch.distributed has ended a group."""
-    if group is None:
-        raise OtherProcess("the process group of this objective was destroyed; make the objective anew in a new one")
-    return group
-
-
-_known: WeakKeyDictionary[Any, _OwnGroups] = WeakKeyDictionary()
-
-
-def _own_groups(group: Any) -> _OwnGroups:
-    """Make groups with the members of another one, once."""
-    if group not in _known:
-        members = dist.get_process_group_ranks(group)
-        make = partial(dist.new_group, members, timeout=TIMEOUT, use_local_synchronization=True)
-        backend = dist.get_backend(group)
-        vectors = make(backend=None if backend == "undefined" else backend)  # which is one for each kind of device
-        _known[group] = _OwnGroups(ref(vectors), ref(make(backend="gloo")))
-    return _known[group]
+    def concatenated(self, part: Tensor, size: int) -> Tensor:
+        """Concatenate parts of a vector ``(size,)``: each process but the last ones has ``⌈size/W⌉`` entries."""
+        padded = part.new_zeros(-(-size // self.size))
+        padded[: len(part)] = part
+        return self._channel.gather(padded)[:size]
 
 
 def number_of_processes() -> int:

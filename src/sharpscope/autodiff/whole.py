@@ -19,15 +19,17 @@ from torch import Tensor, nn
 
 from ..errors import InvalidType, InvalidValue
 from .processes import number_of_processes
+from .shards import is_sharded, reshard
 
 Loss = Callable[[Any, Any], Tensor]
 
 WHOLE_WEIGHTS = (
-    "curvature needs all weights on every process. Gather them, as torch.distributed.checkpoint.state_dict."
-    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) does, load them into a plain copy of"
-    " the model, and measure that with group="
+    "only those of torch.distributed.fsdp.fully_shard and of tensor parallel layers are gathered here. Gather them, as"
+    " torch.distributed.checkpoint.state_dict.get_model_state_dict(model,"
+    " options=StateDictOptions(full_state_dict=True)) does, load them into a plain copy of the model, and measure that"
+    " with group="
 )
-"""Advice for a model whose weights are sharded."""
+"""Advice for a model whose weights are sharded in a form that cannot be gathered."""
 
 
 class Whole(nn.Module):
@@ -54,6 +56,7 @@ class Whole(nn.Module):
     def contents(self) -> "Contents":
         """Find all parameters, buffers and modules as they are now."""
         named = list(self.named_modules())
+        reshard(module for _, module in named)
         found = Contents(modules=[module for _, module in named])
         names: dict[int, str] = {}
         for kind, spaces in (
@@ -74,6 +77,7 @@ class Whole(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters of model and loss that may change, under their names."""
+        reshard(self.modules())
         own = self.named_parameters()
         return {self.name(key): p for key, p in own if p.requires_grad and not key.startswith("around.")}
 
@@ -152,19 +156,23 @@ def _refuse_kinds(model: nn.Module) -> None:
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    """Refuse parameters of which a process holds a part only, and layers that wait for other processes."""
+    """Refuse parameters that cannot be gathered, and layers that wait for other processes."""
     for name, module in model.named_modules():
-        if type(module).__name__ == "FullyShardedDataParallel" or hasattr(module, "set_requires_gradient_sync"):
-            raise InvalidValue(f"{_place(name)} is sharded over processes ({type(module).__name__}): {WHOLE_WEIGHTS}")
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise InvalidValue(f"{_place(name)} is sharded over processes (FullyShardedDataParallel): {WHOLE_WEIGHTS}")
         if isinstance(module, nn.SyncBatchNorm) and module.training and number_of_processes() > 1:
             raise InvalidValue(
                 f"{_place(name)} averages over processes (SyncBatchNorm), but each evaluates its own batches; use"
                 " BatchNorm, or call .eval() on that module"
             )
     for name, t in _named_tensors(model):
-        spread = f"a DTensor, {t.placements}" if hasattr(t, "placements") else "a part, by ZeRO stage 3"
-        if hasattr(t, "placements") or hasattr(t, "ds_tensor"):
-            raise InvalidValue(f"'{name}' is sharded over processes ({spread}): {WHOLE_WEIGHTS}")
+        if hasattr(t, "ds_tensor"):
+            raise InvalidValue(f"'{name}' is sharded over processes (a part, by ZeRO stage 3): {WHOLE_WEIGHTS}")
+    for name, t in model.named_buffers():
+        if is_sharded(t):
+            raise InvalidValue(
+                f"the buffer '{name}' is a DTensor, spread over processes; evaluating writes to buffers: keep it whole"
+            )
 
 
 def _place(name: str) -> str:

@@ -16,7 +16,7 @@ from ..errors import Refused, Unusable
 from ..studies._framework.claims import WIDER
 from ._common import find_study, need_extras, refusing
 
-OPTIONS = ("quick", "full", "out", "workers", "seeds")
+OPTIONS = ("quick", "full", "out", "workers", "on", "seeds")
 WORKERS = min(os.cpu_count() or 1, 8)
 
 
@@ -40,6 +40,7 @@ def add(commands: Any) -> None:
     run.add_argument("--seeds", type=int, metavar="N", help="repeat under N seeds, from that of the configuration on")
     run.add_argument("--out", type=Path, help="directory of the run (default: runs/NAME or runs/NAME-quick)")
     run.add_argument("--workers", type=int, default=WORKERS, help="processes (default: one per core, up to 8)")
+    run.add_argument("--on", metavar="ENGINE", help="run on dask://HOST:PORT, slurm:NAME=VALUE,... or MODULE:EXECUTOR")
     run.set_defaults(act=_run, again="the same command goes on from the last checkpoint")
     report = commands.add_parser(
         "report",
@@ -101,13 +102,22 @@ def _run(args: argparse.Namespace) -> int:
                 options = ", ".join(f"--{name}" for name in OPTIONS)
                 raise Refused(f"{args.rest[0]} is a field of one study; `run all` takes only {options}")
             entries = all_entries(out, quick=args.quick, seeds=args.seeds)
-            run_batch(entries, workers=args.workers, index=out)
+            with _engine(args.on, out) as engine:
+                run_batch(entries, workers=args.workers, engine=engine, index=out)
             return _print_all(entries, out)
         study = find_study(args.study)
         config = _configure(args.study, study, study.QUICK if args.quick else study.Config(), args.rest)
         one = entry(args.study, config, out, args.seeds)
-        run_batch([one], workers=args.workers)
+        with _engine(args.on, out) as engine:
+            run_batch([one], workers=args.workers, engine=engine)
     return _print_one(one)
+
+
+def _engine(line: str | None, out: Path) -> contextlib.AbstractContextManager[Any]:
+    """The engine that a line names, or None where there is no line; its files are beside the directory of the run."""
+    from ..studies._framework.engines import engine_of
+
+    return contextlib.nullcontext() if line is None else engine_of(line, out.absolute().with_name(f"{out.name}.jobs"))
 
 
 def _report(args: argparse.Namespace) -> int:

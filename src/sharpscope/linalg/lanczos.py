@@ -77,7 +77,7 @@ def both_ends(
 def _block_lanczos(
     a: SymmetricOperator, k: int, low: int, *, rtol: float, gap: float, budget: int, basis: int, seed: int
 ) -> tuple[Eigenpairs, Tensor]:
-    require_operator(a)
+    require_operator(a, spread=True)
     if not 1 <= k <= a.size:
         raise InvalidValue(f"k={k} eigenpairs asked of an operator of size {a.size}; k lies between 1 and {a.size}")
     if not 0 <= low <= a.size:
@@ -122,8 +122,8 @@ class _Krylov:
         self.unit = Unit()
         self.a = self.unit.applied(a)
         self.columns = min(a.size, columns)  # most rows of the basis, beside a block that has just been found
-        block, self.start = _start_block(a.like, k, seed)
-        self.v = a.like.new_empty((min(self.columns, AT_FIRST) + k, a.size))  # grows as it is needed
+        block, self.start = _start_block(a, k, seed)
+        self.v = a.like.new_empty((min(self.columns, AT_FIRST) + k, len(a.like)))  # grows as it is needed
         self.v[:k] = block.T
         self.t = torch.zeros((self.columns + k, self.columns + k), dtype=torch.float64)
         self.eps = torch.finfo(self.v.dtype).eps
@@ -138,10 +138,10 @@ class _Krylov:
         old, new = self.old, self.new
         image = (self.a @ self.v[old:new].T).T
         self.products += new - old
-        if not bool(image.isfinite().all()):
-            raise NotFinite("a product with the operator is not finite: its curvature is not defined at these weights")
         expected = self.t[:old, old:new].clone()
-        self.remainder = _project_out(self.v[:new], image, self.t, old, new)
+        self.remainder = _project_out(self.a, self.v[:new], image, self.t, old, new)
+        if not bool(self.t[:new, old:new].isfinite().all()):
+            raise NotFinite("a product with the operator is not finite: its curvature is not defined at these weights")
         self.asymmetry = max(self.asymmetry, (self.t[:old, old:new] - expected).norm().item())
 
     def ritz(self) -> _Ritz:
@@ -149,7 +149,9 @@ class _Krylov:
         values, s = torch.linalg.eigh(self.t[: self.new, : self.new])
         values, s = values.flip(0), s.flip(1)
         scale = values.abs().max().item()
-        rows, coefficients, left_out = _orthonormal_rows(self.remainder, self.v[: self.new], 32 * self.eps * scale)
+        rows, coefficients, left_out = _orthonormal_rows(
+            self.a, self.remainder, self.v[: self.new], 32 * self.eps * scale
+        )
         coupling = coefficients @ s[self.old : self.new]
         residuals = (coupling.square().sum(dim=0) + self.left_out).sqrt()
         self.left_out += left_out
@@ -172,7 +174,7 @@ class _Krylov:
             self.old = self.new
         self.new = self.old + size
         if self.new > len(self.v):
-            grown = self.v.new_empty((min(2 * len(self.v), self.columns + size), self.a.size))
+            grown = self.v.new_empty((min(2 * len(self.v), self.columns + size), len(self.a.like)))
             grown[: self.old] = self.v[: self.old]
             self.v = grown
         self.v[self.old : self.new] = ritz.rows
@@ -215,8 +217,10 @@ class _Krylov:
         values = ritz.values[:m]
         vectors = (ritz.s[:, :m].T.to(self.v) @ self.v[: self.new]).T
         outside = ritz.rows.T @ ritz.coupling[: len(ritz.rows), :m].to(self.v)
-        pool = Pool.of(vectors, values.to(self.v) * vectors + outside, values)
-        nothing = Pool.of(vectors[:, :0], vectors[:, :0], values[:0])
+        memory = None
+        if self.a.layout is None:
+            pool = Pool.of(vectors, values.to(self.v) * vectors + outside, values)
+            memory = Memory(pool, Pool.of(vectors[:, :0], vectors[:, :0], values[:0]), k=k)
         return Eigenpairs(
             values[:k].to(self.v),
             vectors[:, :k],
@@ -225,55 +229,52 @@ class _Krylov:
             upper=upper,
             floor=ritz.floor,
             num_gradients=self.products * self.a.cost,
-            memory=Memory(pool, nothing, k=k),
+            memory=memory,
         )
 
 
-def _start_block(like: Tensor, k: int, seed: int) -> tuple[Tensor, RandomStart]:
+def _start_block(a: SymmetricOperator, k: int, seed: int) -> tuple[Tensor, RandomStart]:
     """Draw orthonormal columns ``(P, k)`` that span Gaussian ones, and express these in them."""
-    generator = torch.Generator().manual_seed(seed)
-    start = like.new_empty((like.numel(), k))
-    for part in start.split(max(1, DRAWN // k)):
-        part.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64))
-    q, r = torch.linalg.qr(start)
+    q, r = a.qr(a.gaussian(k, torch.Generator().manual_seed(seed)))
     return q, RandomStart(r.double().cpu().numpy())
 
 
-def _project_out(v: Tensor, image: Tensor, t: Tensor, old: int, new: int) -> Tensor:
+def _project_out(a: SymmetricOperator, v: Tensor, image: Tensor, t: Tensor, old: int, new: int) -> Tensor:
     """Remove the span of the basis from `image`, and write the new columns of T.
 
     Done twice, for orthogonality to rounding.
     """
-    h = v @ image.T
-    rest = image - h.T @ v
-    again = v @ rest.T
-    rest = rest - again.T @ v
-    columns = (h + again).double().cpu()
+    h = a.inner(v, image)
+    rest = image - h.T.to(v) @ v
+    again = a.inner(v, rest)
+    rest = rest - again.T.to(v) @ v
+    columns = h + again
     t[:new, old:new] = columns
     t[old:new, :new] = columns.T
     t[old:new, old:new] = (columns[old:] + columns[old:].T) / 2
     return rest
 
 
-def _orthonormal_rows(rest: Tensor, v: Tensor, small: float) -> tuple[Tensor, Tensor, float]:
+def _orthonormal_rows(a: SymmetricOperator, rest: Tensor, v: Tensor, small: float) -> tuple[Tensor, Tensor, float]:
     """Find rows that span `rest` but for directions of norm up to `small`, with the coefficients of `rest` in them.
 
     The coefficients ``C (b, b)`` give ``‖C s‖ = ‖restᵀ s‖``; the last number is the squared norm of what was left out.
     """
+    tiny = torch.finfo(rest.dtype).tiny
     if len(rest) == 1:
-        size = rest.norm().item()
-        rows = rest / max(size, torch.finfo(rest.dtype).tiny)
-        rows = rows - (rows @ v.T) @ v
-        rows = rows / rows.norm().clamp_min(torch.finfo(rest.dtype).tiny)
+        size = a.length(rest[0])
+        rows = rest / max(size, tiny)
+        rows = rows - a.inner(rows, v).to(v) @ v
+        rows = rows / max(a.length(rows[0]), tiny)
         coefficients = torch.full((1, 1), size, dtype=torch.float64)
         return rows[: int(size > small)], coefficients, 0.0 if size > small else size**2
-    q, r = torch.linalg.qr(rest.T)
+    q, r = a.qr(rest.T)
     turn, norms, coefficients = torch.linalg.svd(r.double().cpu())
-    keep = norms > max(small, torch.finfo(rest.dtype).tiny)
+    keep = norms > max(small, tiny)
     rows = (q @ turn[:, keep].to(q)).T
     for _ in range(2):
-        rows = rows - (rows @ v.T) @ v
-        q, r = torch.linalg.qr(rows.T)
+        rows = rows - a.inner(rows, v).to(v) @ v
+        q, r = a.qr(rows.T)
         rows = (q * r.diagonal().sign()).T  # Q R with R ≈ 1: the rows keep their signs, as the coefficients do
     return rows, norms[:, None] * coefficients, norms[~keep].square().sum().item()
 
@@ -283,6 +284,6 @@ def smallest_eigenpairs(a: SymmetricOperator, k: int = 1, **options: Any) -> Eig
 
     Bounds and memory, which are those of ``-A``, are left out; `both_ends` finds values at both ends in one run.
     """
-    require_operator(a)
+    require_operator(a, spread=True)
     found = lanczos(scaled(a, -1), k, **options)
     return replace(found, values=-found.values, upper=math.inf, memory=None)

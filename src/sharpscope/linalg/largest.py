@@ -29,7 +29,7 @@ from .bounds import RandomStart
 from .eigenpairs import CONFIDENCE, Eigenpairs
 from .operators import SymmetricOperator, require_operator, without_autocast
 from .units import Unit
-from .vectors import DRAWN, dot, gaussian, length
+from .vectors import DRAWN
 
 Matrix = NDArray[np.float64]
 
@@ -79,10 +79,9 @@ def largest_eigenpair(
 
     Args:
         toward: a vector ``(P,)`` that may have a part along the eigenvector, such as the gradient.
-        error: estimated error of the value, relative to it, at which to stop.  A value that is smaller than a
-            thousandth of the largest in magnitude is found to this part of that thousandth.
+        error: estimated error of the value, relative to it (or to a thousandth of the largest in magnitude).
         weight: length of `toward` in the start, relative to its random part.
-        gap: distance above the value, relative to the same, at which there is to be nothing with probability `LIKELY`.
+        gap: distance above the value, relative to the same, at which nothing may be with probability `LIKELY`.
         vectors: whether the vector is wanted, too; without it three vectors of memory are enough.
         basis: rows in memory before a restart keeps only the best of them; by default as many as `ROOM` bytes hold.
         max_matvecs: products allowed.
@@ -93,11 +92,13 @@ def largest_eigenpair(
             by then is returned, with its residual as its error, if this is an estimate at all.
         NotFinite: a ValueError, for an operator whose products are not finite.
     """
-    require_operator(a)
+    require_operator(a, spread=True)
     if not error > 0:
         raise InvalidValue(f"error={error}: give the relative error that is enough, such as 1e-3")
     if toward is not None and toward.shape != a.like.shape:
-        raise InvalidValue(f"a start of shape {tuple(toward.shape)} for an operator of size {a.size}; give ({a.size},)")
+        raise InvalidValue(
+            f"a start of shape {tuple(toward.shape)} for an operator of size {a.size}; give ({len(a.like)},)"
+        )
     unit = Unit()
     space = _Krylov(unit.applied(a), toward, weight, _rows(a.like, basis) if vectors else 0, seed)
     ritz: _Ritz | None = None
@@ -119,6 +120,12 @@ def largest_eigenpair(
                 f" {space.products} products, not to {error:g} of it; raise max_matvecs or error"
             )
         space.extend(ritz)
+
+
+def gaussian(a: SymmetricOperator, seed: int) -> Tensor:
+    """Draw standard normal numbers ``(P,)`` for an operator, from a generator of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    return a.drawn(1, lambda shape: torch.randn(shape, generator=generator, dtype=a.like.dtype))[:, 0]
 
 
 def _rows(like: Tensor, basis: int | None) -> int:
@@ -145,12 +152,12 @@ class _Krylov:
 
     def __init__(self, a: SymmetricOperator, toward: Tensor | None, weight: float, most: int, seed: int) -> None:
         self.a = a
-        start = gaussian(a.like, seed)
-        if toward is not None and 0 < (size := length(toward)) < math.inf:
-            start.add_(toward, alpha=weight * length(start) / size)
-        size = length(start)
+        start = gaussian(a, seed)
+        if toward is not None and 0 < (size := a.length(toward)) < math.inf:
+            start.add_(toward, alpha=weight * a.length(start) / size)
+        size = a.length(start)
         self.start = RandomStart(np.array([[size]]))
-        self.basis = _Basis(a.like, min(most, a.size)) if most else None
+        self.basis = _Basis(a, min(most, a.size)) if most else None
         self.row = self._place(start.div_(size))
         self.before: Tensor | None = None  # the row before it, unless a restart is between
         self.coupling = np.zeros(0)  # the part of A row along each row before it
@@ -175,21 +182,21 @@ class _Krylov:
         v = self.row
         image = self.a.matvec(v)
         self.products += 1
-        alpha = dot(v, image)
+        alpha = self.a.dot(v, image)
         w = torch.sub(image, v, alpha=alpha)
         del image
         if self.before is not None:
-            found = dot(self.before, w)
+            found = self.a.dot(self.before, w)
             self.asymmetry = max(self.asymmetry, abs(found - self.coupling[-1]))
             w.sub_(self.before, alpha=found)
-        self.beta = length(w)
+        self.beta = self.a.length(w)
         loss = self._coming_loss(alpha)
         if self.due == 0 and float(np.abs(loss).max(initial=0.0)) > self.eps**0.5 / 2:
             self.due = 2
             self.bounded = self.basis is not None
         if self.due and self.basis is not None:
             self.basis.remove(w)
-            self.beta = length(w)
+            self.beta = self.a.length(w)
             self.due -= 1
             loss = np.full_like(loss, 2 * self.eps)
         if not math.isfinite(alpha) or not math.isfinite(self.beta):
@@ -283,8 +290,9 @@ class _Krylov:
 class _Basis:
     """Up to `most` rows of length P, allocated a block at a time."""
 
-    def __init__(self, like: Tensor, most: int) -> None:
-        self.like = like
+    def __init__(self, a: SymmetricOperator, most: int) -> None:
+        self.a = a
+        self.like = a.like
         self.most = most
         self.size = 0
         self.blocks: list[Tensor] = []
@@ -299,7 +307,7 @@ class _Basis:
 
     def components(self, v: Tensor) -> Tensor:
         """Multiply all rows with a vector, ``(m,)``."""
-        return torch.cat([torch.mv(rows, v) for rows in self._rows()])
+        return self.a.sum(torch.cat([torch.mv(rows, v) for rows in self._rows()]))
 
     def remove(self, v: Tensor) -> Tensor:
         """Remove the span of the rows from `v`, in place; return the components that it had."""

@@ -11,14 +11,38 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidType, InvalidValue, MissingExtra
+from .vectors import DRAWN, dot, length
 
 Linear = Callable[[Tensor], Tensor]
+
+
+class Layout(Protocol):
+    """Several processes, each of which has consecutive entries of every vector."""
+
+    @property
+    def size(self) -> int:
+        """Number of entries of a whole vector, P."""
+
+    @property
+    def start(self) -> int:
+        """Number of entries that are those of processes before this one."""
+
+    @property
+    def rank(self) -> int:
+        """Number of processes before this one."""
+
+    @property
+    def count(self) -> int:
+        """Number of processes."""
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Sum a small tensor over the processes."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +54,69 @@ class SymmetricOperator:
         like: any vector of the operator's size, dtype and device.
         matmat: product with columns ``(P, k)`` at once, where that is faster than one by one.
         cost: of one product, in gradients; not a number where it is unknown.
+        layout: of vectors that are spread over processes: then `like`, and all vectors, are the entries of this one.
     """
 
     matvec: Linear
     like: Tensor = field(repr=False)
     matmat: Linear | None = None
     cost: float = math.nan
+    layout: Layout | None = None
 
     @property
     def size(self) -> int:
         """The number of rows, P."""
-        return self.like.numel()
+        return self.like.numel() if self.layout is None else self.layout.size
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Sum a small tensor over the processes over which vectors are spread."""
+        return numbers if self.layout is None else self.layout.sum(numbers)
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """Multiply rows ``(i, P)`` and ``(j, P)`` with each other, ``X Yᵀ``, in float64 on the processor."""
+        return self.sum((x @ y.T).double().cpu())
+
+    def dot(self, x: Tensor, y: Tensor) -> float:
+        """Return ``xᵀ y`` of vectors ``(P,)``, right to rounding."""
+        own = dot(x, y)
+        return own if self.layout is None else self.layout.sum(torch.tensor([own], dtype=torch.float64)).item()
+
+    def length(self, v: Tensor) -> float:
+        """Return ``‖v‖`` of a vector ``(P,)``, right to rounding."""
+        own = length(v)
+        return own if self.layout is None else math.sqrt(self.sum(torch.tensor([own**2], dtype=torch.float64)).item())
+
+    def qr(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Factor columns ``(P, k)`` into orthonormal ones and a triangle, of parts by their triangles (TSQR)."""
+        q, r = torch.linalg.qr(columns)
+        if self.layout is None:
+            return q, r
+        k = columns.shape[1]
+        triangles = torch.zeros((self.layout.count, k, k), dtype=torch.float64)
+        triangles[self.layout.rank, : len(r)] = r
+        turn, whole = torch.linalg.qr(self.sum(triangles).view(-1, k))
+        start = self.layout.rank * k
+        return q @ turn[start : start + len(r)].to(q), whole.to(r)
+
+    def drawn(self, k: int, draw: Callable[[tuple[int, int]], Tensor]) -> Tensor:
+        """Draw columns ``(P, k)`` by blocks of rows, which are the same on any number of processes."""
+        out = self.like.new_empty((self.like.numel(), k))
+        start = 0 if self.layout is None else self.layout.start
+        rows = max(1, DRAWN // k)
+        for first in range(-start, self.size - start, rows):
+            block = draw((min(rows, self.size - start - first), k))
+            own = out[max(first, 0) : max(first + len(block), 0)]
+            own.copy_(block[max(-first, 0) :][: len(own)])
+        return out
+
+    def gaussian(self, k: int, generator: torch.Generator) -> Tensor:
+        """Draw columns ``(P, k)`` of standard normal numbers."""
+        return self.drawn(k, lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64))
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """Multiply a vector ``(P,)`` or columns ``(P, k)``."""
-        if v.shape[:1] != (self.size,) or v.dim() > 2:
-            raise InvalidValue(f"an operator of size {self.size} cannot act on a tensor of shape {tuple(v.shape)}")
+        if v.shape[:1] != self.like.shape or v.dim() > 2:
+            raise InvalidValue(f"an operator of size {len(self.like)} cannot act on a tensor of shape {tuple(v.shape)}")
         if v.dim() == 1:
             return self.matvec(v)
         if self.matmat is not None and v.shape[1] > 1:
@@ -63,6 +134,7 @@ class SymmetricOperator:
             like,
             None if matmat is None else lambda v: after(matmat(before(v))),
             self.cost,
+            self.layout,
         )
 
     def to_scipy(self) -> Any:
@@ -98,18 +170,23 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
-def require_operator(a: object) -> None:
-    """Raise InvalidType unless `a` is a SymmetricOperator."""
+def require_operator(a: object, *, spread: bool = False) -> None:
+    """Raise InvalidType unless `a` is a SymmetricOperator, and InvalidValue where its vectors may not be `spread`."""
     if not isinstance(a, SymmetricOperator):
         raise InvalidType(
             f"this {type(a).__name__} is no SymmetricOperator; of an objective f it is hessian(f), of a matrix M"
             " SymmetricOperator(lambda v: M @ v, M[0])"
         )
+    if a.layout is not None and not spread:
+        raise InvalidValue(
+            "the vectors of this operator are spread over processes, which lanczos, largest_eigenpair and trace take,"
+            " and a preconditioner, a factor or a shift; use the operator before it was spread"
+        )
 
 
 def preconditioned(a: SymmetricOperator, p: Tensor) -> SymmetricOperator:
     """Measure an operator in a diagonal metric: ``P^-1/2 A P^-1/2`` with ``P = diag(p)``, p positive ``(P,)``."""
-    require_operator(a)
+    require_operator(a, spread=True)
     if p.shape != a.like.shape or not bool((p > 0).all()):
         raise InvalidValue(
             f"a preconditioner for size {a.size} has {a.size} positive entries; got {int((p > 0).sum())} among"
@@ -145,13 +222,13 @@ def projected(a: SymmetricOperator, project: Callable[[Tensor], Tensor]) -> Symm
 
 def scaled(a: SymmetricOperator, c: float) -> SymmetricOperator:
     """Multiply an operator by a number."""
-    require_operator(a)
+    require_operator(a, spread=True)
     return a.sandwiched(a.like, lambda v: c * v, lambda v: v)
 
 
 def shifted(a: SymmetricOperator, c: float | Tensor) -> SymmetricOperator:
     """Add ``c I`` for a number c, or ``diag(c)`` for c of shape ``(P,)``."""
-    require_operator(a)
+    require_operator(a, spread=True)
     if not isinstance(c, Tensor):
         if c == 0:
             return a
@@ -163,4 +240,5 @@ def shifted(a: SymmetricOperator, c: float | Tensor) -> SymmetricOperator:
         a.like,
         None if matmat is None else lambda V: matmat(V) + columns * V,
         a.cost,
+        a.layout,
     )

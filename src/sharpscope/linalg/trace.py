@@ -79,7 +79,7 @@ def trace(
     >>> found.num_matvecs, bool(found.interval[0] < 3000 < found.interval[1])
     (48, True)
     """
-    found = _mean(a, lambda x: x.sum(dim=0, keepdim=True), rtol=rtol, atol=atol, budget=max_matvecs, seed=seed)
+    found = _mean(a, lambda x: a.sum(x.sum(dim=0, keepdim=True)), rtol=rtol, atol=atol, budget=max_matvecs, seed=seed)
     return replace(found, value=found.value[0], standard_error=found.standard_error[0])
 
 
@@ -95,6 +95,7 @@ def diagonal(
         NotConverged: with the norms of the diagonal and of the errors reached.
         NotFinite: for an operator whose products are not finite.
     """
+    require_operator(a)
     return _mean(a, lambda x: x, rtol=rtol, atol=atol, budget=max_matvecs, seed=seed)
 
 
@@ -103,7 +104,7 @@ def _mean(
     a: SymmetricOperator, reduce: Callable[[Tensor], Tensor], *, rtol: float, atol: float, budget: int, seed: int
 ) -> Estimate:
     """Estimate the mean of ``reduce(v ∘ A v)`` over signs v; `reduce` is linear and takes columns."""
-    require_operator(a)
+    require_operator(a, spread=True)
     if min(rtol, atol) < 0 or max(rtol, atol) == 0:
         raise InvalidValue(f"rtol={rtol:g} and atol={atol:g} leave no error to stop at; make one of them positive")
     if budget < min(2 * SKETCH + PILOT, a.size):
@@ -114,15 +115,15 @@ def _mean(
     sketch, widest = (SKETCH, WIDEST) if a.size < LONG else (NARROW, NARROW)
     a = unit.applied(whole)
     generator = torch.Generator().manual_seed(seed)
-    q = z = a.like.new_empty((a.size, 0))
+    q = z = a.like.new_empty((len(a.like), 0))
     used = 0
     while True:  # once for every sketch; samples of an earlier one have another spread, and are dropped
         wider = min(max(q.shape[1], sketch), widest - q.shape[1])
-        y = multiply(a, torch.randn((a.size, wider), generator=generator, dtype=torch.float64).to(a.like))
-        fresh = torch.linalg.qr(torch.cat([q, y], dim=1)).Q[:, q.shape[1] :]
+        y = multiply(a, a.gaussian(wider, generator))
+        fresh = a.qr(torch.cat([q, y], dim=1))[0][:, q.shape[1] :]
         q, z = torch.cat([q, fresh], dim=1), torch.cat([z, multiply(a, fresh)], dim=1)
         used += 2 * wider
-        known = reduce((q * (2 * z - q @ (q.T @ z))).sum(dim=1, keepdim=True).double())[:, 0]
+        known = reduce((q * (2 * z - q @ a.inner(q.T, z.T).to(q))).sum(dim=1, keepdim=True).double())[:, 0]
         moments, more = _Moments(torch.zeros_like(known)), PILOT
         while True:
             for x in _samples(a, q, z, more, generator):
@@ -178,19 +179,26 @@ def _samples(a: SymmetricOperator, q: Tensor, z: Tensor, n: int, generator: torc
     """Draw n samples ``v ∘ Π A Π v`` as columns ``(P, ≤ COLUMNS)``, v random signs and ``z = A q``."""
     at_once, kind = (COLUMNS, torch.int64) if a.size < LONG else (1, torch.int8)
     for done in range(0, n, at_once):
-        bits = torch.randint(2, (a.size, min(at_once, n - done)), generator=generator, dtype=kind)
-        v = (2 * bits - 1).to(a.like)
-        image = multiply(a, v) - z @ (q.T @ v)
-        yield v * (image - q @ (q.T @ image))
+        v = a.drawn(
+            min(at_once, n - done),
+            lambda shape: 2 * torch.randint(2, shape, generator=generator, dtype=kind) - 1,
+        )
+        image = multiply(a, v) - z @ a.inner(q.T, v.T).to(q)
+        yield v * (image - q @ a.inner(q.T, image.T).to(q))
 
 
 def _exact(a: SymmetricOperator, reduce: Callable[[Tensor], Tensor], used: int) -> Estimate:
-    entries = a.like.new_empty(a.size)
-    for rows in torch.arange(a.size, device=a.like.device).split(COLUMNS):
-        columns = a.like.new_zeros((a.size, len(rows)))
-        columns[rows, rows - rows[0]] = 1
-        entries[rows] = multiply(a, columns)[rows].diagonal()
-        report(used + int(rows[-1]) + 1, total=used + a.size)
+    entries = torch.zeros_like(a.like)
+    start = 0 if a.layout is None else a.layout.start
+    for first in range(-start, a.size - start, COLUMNS):
+        columns = a.like.new_zeros((len(a.like), min(COLUMNS, a.size - start - first)))
+        own = range(max(first, 0), max(min(first + columns.shape[1], len(a.like)), 0))
+        for row in own:
+            columns[row, row - first] = 1
+        image = multiply(a, columns)
+        for row in own:
+            entries[row] = image[row, row - first]
+        report(used + start + first + columns.shape[1], total=used + a.size)
     value = reduce(entries.double()[:, None])[:, 0]
     return Estimate(value, torch.zeros_like(value), 0, used + a.size)
 
@@ -198,7 +206,7 @@ def _exact(a: SymmetricOperator, reduce: Callable[[Tensor], Tensor], used: int) 
 def multiply(a: SymmetricOperator, v: Tensor) -> Tensor:
     """Multiply, and raise NotFinite where the product is not finite."""
     image = a @ v
-    if not bool(image.isfinite().all()):
+    if a.sum((~image.isfinite()).any().double().cpu()).item():
         raise NotFinite("a product with the operator is not finite: its spectrum is not defined at these weights")
     return image
 

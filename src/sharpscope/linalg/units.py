@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .operators import SymmetricOperator
+from .operators import Linear, SymmetricOperator
 
 FAR = 2.0**40
 """Ratio of a first product to the expected unit, either side of one, beyond which the unit is chosen anew."""
@@ -35,12 +35,12 @@ class Unit:
 
     def applied(self, a: SymmetricOperator) -> SymmetricOperator:
         """Measure an operator in this unit."""
-        return a.sandwiched(a.like, lambda v: v, self.of)
+        return a.sandwiched(a.like, lambda v: v, lambda image: self.of(image, a.sum))
 
-    def of(self, image: Tensor) -> Tensor:
-        """Divide a product, finite or not, by the unit."""
+    def of(self, image: Tensor, total: Linear = lambda numbers: numbers) -> Tensor:
+        """Divide a product, finite or not, by the unit; `total` sums over the processes that have parts of it."""
         if not self._known:
-            largest = image.abs().max().item()
+            largest = total(image.abs().amax().double().cpu()).item()
             self._known = 0 < largest < math.inf
             if self._known and not (self._expected and 1 / FAR < largest / self.size < FAR):
                 self.size = power_of_two(largest, image.dtype)

@@ -1,4 +1,4 @@
-"""Products and lengths of long vectors, and random ones that are the same on every device."""
+"""Products and lengths of long vectors."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 DRAWN = 2**20
-"""Entries that are drawn at once, for the sake of memory."""
+"""Random entries that are drawn at once, for the sake of memory."""
 
 
 SUMMED = 2**16
@@ -34,15 +34,3 @@ def length(v: Tensor) -> float:
         return size
     v = v / size
     return size * math.sqrt(dot(v, v))
-
-
-def gaussian(like: Tensor, seed: int) -> Tensor:
-    """Draw standard normal numbers ``(P,)`` of the type of `like` ``(P,)``, from a generator of their own."""
-    generator = torch.Generator().manual_seed(seed)
-    out = torch.empty_like(like)
-    for part in out.split(DRAWN):
-        if part.device.type == "cpu":
-            part.normal_(generator=generator)
-        else:
-            part.copy_(torch.randn(len(part), generator=generator, dtype=like.dtype))
-    return out

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autodiff.curvature import hessian
+from ..autodiff.curvature import hessian, own_entries, sharded, whole_vectors
 from ..autodiff.expansion import Expansion
 from ..autodiff.objective import Objective, require_objective
 from ..errors import InvalidType, InvalidValue
@@ -245,4 +245,8 @@ class Iterate:
             size = length(toward)
             toward = old if size == 0 else torch.add(old, toward, alpha=1 / size)
             options["weight"] = NEARBY
-        return largest_eigenpair(a, toward, **options)
+        if not (self.objective.is_sharded and self.vectors):  # without a basis parts save less than gathering takes
+            return largest_eigenpair(a, toward, **options)
+        parts = sharded(a, self.objective)
+        found = largest_eigenpair(parts, own_entries(parts, toward), **options)
+        return replace(found, vectors=whole_vectors(parts, found.vectors))

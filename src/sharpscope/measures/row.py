@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..autodiff.shards import gathered, is_sharded
 from ..optimizers.base import PerWeight, Stability, UpdateRule
 from ..optimizers.from_torch import number, state_of
 from ..symmetry.scale_groups import ScaleGroups
@@ -57,9 +58,14 @@ def setting_of(
 
 
 def applied_gradient(parameters: Iterable[Tensor]) -> Tensor | None:
-    """Norm of the gradients that these parameters have now, as a scalar on their device; None where they have none."""
+    """Norm of the gradients that these parameters have now, as a scalar on their device; None where they have none.
+
+    Where some are sharded over processes, all of these have to call this.
+    """
     grads = [g.detach() for p in parameters if (g := p.grad) is not None and not g.is_sparse]
-    return torch.stack(torch._foreach_norm(grads)).norm() if grads else None
+    kinds = ([g for g in grads if is_sharded(g) == sharded] for sharded in (False, True))
+    norms = [gathered(torch.stack(torch._foreach_norm(some)).norm()) for some in kinds if some]
+    return torch.stack(norms).norm() if norms[1:] else norms[0] if norms else None
 
 
 def curvature(it: Iterate, at: Setting, row: dict[str, Any], *, plain: bool, sphere: bool) -> None:

@@ -21,6 +21,7 @@ from ..errors import InvalidValue, NotConverged, NotFinite
 from ..linalg.operators import without_autocast
 from ..linalg.vectors import dot, length
 from ..measures.along_step import StepGain, batch_sharpness, gain_from, noise_scale, step_gain
+from ..optimizers.from_torch import flat
 from .meters import Meter, Step
 
 TRUSTED = 0.001
@@ -52,7 +53,7 @@ class Taken:
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, p in self.objective.parameters().items():
             if id(p) in own and p.grad is not None and not p.grad.is_sparse:
-                g, now, w = (_flat(t, self.start.dtype) for t in (p.grad, p.detach(), before[name]))
+                g, now, w = (flat(t).to(self.start.dtype) for t in (p.grad, p, before[name]))
                 self._sums.append(torch.stack([(g * (now - w)).sum(), (g * w).square().sum(), g.square().sum()]))
                 size = g.abs()
                 self._largest.append(torch.stack([size.amax(), (size == size.amax()).sum().to(size.dtype)]))
@@ -70,10 +71,6 @@ class Taken:
             return False
         found = torch.stack(self._largest)
         return bool(found[found[:, 0] == found[:, 0].max(), 1].sum() > 1)
-
-
-def _flat(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return (torch.view_as_real(t) if t.is_complex() else t).reshape(-1).to(dtype)
 
 
 class OfSteps(Meter, ABC):
@@ -104,7 +101,8 @@ class OfSteps(Meter, ABC):
         taken, self._taken = self._taken, None
         if taken is None or taken.objective is not step.objective:
             return {}
-        found = self.columns(step, taken, step.objective.weights())
+        now = step.objective.weights()
+        (found, *_) = step.objective.processes.each(lambda: self.columns(step, taken, now))  # an error is one on all
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
     @abstractmethod

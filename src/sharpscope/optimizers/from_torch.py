@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..autodiff.shards import gathered
 from ..errors import InvalidType
 from .base import Stability, State, UpdateRule, demand
 
@@ -175,10 +176,10 @@ def stability_of(
         len(signs) == 1, "some parameters are trained to maximize the loss and some to minimize it: no one criterion"
     )
     moving = [UNMOVED if s is None else s for s in found]
-    pairs = list(zip(moving, parameters, strict=True))
+    pairs = [(s, flat(p)) for s, p in zip(moving, parameters, strict=True)]
     return Stability(
-        torch.cat([s.metric.to(flat(p)).expand(flat(p).numel()) for s, p in pairs]),
-        torch.cat([s.decay.to(flat(p)).expand(flat(p).numel()) for s, p in pairs]),
+        torch.cat([s.metric.to(p).expand(p.numel()) for s, p in pairs]),
+        torch.cat([s.decay.to(p).expand(p.numel()) for s, p in pairs]),
         signs.pop(),
     )
 
@@ -193,8 +194,9 @@ def _stability(part: Optimizer, rule: UpdateRule | None, parameter: Tensor) -> S
 
 
 def flat(t: Tensor) -> Tensor:
-    """Flatten a tensor, complex numbers into pairs of real ones, low precision into single."""
-    t = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
+    """Flatten a tensor, complex numbers into pairs of real ones, low precision into single; gather a sharded one."""
+    t = gathered(t)
+    t = torch.view_as_real(t) if t.is_complex() else t
     return (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t).reshape(-1)
 
 

@@ -1,4 +1,4 @@
-"""A batch of runs on one pool: one study, one study under several seeds, or all studies side by side.
+"""A batch of runs on one engine: one study, one study under several seeds, or all studies side by side.
 
 The directory of all studies holds one directory per study, ``all.json`` (what was asked) and ``index.html``.  That of a
 study under several seeds holds one per seed, ``seeds.json`` (seeds, and each claim over them) and ``index.html``.
@@ -17,8 +17,9 @@ from ...records.fields import from_fields
 from ...records.files import is_draft, read_json, write_json, write_whole
 from ...report.html import write_page
 from .claims import Verdict
+from .engines import local
 from .pages import StudyRow, overview, seeds_page
-from .pool import KILLED, Failed, failed, work_off
+from .pool import Engine, Failed, failed, work_off
 from .run import (
     CONFIG,
     ENVIRONMENT,
@@ -38,6 +39,7 @@ from .run import (
 from .seeds import Repeated, repeated_claims
 from .study import find, headings
 from .study import known as known
+from .workers import KILLED
 
 ALL = "all.json"
 INDEX = "index.html"
@@ -185,8 +187,12 @@ def stored_entries(out: Path) -> list[Entry]:
     return [_stored_entry(run_in(out).study, out, [None])]
 
 
-def run_batch(entries: Sequence[Entry], *, workers: int, index: Path | None = None) -> None:
-    """Run what is not finished on one pool; each run is concluded as soon as its own jobs are done.
+def run_batch(
+    entries: Sequence[Entry], *, workers: int = 1, engine: Engine | None = None, index: Path | None = None
+) -> None:
+    """Run what is not finished on one engine; each run is concluded as soon as its own jobs are done.
+
+    That is so many `workers` of this machine, or anything with ``submit(call, *arguments)``.
 
     A run that cannot go on leaves the others alone: its outcome says why.  With `index` the page over all entries in
     that directory is kept up to date.
@@ -221,7 +227,9 @@ def run_batch(entries: Sequence[Entry], *, workers: int, index: Path | None = No
                 settle(label, failed(f"the study {run.study}", error))
         for e in known_to_fail:
             _conclude(e)
-        work_off(groups, workers, settle)
+        jobs = sum(len(group.tasks) for group in groups.values())
+        alone = jobs == 0 and len(groups) <= 1
+        work_off(groups, engine or stack.enter_context(local(1 if alone else workers)), settle)
 
 
 def _unusable(failure: Failed, out: Path) -> Unusable:

@@ -1,33 +1,45 @@
-"""Work of several groups on one set of processes, longest first.
+"""Work of several groups on one engine, longest first.
 
 A group is a run of a study: tasks that may go side by side, and a last one that needs them all.  A task that raises, or
-whose process is killed, fails its group; the others go on.
+is lost, fails its group; the others go on.  An engine is anything with ``submit(call, *arguments)`` whose futures have
+``done()``, ``result()`` and ``cancel()``: `workers` here, an executor of `concurrent.futures`, those of `engines`.
 """
 
-import multiprocessing
-import os
-import signal
+import math
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
 from ...errors import Unusable
 
-KILLED = "a worker process was killed (out of memory? --workers 1 needs the least)"
+PAUSE = 0.02
+"""Seconds between two looks at the futures."""
 
-MESSAGE_INTERVAL = 0.2
-"""Seconds between two reports of a worker on how far it is."""
+BETWEEN_NOTES = 0.3
+"""Seconds between two notes of a task on how far it is, and between two looks at them."""
+
+
+class Future(Protocol):
+    """A call that goes on elsewhere, as far as this file needs to know it."""
+
+    def done(self) -> bool: ...
+    def result(self) -> Any: ...
+    def cancel(self) -> object: ...
+
+
+class Engine(Protocol):
+    """Whatever carries out calls: at most `slots` at once and each again for `retries` times, where it has these."""
+
+    def submit(self, call: Callable[..., Any], /, *arguments: Any) -> Future: ...
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class WorkItem:
     call: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
     cost: float = 1.0
+    note: Path | None = None  # where it writes how far it is, if somebody looks
 
 
 @dataclass(frozen=True)
@@ -61,232 +74,166 @@ class Failed:
     trace: str = ""
 
 
-Settle = Callable[[str, Any], None]
-"""Is last_message the name of a group and its value, or `Failed`."""
+@dataclass(eq=False)
+class _Task:
+    """A work item, the task that waits for it, and the number of those that it waits for."""
+
+    group: str
+    item: WorkItem
+    then: "_Task | None" = None
+    waits: int = 0
+    losses: int = 0
 
 
-def work_off(groups: Mapping[str, Group], workers: int, settle: Settle) -> None:
-    """All groups, on `workers` processes of one thread each, or in this one; progress is shown on a terminal."""
-    plan = _Queue(groups, settle)
-    jobs = sum(len(group.tasks) for group in groups.values())
-    if not groups:
-        return
-    with _bar(plan) as show:
-        if workers <= 1 or (jobs == 0 and len(groups) == 1):
-            _here(plan, show)
-        else:
-            _side_by_side(plan, min(workers, max(jobs, len(groups))), show)
+def work_off(groups: Mapping[str, Group], engine: Engine, settle: Callable[[str, Any], None]) -> None:
+    """Work off all groups on an engine; `settle` is called with the name of a group and its value, or `Failed`."""
+    schedule = _Schedule(groups, engine, settle)
+    with _bar(schedule):
+        schedule.run()
 
 
-class _Queue:
-    """The items that are left, those being worked on, and how far these are."""
+class _Schedule:
+    """The tasks that are ready, and those that run, each with its future."""
 
-    def __init__(self, groups: Mapping[str, Group], settle: Settle) -> None:
-        self.groups, self.settle = groups, settle
-        todo = [(name, task) for name, group in groups.items() for task in group.tasks]
-        self.todo = sorted(todo, key=lambda item: -item[1].cost)
-        self.left = {name: len(group.tasks) for name, group in groups.items()}
-        self.ends = [(name, group.last) for name, group in groups.items() if not group.tasks]
-        self.running: dict[tuple[str, str], float] = {}
-        self.done = 0.0
-        self.cost = sum(task.cost for _, task in [*todo, *((name, g.last) for name, g in groups.items())])
+    def __init__(self, groups: Mapping[str, Group], engine: Engine, settle: Callable[[str, Any], None]) -> None:
+        self.engine, self.settle = engine, settle
+        self.slots = getattr(engine, "slots", math.inf)
+        self.several = len(groups) > 1
+        self.noting = sys.stderr.isatty()
+        self.ready: list[_Task] = []
+        self.running: dict[_Task, Future] = {}
+        for name, group in groups.items():
+            last = _Task(name, group.last, waits=len(group.tasks))
+            self.ready += [_Task(name, item, last) for item in group.tasks] or [last]
+        self.cost = sum(item.cost for group in groups.values() for item in (*group.tasks, group.last))
 
-    def take(self) -> tuple[str, WorkItem] | None:
-        """Take the next item, if there is any: the last one of a group first."""
-        queue = self.ends or self.todo
-        if not queue:
-            return None
-        item = queue.pop(0)
-        self.running[item[0], item[1].name] = 0.0
-        return item
+    def run(self) -> None:
+        """Work off all tasks; on an error, Ctrl-C included, those that run are cancelled."""
+        try:
+            while self.ready or self.running:
+                self._submit()
+                while not (ended := [task for task, future in self.running.items() if future.done()]) and self.running:
+                    time.sleep(PAUSE)
+                for task in ended:
+                    if task in self.running:  # if its group has not just failed
+                        self._end(task, self._outcome(task, self.running.pop(task).result))
+        finally:
+            self._drop(list(self.running))
 
-    def end(self, name: str, task: WorkItem, outcome: Any) -> None:
-        """Note what became of a task."""
-        self.running.pop((name, task.name), None)
-        self.done += task.cost
-        group = self.groups[name]
-        if self.left[name] < 0:  # has failed before
+    def _submit(self) -> None:
+        """Submit what is ready and there is room for: the last one of a group first, then the longest."""
+        self.ready.sort(key=lambda task: (task.then is not None, -task.item.cost))
+        while self.ready and len(self.running) < self.slots:
+            task = self.ready.pop(0)
+            try:
+                self.running[task] = self.engine.submit(attempt, task.item, self.noting)
+            except Exception as error:  # its arguments are not such as can be sent
+                self._end(task, failed(f"'{task.item.name}'", error))
+
+    def _outcome(self, task: _Task, result: Callable[[], Any]) -> Any:
+        """Return what came of a task; None where its process was lost and it is ready again."""
+        try:
+            return result()
+        except Exception as error:
+            task.losses += 1
+            if task.losses > getattr(self.engine, "retries", 0):
+                return failed(f"'{task.item.name}'", error, " on the way to a worker process")
+            self.ready.append(task)
+            return AGAIN
+
+    def _end(self, task: _Task, outcome: Any) -> None:
+        """Settle a group that has failed or is done, and make ready what waits for the task."""
+        if outcome is AGAIN:
             return
-        if isinstance(outcome, Failed):
-            self.left[name] = -1
-            dropped = [t for n, t in self.todo if n == name] + ([group.last] if task is not group.last else [])
-            self.done += sum(t.cost for t in dropped)
-            self.todo = [item for item in self.todo if item[0] != name]
-            self.settle(name, outcome)
-        elif task is group.last:
-            self.settle(name, outcome)
-        else:
-            self.left[name] -= 1
-            if not self.left[name]:
-                self.ends.append((name, group.last))
+        if isinstance(outcome, Failed):  # nobody waits for the rest of its group any more
+            self._drop([other for other in self.running if other.group == task.group])
+            self.ready = [other for other in self.ready if other.group != task.group]
+        if isinstance(outcome, Failed) or task.then is None:
+            self.settle(task.group, outcome)
+            return
+        task.then.waits -= 1
+        if not task.then.waits:
+            self.ready.append(task.then)
+
+    def _drop(self, tasks: Iterable[_Task]) -> None:
+        for task in tasks:
+            self.running.pop(task).cancel()
+
+    def left(self) -> float:
+        """Cost of what is not done, by the notes of the tasks that run."""
+        there = {id(t): t for task in (*self.ready, *self.running) for t in (task, task.then) if t}
+        waiting = sum(t.item.cost for t in there.values())
+        return waiting - sum(task.item.cost * _fraction(task.item) for task in list(self.running))
+
+
+AGAIN = object()
+"""Stands for the outcome of a task that will be submitted again."""
 
 
 @contextmanager
-def _bar(plan: _Queue) -> Iterator[Callable[[], None]]:
+def _bar(schedule: _Schedule) -> Iterator[None]:
+    """Show how far the tasks are while they run, on a terminal."""
     form = "{desc} {percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
-    with tqdm(total=plan.cost, disable=not sys.stderr.isatty(), bar_format=form) as bar:
+    ended = threading.Event()
+    with tqdm(total=schedule.cost, disable=not schedule.noting, bar_format=form) as bar:
 
         def show() -> None:
-            costs = {(n, t.name): t.cost for n, g in plan.groups.items() for t in (*g.tasks, g.last)}
-            bar.n = min(plan.cost, plan.done + sum(costs[key] * fraction for key, fraction in plan.running.items()))
-            names = [f"{n}: {task}" if len(plan.groups) > 1 else task for n, task in plan.running]
+            names = [f"{t.group}: {t.item.name}" if schedule.several else t.item.name for t in [*schedule.running]]
+            bar.n = schedule.cost - schedule.left()
             bar.set_description_str(", ".join(names)[:48].ljust(48))
 
-        yield show if not bar.disable else lambda: None
-        show()
+        def follow() -> None:
+            while not ended.wait(BETWEEN_NOTES):
+                show()
 
-
-def _here(plan: _Queue, show: Callable[[], None]) -> None:
-    """Work off all items in this process, one after the other."""
-    torch.set_num_threads(1)
-    while (item := plan.take()) is not None:
-        name, task = item
-
-        def progress(fraction: float, key: tuple[str, str] = (name, task.name)) -> None:
-            plan.running[key] = fraction
-            show()
-
-        plan.end(name, task, _attempt(task, progress))
-
-
-@dataclass
-class _Worker:
-    process: BaseProcess
-    item: tuple[str, WorkItem] | None = None
-
-
-def _side_by_side(plan: _Queue, size: int, show: Callable[[], None]) -> None:
-    workers: dict[Connection[Any, Any], _Worker] = {}
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
-        while True:
-            _assign(plan, workers, size)
-            busy = [connection for connection, worker in workers.items() if worker.item]
-            if not busy:
-                break
-            for connection in wait(busy, timeout=0.3):
-                assert isinstance(connection, Connection)
-                _receive(plan, workers, connection)
-            show()
-        for connection in workers:
-            with suppress(OSError):  # killed while it had nothing to do
-                connection.send(None)
-        for worker in workers.values():
-            worker.process.join()
-    except BaseException:
-        for worker in workers.values():
-            worker.process.terminate()
-        raise
-
-
-def _assign(plan: _Queue, workers: "dict[Connection[Any, Any], _Worker]", size: int) -> None:
-    """Assign items to idle workers, starting new ones as needed."""
-    idle = [connection for connection, worker in workers.items() if not worker.item]
-    while (idle or len(workers) < size) and (item := plan.take()) is not None:
-        connection = idle.pop() if idle else _start_worker(workers)
+        thread = threading.Thread(target=follow, daemon=True)
+        if schedule.noting:
+            thread.start()
         try:
-            connection.send(item[1])
-        except OSError:  # its process was killed while it had nothing to do
-            _stop_worker(workers, connection)
-            plan.end(*item, Failed(KILLED))
-        except Exception as error:  # its arguments are not such as can be sent
-            plan.end(*item, failed(f"'{item[1].name}'", error))
-            idle.append(connection)
-        else:
-            workers[connection].item = item
+            yield
+        finally:
+            ended.set()
+            if schedule.noting:
+                thread.join()
+                show()
 
 
-def _start_worker(workers: "dict[Connection[Any, Any], _Worker]") -> "Connection[Any, Any]":
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it inherits this: Ctrl-C is for its parent
-    try:
-        process.start()
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
-    theirs.close()
-    workers[ours] = _Worker(process)
-    return ours
-
-
-def _stop_worker(workers: "dict[Connection[Any, Any], _Worker]", connection: "Connection[Any, Any]") -> None:
-    worker = workers.pop(connection)
-    worker.process.terminate()
-    worker.process.join()
-    connection.close()
-
-
-def _receive(plan: _Queue, workers: "dict[Connection[Any, Any], _Worker]", connection: "Connection[Any, Any]") -> None:
-    """Receive a message of a worker: how far it is, its result, or that its process has ended."""
-    worker = workers.get(connection)
-    if worker is None or worker.item is None:
-        return
-    name, task = worker.item
-    try:
-        done, outcome = connection.recv()
-    except (EOFError, OSError):
-        done, outcome = True, Failed(KILLED)
-        _stop_worker(workers, connection)
-    except Exception as error:
-        done, outcome = True, failed(f"'{task.name}'", error)
-    if not done:
-        plan.running[name, task.name] = outcome
-        return
-    worker.item = None
-    plan.end(name, task, outcome)
-    if isinstance(outcome, Failed):  # nobody waits for the rest of its group any more
-        for other in [c for c, w in workers.items() if w.item and w.item[0] == name]:
-            plan.end(*(workers[other].item or (name, task)), None)
-            _stop_worker(workers, other)
-
-
-def _serve(connection: "Connection[Any, Any]") -> None:
-    """A worker: takes tasks, one after the other."""
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    last_message = 0.0
+def attempt(item: WorkItem, noting: bool) -> Any:
+    """Carry out a work item where the engine wants it: one at a time in a process, on one thread."""
+    last = 0.0
 
     def progress(fraction: float) -> None:
-        nonlocal last_message
-        if time.monotonic() - last_message > MESSAGE_INTERVAL:
-            last_message = time.monotonic()
-            connection.send((False, fraction))
+        nonlocal last
+        if noting and item.note is not None and time.monotonic() - last > BETWEEN_NOTES:
+            last = time.monotonic()
+            with suppress(OSError):
+                item.note.write_text(f"{fraction:.3f}")
 
-    while True:
+    with _one_at_a_time:
+        torch.set_num_threads(1)
         try:
-            task = connection.recv()
-        except EOFError:
-            return
-        except Exception as error:  # a study that cannot be imported here
-            text = f"{_described(error)} on the way to a worker process"
-            connection.send((True, Failed(text, traceback.format_exc())))
-            continue
-        if task is None:
-            return
-        connection.send((True, _attempt(task, progress)))
+            return item.call(progress, *item.arguments)
+        except Exception as error:
+            return failed(f"'{item.name}'", error)
+        finally:
+            if noting and item.note is not None:
+                item.note.unlink(missing_ok=True)
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed must not write on, beside the run that goes on in its place."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+_one_at_a_time = threading.Lock()
 
 
-def _attempt(task: WorkItem, progress: Callable[[float], None]) -> Any:
-    try:
-        return task.call(progress, *task.arguments)
-    except Exception as error:
-        return failed(f"'{task.name}'", error)
+def _fraction(item: WorkItem) -> float:
+    with suppress(OSError, ValueError):
+        return float(item.note.read_text()) if item.note else 0.0
+    return 0.0
 
 
-def failed(what: str, error: Exception) -> Failed:
+def failed(what: str, error: Exception, where: str = "") -> Failed:
     """The failure of what has raised: its own sentence where the error was foreseen."""
     if isinstance(error, Unusable):
         return Failed(str(error))
-    return Failed(f"{what} raised {_described(error)}", "".join(traceback.format_exception(error)))
+    return Failed(f"{what} raised {_described(error)}{where}", "".join(traceback.format_exception(error)))
 
 
 def _described(error: Exception) -> str:

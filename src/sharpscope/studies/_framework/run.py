@@ -9,6 +9,7 @@ again; rows that are damaged are computed again; a configuration that is damaged
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -75,7 +76,16 @@ def unfinished(run: Run, locks: ExitStack) -> Group:
             locks.enter_context(_alone(run.out))
             for folder in (run.out, run.out / "log", run.out / "figures"):
                 remove_drafts(folder)
-            tasks = [WorkItem(job.name, _work, (job, run.out), job.cost) for job in unfinished_jobs(run)]
+            tasks = [
+                WorkItem(
+                    job.name,
+                    _work,
+                    (job, run.out),
+                    job.cost,
+                    RunLog(run.out / "log", job.name).path.with_suffix(".progress"),
+                )
+                for job in unfinished_jobs(run)
+            ]
     return Group(
         tuple(tasks), WorkItem("verdicts and figures", _close, (run,), 1 + SECONDS_PER_CHART * len(study.CHARTS))
     )
@@ -124,8 +134,10 @@ def _environment(out: Path) -> dict[str, Any]:
 
 
 def _work(progress: Progress, job: Job, out: Path) -> None:
-    with explained(out):
+    with explained(out), _locked(out, job.name):
         log = RunLog(out / "log", job.name)
+        if log.finished:  # by a process that was thought to be lost
+            return
         began = time.process_time()
         job.work(log, progress, **job.arguments)
         if not log.finished:
@@ -312,18 +324,34 @@ def _difference(there: Mapping[str, Any], request: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Refuse a directory that another process is running in; where the system has no file locks, trust the user."""
+    """Refuse a directory that another process is running in."""
+    try:
+        with _locked(out):
+            yield
+    except BlockingIOError as error:
+        raise Unusable(f"another process is running in {out}; wait for it, or choose another --out") from error
+
+
+@contextmanager
+def _locked(out: Path, job: str = "") -> Iterator[None]:
+    """Lock a directory for those who start jobs in it, or wait for the lock of a job, which is one byte of that file.
+
+    Where the system has no file locks the user is trusted.
+
+    Raises:
+        BlockingIOError: the directory is locked.
+    """
     try:
         import fcntl
     except ModuleNotFoundError:
         yield
         return
     (out / "log").mkdir(parents=True, exist_ok=True)
-    with (out / "log" / "lock").open("w") as file:
-        try:
+    with (out / "log" / "lock").open("a") as file:
+        if job:
+            fcntl.lockf(file, fcntl.LOCK_EX, 1, int(hashlib.sha256(job.encode()).hexdigest()[:12], 16))
+        else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Unusable(f"another process is running in {out}; wait for it, or choose another --out") from error
         yield
 
 
