@@ -12,7 +12,9 @@ export OMP_NUM_THREADS MKL_NUM_THREADS
 
 ALL := runs/all
 
-.PHONY: help demo gallery test bench overhead sweeps fetch lint clean
+SITE := site
+
+.PHONY: help demo docs gallery test bench overhead sweeps fetch lint clean
 
 help:
 	@echo "make demo      run the quick study of Lyu et al. (2022) and write its report to $(DEMO)"
@@ -20,12 +22,13 @@ help:
 	@echo "make bench     compare with other packages (an hour or more; QUICK=1: half of it), writes benchmarks/RESULTS.md (runs/ if quick)"
 	@echo "make overhead  what the monitor costs at three budgets (6 minutes), writes benchmarks/OVERHEAD.md"
 	@echo "make sweeps    what runs side by side save (3 minutes), writes benchmarks/SWEEPS.md"
+	@echo "make docs      build the documentation, with the tutorials as they run, into $(SITE) (works offline)"
 	@echo "make gallery   write docs/gallery.md from a finished \`sharpscope run all\` (ALL=its directory, $(ALL))"
 	@echo "make fetch     install the two trained networks that docs/tutorials/pretrained.py measures (150 MB)"
 	@echo "make lint      run ruff and mypy"
 	@echo "make clean     remove .venv and caches, keep runs (also after moving this directory or changing Python)"
 
-$(READY): pyproject.toml constraints.txt tools/setup.sh
+$(READY): pyproject.toml constraints.txt tools/no-deps.txt tools/setup.sh
 	@sh tools/setup.sh
 
 demo: $(READY)
@@ -56,6 +59,10 @@ overhead: $(READY)
 sweeps: $(READY)
 	@.venv/bin/python -m benchmarks.sweeps
 
+docs: $(READY)
+	@.venv/bin/python -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs $(SITE)
+	@.venv/bin/python tools/check_site.py $(SITE)
+
 gallery: $(READY)
 	@.venv/bin/python tools/gallery.py $(ALL)
 
@@ -70,5 +77,5 @@ lint: $(READY)
 	.venv/bin/mypy
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv build dist $(SITE) .pytest_cache .ruff_cache .mypy_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

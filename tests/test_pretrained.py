@@ -4,7 +4,6 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-import available  # noqa: F401 - before transformers
 import pytest
 import torch
 import torch.nn.functional as F

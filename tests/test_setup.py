@@ -20,7 +20,7 @@ WITHOUT_VENV = "sys.modules['ensurepip'] = None"
 def project(tmp_path: Path) -> Path:
     """A directory with nothing but what the set-up reads before it installs the package."""
     (tmp_path / "tools").mkdir()
-    for name in ("tools/setup.sh", "pyproject.toml", "constraints.txt"):
+    for name in ("tools/setup.sh", "tools/no-deps.txt", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 

@@ -3,7 +3,6 @@
 import runpy
 from pathlib import Path
 
-import available  # noqa: F401 - before transformers
 import pytest
 from traces import go_offline
 

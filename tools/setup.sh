@@ -59,5 +59,7 @@ pip_install() {
 say "installing the packages pinned in constraints.txt (some minutes the first time; PyTorch is the largest)"
 pip_install --requirement constraints.txt
 pip_install --no-build-isolation --constraint constraints.txt --editable '.[dev]' # the build tools are among the pins
+pip_install --no-deps --requirement tools/no-deps.txt
+.venv/bin/python -m pip uninstall --quiet --yes torchvision 2>/dev/null # of an earlier set-up
 touch .venv/.ready
 say "done"

@@ -1,7 +1,7 @@
-"""The tree in README.md, made from the first line of every wing.
+"""The tree in CONTRIBUTING.md, made from the first line of every wing.
 
 python tools/tree.py          prints it
-python tools/tree.py --write  puts it into README.md, between the lines of the block that begins with src/sharpscope/
+python tools/tree.py --write  puts it into CONTRIBUTING.md, into the block that begins with src/sharpscope/
 """
 
 import ast
@@ -16,7 +16,7 @@ WINGS = ("linalg", "autodiff", "symmetry", "records", "report", "optimizers", "m
 BESIDE = {
     "tests/": "the same wings: known spectra, identities, second ways to compute; browser/ the pages in Chromium",
     "benchmarks/": "comparisons with other packages, in one run; costs of the monitor and of sweeps",
-    "docs/": "what-can-be-measured.md, how-to-choose.md, adding.md, notation.md, gallery.md, tutorials/",
+    "docs/": "the pages of the site that `make docs` builds, and tutorials/, scripts that run",
     "LOG.md": "decisions and findings",
 }
 
@@ -29,7 +29,7 @@ def caption(path: Path) -> str:
 
 def tree() -> str:
     """Each wing from the ground up, with what it is for."""
-    rows = {"  errors.py": caption(SOURCE / "errors.py")}
+    rows = {f"  {name}.py": caption(SOURCE / f"{name}.py") for name in ("errors", "display")}
     rows |= {
         f"  {wing}/": caption(SOURCE / wing / "__init__.py") for wing in (*WINGS, "integrations", "studies", "cli")
     }
@@ -39,10 +39,10 @@ def tree() -> str:
 
 
 def main() -> None:
-    """Print the tree, or write it into README.md."""
-    readme = ROOT / "README.md"
+    """Print the tree, or write it into CONTRIBUTING.md."""
+    page = ROOT / "CONTRIBUTING.md"
     if sys.argv[1:] == ["--write"]:
-        readme.write_text(BLOCK.sub(lambda _: tree(), readme.read_text(encoding="utf-8")), encoding="utf-8")
+        page.write_text(BLOCK.sub(lambda _: tree(), page.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print(tree(), end="")
 

@@ -63,3 +63,4 @@ print(callback.monitor.diagnosis())
 history = callback.monitor.history
 for step, loss, ratio in zip(*history.table("training", "step", "loss", "stability_ratio"), strict=True):
     print(f"step {step:3.0f}   loss {loss:.3f}   {ratio:.2f} of the edge of stability")
+callback.monitor.plot().savefig("hf_trainer.svg")

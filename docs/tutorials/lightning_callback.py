@@ -80,3 +80,4 @@ assert monitor is not None
 print(monitor.diagnosis())
 for step, value in zip(*monitor.history.table("training", "step", "spherical_sharpness"), strict=True):
     print(f"step {step:3.0f}   spherical sharpness {value:8.1f}")
+monitor.plot().savefig("lightning.svg")

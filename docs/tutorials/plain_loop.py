@@ -22,11 +22,11 @@ optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9, weight_decay
 # has no curvature: leave it out of the measured loss. Your modules are not touched.
 f = ss.Objective(net, nn.functional.cross_entropy, [(x[:256], y[:256])], without_dropout=True)
 
-# Second line: when. A budget plans how often and on how many of these examples, so that measuring takes at most this
-# fraction of the time; `every=20` instead measures every 20 steps, whatever it costs. `steps` is how long the run will
-# be; what is reported about its end needs it.
-steps = 2000
-monitor = ss.Monitor(f, optimizer, budget="20%", steps=steps)
+# Second line: when. Here every 25 steps, since the problem is a toy. Leave `every` out on a network of yours: then
+# measuring takes at most 5 % of the time (or `budget="20%"`); how often, and on how many of these examples, is planned.
+# `steps` is how long the run will be; what is reported about its end needs it.
+steps = 1000
+monitor = ss.Monitor(f, optimizer, every=25, steps=steps)
 
 for _ in range(steps):
     picked = torch.randint(len(x), (64,))
@@ -37,4 +37,5 @@ for _ in range(steps):
 
 print(monitor.diagnosis())
 print("columns:", ", ".join(list(monitor.history.columns)[:12]), "...")
+monitor.plot().savefig("run.svg")  # in a notebook `monitor.plot()` alone
 monitor.report("run.html")  # one page that works offline: every sentence with its numbers and its source, and charts

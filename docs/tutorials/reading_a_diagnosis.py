@@ -35,6 +35,7 @@ def show(title: str, monitor: ss.Monitor, *names: str) -> None:
     for finding in monitor.findings():
         if finding.name in names:
             print(f"  [{finding.name}] {finding}")
+    monitor.plot().savefig(f"{title.rstrip(':')}.svg")
 
 
 # lr·wd = .01 a step: within 100 steps weight decay has acted for τ = 1. Norms shrink until steps are as long as the

@@ -97,4 +97,5 @@ for _step in range(steps):
     monitor.step(total)  # the loss of the whole step; its batch is in two parts, so the meters use the fixed one
 
 print(monitor.diagnosis())
+monitor.plot().savefig("run.svg")
 monitor.report("run.html")

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import available  # noqa: F401 - before Lightning, which looks for transformers
 import lightning.pytorch
 import numpy as np
 import pytest

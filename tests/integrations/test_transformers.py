@@ -4,7 +4,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import available  # noqa: F401 - before transformers
 import numpy as np
 import pytest
 import torch

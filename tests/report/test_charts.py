@@ -120,7 +120,7 @@ def test_a_figure_has_the_lines_axes_and_labels_of_its_chart() -> None:
     fig.draw_without_rendering()
     (ax,) = fig.axes
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("n $", "mean loss")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("n $ (log)", "mean loss (log)")
     assert ax.get_title(loc="left") == "50$ and _x_$"
     assert len(ax.get_lines()) == 3  # two runs, one reference line
     assert [text.get_text() for text in ax.texts] == ["edge $ of stability"]

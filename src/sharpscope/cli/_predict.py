@@ -36,7 +36,10 @@ def predict_study(name: str, config: Any, job: str, start: int, steps: int, poin
     if job not in known:
         near = difflib.get_close_matches(job, known, 3, 0.3) or list(known)[:3]
         some = ", ".join(f"'{k}'" for k in near)
-        raise Unusable(f"{name} has no network run '{job}' to predict; some it has: {some or 'none'}")
+        raise Unusable(
+            f"{name} has no network run '{job}' to predict; some it has: {some or 'none'}"
+            f" (`sharpscope predict {name} --help` lists all)"
+        )
     variant = known[job]
     if not _is_described(variant):
         raise Unusable(f"'{job}' is not full-batch gradient descent, which the flow describes; choose another run")

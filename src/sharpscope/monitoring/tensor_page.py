@@ -8,7 +8,7 @@ import numpy as np
 
 from ..measures.columns import column_of
 from ..records.history import History
-from ..report.html import asset, embedded, heads, number
+from ..report.html import asset, embedded, heads, number, sideways
 from .measurements import Facts
 from .recorder import RUN
 from .tensor_kinds import KINDS
@@ -87,7 +87,8 @@ def _by_kind(
     head = heads("Kind", "Tensors", *(escape(QUANTITIES[q]) for q in there))
     caption = '<caption class="unseen">Medians over the tensors of a kind</caption>'
     table = f"<table>{caption}{head}<tbody>{rows}</tbody></table>"
-    return f'<h3>By kind of layer</h3><p class="note">Medians of the latest values.</p><div class="wide">{table}</div>'
+    note = '<p class="note">Medians of the latest values.</p>'
+    return f"<h3>By kind of layer</h3>{note}{sideways(table, 'By kind of layer')}"
 
 
 def _table(

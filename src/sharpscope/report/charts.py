@@ -59,8 +59,9 @@ class Chart:
 
     @property
     def axis_labels(self) -> tuple[str, str]:
-        """The labels of the two axes."""
-        return self.x_label or in_words(self.x), self.y_label or in_words(self.y)
+        """The labels of the two axes; a logarithmic one says so."""
+        x, y = self.x_label or in_words(self.x), self.y_label or in_words(self.y)
+        return x + " (log)" * self.log_x, y + " (log)" * self.log_y
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,12 @@ def _numbers(chart: Chart, lines: Sequence[Trace]) -> str:
     head = heads("Run", "Points", "First", "Last", "Lowest", "Highest")
     caption = f'<caption class="unseen">{escape(chart.axis_labels[1])}</caption>'
     table = f"<table>{caption}{head}<tbody>{rows}</tbody></table>"
-    return f'<details><summary>Numbers</summary><div class="wide">{table}</div></details>'
+    return f"<details><summary>Numbers</summary>{sideways(table, f'Numbers of {chart.title}')}</details>"
+
+
+def sideways(table: str, name: str) -> str:
+    """Make room for a table that may be wider than the page: it scrolls, with the keyboard too."""
+    return f'<div class="wide" role="group" tabindex="0" aria-label="{escape(name)}">{table}</div>'
 
 
 def _data(chart: Chart | SphereChart, lines: Sequence[Trace]) -> dict[str, object]:
