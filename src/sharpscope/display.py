@@ -19,7 +19,7 @@ from io import BytesIO
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from .errors import MissingExtra
+from .errors import needing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,10 +104,8 @@ def new_figure(width: float, height: float) -> "Figure":
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    try:
+    with needing("matplotlib", "a figure"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("figures need matplotlib, which is not installed: pip install matplotlib") from error
     return _shown(Figure)(figsize=(width, height), layout="constrained", facecolor="white")
 
 

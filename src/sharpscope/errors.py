@@ -3,6 +3,9 @@
 An error keeps the built-in kind that fits it (ValueError, RuntimeError, ...), so that either may be caught.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SharpscopeError(Exception):
     """Base of all errors of sharpscope; its message says what was seen and what to do."""
@@ -88,3 +91,16 @@ class Unusable(SharpscopeError):
 
 class Refused(SharpscopeError):
     """The command line cannot do what it was asked to; it ends with exit status 2."""
+
+
+@contextmanager
+def needing(package: str, user: str) -> Iterator[None]:
+    """Name a package that an import inside does not find: "`user` needs it, and it is not installed".
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    try:
+        yield
+    except ImportError as missing:
+        raise MissingExtra(f"{user} needs {package}, which is not installed: pip install {package}") from missing

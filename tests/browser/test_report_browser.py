@@ -262,11 +262,31 @@ FILES = """(async () => {
     URL.createObjectURL = (blob) => { made.push(blob); return 'blob:nothing'; };
     const names = [], click = HTMLAnchorElement.prototype.click;
     HTMLAnchorElement.prototype.click = function () { names.push(this.download); };
-    document.querySelectorAll('#chart-NAME .files button').forEach(button => button.click());
+    document.querySelectorAll('#chart-NAME .files button:not(:last-child)').forEach(button => button.click());
     URL.createObjectURL = old;
     HTMLAnchorElement.prototype.click = click;
     return [names, ...await Promise.all(made.map(blob => blob.text()))];
 })()"""
+
+
+@pytest.mark.parametrize("name", ["a run", HOSTILE], ids=["plain", "hostile"])
+def test_a_chart_is_printed_alone(tab: Tab, tmp_path: Path, name: str) -> None:
+    tab.open(write_report(tmp_path / "report.html", **page(name)), theme="dark")
+    closed = tab.js("document.querySelectorAll('details:not([open])').length")
+    title = tab.js("document.title")
+    tab.js("window.print = () => {}; document.querySelector('#chart-edge .files button:last-child').click()")
+    assert tab.js("document.title") == "edge"
+    assert tab.js("document.querySelector('.sheet text').getAttribute('fill')") == "#5d656f"  # as on light paper
+    tab("Emulation.setEmulatedMedia", media="print")
+    shown = "[...document.body.children].filter(e => getComputedStyle(e).display !== 'none').map(e => e.className)"
+    assert tab.js(shown) == ["sheet"]
+    tab("Emulation.setEmulatedMedia", media="")
+    pages = base64.b64decode(tab("Page.printToPDF")["data"]).count(b"/Type /Page\n")
+    assert pages == 1
+    tab.js("dispatchEvent(new Event('afterprint'))")
+    assert tab.js("document.querySelector('.sheet')") is None and tab.js("document.title") == title
+    assert tab.js("document.querySelectorAll('details:not([open])').length") == closed
+    assert tab.complaints() == []
 
 
 @pytest.mark.parametrize("name", ["a run", HOSTILE], ids=["plain", "hostile"])

@@ -118,7 +118,7 @@ def test_arpack_and_lanczos_find_the_same_in_a_network() -> None:
 
 def test_a_missing_scipy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
-    with pytest.raises(ImportError, match=r"to_scipy\(\) needs SciPy, which is not installed"):
+    with pytest.raises(ImportError, match=r"to_scipy\(\) needs scipy, which is not installed"):
         OPERATOR.to_scipy()
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from sharpscope.errors import MissingExtra
 from sharpscope.records.history import History
 from sharpscope.records.run_log import RunLog
 
@@ -289,3 +290,19 @@ def test_a_disk_that_fills_up_keeps_what_is_there(tmp_path: Path, monkeypatch: p
         log.checkpoint(step=torch.tensor(1))
     assert log.resume()["step"].item() == 0
     assert [row["step"] for row in log.rows] == [0]
+
+
+def test_packages_that_only_files_need_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RunLog(tmp_path, "a run")
+    log.append(step=1)
+    log.checkpoint(w=torch.ones(2))
+    with monkeypatch.context() as without:
+        for name in ("pyarrow", "pyarrow.parquet", "safetensors", "safetensors.torch"):
+            without.setitem(sys.modules, name, None)
+        with pytest.raises(MissingExtra, match=r"a history on disk needs pyarrow, .*: pip install pyarrow"):
+            History([]).save(tmp_path / "history.parquet")
+        with pytest.raises(MissingExtra, match=r"a checkpoint needs safetensors, .*: pip install safetensors"):
+            log.checkpoint(w=torch.ones(2))
+        with pytest.raises(MissingExtra, match="safetensors"):
+            RunLog(tmp_path, "a run").resume()
+    assert RunLog(tmp_path, "a run").resume()["w"].tolist() == [1.0, 1.0]

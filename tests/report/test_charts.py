@@ -143,8 +143,12 @@ def test_the_sphere_is_seen_from_the_side_of_its_paths() -> None:
 def test_figures_are_saved_by_name(tmp_path: Path) -> None:
     data = {**ROUND, "step": [1] * 49, "loss": [1.0] * 49}
     paths = save_figures([LOSS, SPHERE], data, tmp_path / "figures")
-    assert [path.name for path in paths] == ["loss.png", "sphere.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    assert [path.name for path in paths] == ["loss.png", "loss.pdf", "sphere.png", "sphere.pdf"]
+    starts = {".png": b"\x89PNG", ".pdf": b"%PDF"}
+    before = [path.read_bytes() for path in paths]
+    assert all(b.startswith(starts[path.suffix]) for path, b in zip(paths, before, strict=True))
+    save_figures([LOSS, SPHERE], data, tmp_path / "figures")
+    assert [path.read_bytes() for path in paths] == before  # whenever they are drawn
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import InvalidType, InvalidValue, MissingExtra
+from ..errors import InvalidType, InvalidValue, needing
 from .vectors import DRAWN, dot, length
 
 Linear = Callable[[Tensor], Tensor]
@@ -139,10 +139,8 @@ class SymmetricOperator:
 
     def to_scipy(self) -> Any:
         """Return a ``scipy.sparse.linalg.LinearOperator``, which takes and returns NumPy arrays."""
-        try:
+        with needing("scipy", "to_scipy()"):
             from scipy.sparse.linalg import LinearOperator
-        except ImportError as missing:
-            raise MissingExtra("to_scipy() needs SciPy, which is not installed: pip install scipy") from missing
 
         def product(x: Any) -> Any:
             y = self @ torch.as_tensor(x).to(self.like)

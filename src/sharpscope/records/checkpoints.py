@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autodiff.objective import Objective
-from ..errors import Unusable
+from ..errors import Unusable, needing
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 """Suffixes of the files in a directory that count as checkpoints; a file given by name may have any."""
@@ -117,8 +117,9 @@ def read(content: bytes, name: str) -> dict[str, Tensor]:
 
 
 def _safetensors(content: bytes, name: str) -> Mapping[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
+    with needing("safetensors", "a checkpoint in its format"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
     try:
         return load(content)

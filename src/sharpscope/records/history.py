@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..display import card, table, text
-from ..errors import MissingExtra, NoSuchColumn, Unusable
+from ..errors import NoSuchColumn, Unusable, needing
 from .files import SEAL, replacing
 
 Value = float | int | str | None
@@ -87,16 +87,19 @@ class History:
         Raises:
             MissingExtra: pandas is not installed.
         """
-        try:
+        with needing("pandas", "to_pandas()"):
             from pandas import DataFrame
-        except ImportError as missing:
-            raise MissingExtra("to_pandas() needs pandas, which is not installed: pip install pandas") from missing
         return DataFrame(self.columns)
 
     def save(self, path: Path) -> None:
-        """Write all columns as Parquet, atomically, with a checksum."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        """Write all columns as Parquet, atomically, with a checksum.
+
+        Raises:
+            MissingExtra: pyarrow is not installed.
+        """
+        with needing("pyarrow", "a history on disk"):
+            import pyarrow as pa
+            import pyarrow.parquet as pq
 
         table = pa.table(self.columns)
         with replacing(path) as draft:
@@ -108,8 +111,10 @@ class History:
 
         Raises:
             Unusable: the file is missing or damaged.
+            MissingExtra: pyarrow is not installed.
         """
-        import pyarrow.parquet as pq
+        with needing("pyarrow", "a history on disk"):
+            import pyarrow.parquet as pq
 
         try:
             table = pq.read_table(path)

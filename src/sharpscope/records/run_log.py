@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Unusable
+from ..errors import Unusable, needing
 from .files import SEAL, replacing, sealed, sync, unsealed, write_whole
 from .history import Value
 
@@ -104,8 +104,13 @@ class RunLog:
         self._write(self._row(row))
 
     def checkpoint(self, **state: Tensor) -> None:
-        """Replace the checkpoint by these tensors, atomically; the rows are brought to the disk before."""
-        from safetensors.torch import save
+        """Replace the checkpoint by these tensors, atomically; the rows are brought to the disk before.
+
+        Raises:
+            MissingExtra: safetensors is not installed.
+        """
+        with needing("safetensors", "a checkpoint"):
+            from safetensors.torch import save
 
         if self.path.exists():
             sync(self.path)
@@ -152,10 +157,10 @@ class RunLog:
 
     def _checkpoint(self) -> tuple[dict[str, Tensor], int] | None:
         """The tensors of the checkpoint and the length of the log; None where there is none that is whole."""
-        from safetensors import safe_open
-
         if not self.state.exists():
             return None
+        with needing("safetensors", "a checkpoint"):
+            from safetensors import safe_open
         try:
             with safe_open(self.state, framework="pt") as file:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

@@ -156,14 +156,16 @@ def sphere_figure(chart: SphereChart, columns: Columns) -> "Figure":
 
 
 def save_figures(charts: Iterable[Chart | SphereChart], columns: Columns, folder: str | Path) -> list[Path]:
-    """Write one `NAME.png` per chart into the folder, which is made if need be; return their paths."""
+    """Write `NAME.png` and `NAME.pdf` of each chart into the folder, which is made if need be; return their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for chart in charts:
-        paths.append(folder / f"{chart.name}.png")
-        with replacing(paths[-1]) as draft:
-            figure(chart, columns).savefig(draft, dpi=150, format="png")
+        drawn = figure(chart, columns)
+        for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):  # the same figure is the same file
+            paths.append(folder / f"{chart.name}.{kind}")
+            with replacing(paths[-1]) as draft:
+                drawn.savefig(draft, dpi=150, format=kind, metadata=metadata)
     return paths
 
 

@@ -102,6 +102,18 @@
         setTimeout(() => URL.revokeObjectURL(href), 60000);
       } });
     }
+    const label = "Print the chart alone, to paper or as PDF";
+    element("button", tools, { type: "button", textContent: "PDF", title: label, ariaLabel: `${label}: ${name}`,
+      onclick: () => printAlone(name, svg) });
+  }
+
+  // Print nothing but this drawing; the page's title is what a browser calls the file.
+  function printAlone(name, svg) {
+    forPaper(true);
+    const sheet = element("div", document.body, { className: "sheet", innerHTML: svg() }), title = document.title;
+    document.title = name;
+    addEventListener("afterprint", () => { sheet.remove(); document.title = title; }, { once: true });
+    print();
   }
 
   // One button per run: its mark, its name, the value under the cursor.  Pressed means shown.
@@ -487,6 +499,7 @@
   // On paper: light colours, a fixed width, everything unfolded; afterwards as before.
   let folded = [];
   function forPaper(on) {
+    if (root.classList.contains("printing") === on) return;
     root.classList.toggle("printing", on);
     if (on) folded = [...document.querySelectorAll("details:not([open])")];
     for (const details of folded) details.open = on;
