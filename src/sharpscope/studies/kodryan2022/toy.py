@@ -18,7 +18,9 @@ RATES = (0.5, 1.0, 1.5, 1.9, 2.1, 2.5, 3.0, 4.0, 6.0, 10.0, 20.0, 40.0, 100.0)
 """Effective learning rates times the sum of curvatures, η̃A: the border is at 2."""
 
 ALONE = (1.5, 2.2, 3.0, 5.0, 8.0)
-FREE_FROM = 10.0
+FREE_FROM, SLOW = 10.0, 10
+"""η̃A at first where the norm is free, and how many times the steps such runs take."""
+
 TOGETHER, FOLLOWED = 1e-8, 3000
 STABLE, CHAOTIC = 1.5, (6.0, 10.0)
 
@@ -28,7 +30,7 @@ def jobs(config: Config) -> list[Job]:
     return [
         Job("pairs", _many, {"config": config}, cost),
         Job("one pair", _one, {"config": config}, cost / 4),
-        Job("pairs, free norm", _free, {"config": config}, cost / 4),
+        Job("pairs, free norm", _free, {"config": config}, SLOW * cost / 4),
     ]
 
 
@@ -70,13 +72,17 @@ def _one(log: RunLog, progress: Progress, config: Config) -> None:
 
 
 def _free(log: RunLog, progress: Progress, config: Config) -> None:
-    """Descend from the same starts without the sphere, at rates that are far above the border at first."""
+    """Descend from the same starts without the sphere, at rates that are far above the border at first.
+
+    What ends close below the border converges slowly: hence more steps.
+    """
     log.resume()
     a, rng = curvatures(config), np.random.default_rng([2, config.seed])
     w = starts(rng, config.starts, config.pairs)
     problem = replace(Pairs(a, np.full(config.starts, FREE_FROM / a.sum())), free=True)
-    columns = levels(problem, w, config.toy_steps)
-    rates = {"rate": np.full(len(w), FREE_FROM), "step": np.full(len(w), config.toy_steps)}
+    steps = SLOW * config.toy_steps
+    columns = levels(problem, w, steps)
+    rates = {"rate": np.full(len(w), FREE_FROM), "step": np.full(len(w), steps)}
     write(log, ["pairs, free norm"] * len(w), columns | rates | {"random": np.full(len(w), a.sum() / 4)})
 
 
