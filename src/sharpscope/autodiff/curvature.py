@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import InvalidValue, NotSymmetric
-from ..linalg.operators import SymmetricOperator
+from ..linalg.operators import SymmetricOperator, require_operator
 from .expansion import Expansion
 from .objective import Objective, require_objective
 from .processes import Together
@@ -88,6 +88,7 @@ def sharded(a: SymmetricOperator, f: Objective) -> SymmetricOperator:
     Raises:
         InvalidValue: more processes than parts of vectors.
     """
+    require_operator(a)
     require_objective(f)
     if not isinstance(f.processes, Together):
         return a
@@ -100,11 +101,13 @@ def sharded(a: SymmetricOperator, f: Objective) -> SymmetricOperator:
 
 def own_entries(a: SymmetricOperator, v: Tensor) -> Tensor:
     """Copy the entries of a whole vector ``(P,)`` that this process holds of the vectors of an operator."""
+    require_operator(a, spread=True)
     return a.layout.own(v) if isinstance(a.layout, _Parts) else v
 
 
 def whole_vectors(a: SymmetricOperator, columns: Tensor) -> Tensor:
     """Gather vectors ``(P, k)`` of an operator from the entries that each process holds; all of them call this."""
+    require_operator(a, spread=True)
     if not isinstance(a.layout, _Parts):
         return columns
     whole = columns.new_empty((a.size, columns.shape[1]))

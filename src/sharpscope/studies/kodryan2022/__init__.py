@@ -1,4 +1,4 @@
-"""On the sphere a fixed effective learning rate decides between convergence, chaotic equilibrium and divergence.
+"""A fixed effective learning rate on the sphere decides between convergence, chaos and divergence.
 
 Scale-invariant weights are trained on the unit sphere, so that the rate η̃ cannot change by itself.  Below a border the
 loss goes to zero; above it, it stands still at a level of its own, whatever the start; far above, the weights are as

@@ -19,7 +19,7 @@ RATES = (0.5, 1.0, 1.5, 1.9, 2.1, 2.5, 3.0, 4.0, 6.0, 10.0, 20.0, 40.0, 100.0)
 
 ALONE = (1.5, 2.2, 3.0, 5.0, 8.0)
 FREE_FROM, SLOW = 10.0, 10
-"""η̃A at first where the norm is free, and how many times the steps such runs take."""
+"""The rate η̃A at first where the norm is free, and how many times the steps such runs take."""
 
 TOGETHER, FOLLOWED = 1e-8, 3000
 STABLE, CHAOTIC = 1.5, (6.0, 10.0)
