@@ -127,7 +127,8 @@ def test_a_flow_of_a_network_stays_at_zero_loss() -> None:
 def test_measures_are_compared_at_the_same_trace() -> None:
     rows = [{"trace": t, "root_trace": r} for t, r in ((4.0, 8.0), (2.0, 2.0))]
     others = [{"trace": t, "root_trace": r} for t, r in ((4.0, 8.0), (3.0, 6.0))]
-    assert _at_equal_trace(rows, others) == pytest.approx(5 / 6)
+    levels = np.geomspace(3, 3 + 1 / 3, 8)  # the last third of 3 to 4: roots are 3 t - 4 and 2 t there
+    assert _at_equal_trace(rows, others) == pytest.approx(np.exp(np.log((3 * levels - 4) / (2 * levels)).mean()))
 
 
 def test_jobs_write_every_column_that_claims_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,7 @@ def _write_errors(log: RunLog, name: str, truth: Array, path: Array, seed: int) 
 
 
 NET_TAU, NET_T, NET_EPS, NET_NOISE, NET_POINTS = 0.02, 200.0, 1e-4, 0.1, 8  # times of Adam and SGD, eps, √α, rows
+LEVELS = 8  # of tr(H) at which two runs are compared
 
 
 def _net_rules(config: Config) -> dict[str, tuple[UpdateRule, float]]:
@@ -292,12 +293,13 @@ def _distances(net: Network, end: Tensor, name: str, flows: dict[str, Tensor]) -
 
 
 def _at_equal_trace(rows: list[dict[str, float]], others: list[dict[str, float]]) -> float:
-    """Compare tr(D^½) of two runs, both where tr(H) is the greater of their last values."""
-    level = max(rows[-1]["trace"], others[-1]["trace"])
-    root, other = (
-        np.interp(-level, [-row["trace"] for row in run], [row["root_trace"] for row in run]) for run in (rows, others)
+    """Compare tr(D^½) of two runs at equal tr(H): a geometric mean over the last third of what both come through."""
+    low, high = (choose(rows[at]["trace"], others[at]["trace"]) for at, choose in ((-1, max), (0, min)))
+    levels = np.geomspace(low, low + (high - low) / 3, LEVELS)
+    roots, other = (
+        np.interp(-levels, [-row["trace"] for row in run], [row["root_trace"] for row in run]) for run in (rows, others)
     )
-    return float(root / other)
+    return float(np.exp(np.log(roots / other).mean()))
 
 
 STARTS = {name: run(f"{name}: starts") for name in (ADAM, SGD, ADAM_HALF, SGD_HALF, EPS_RUN)}
