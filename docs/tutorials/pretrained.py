@@ -9,7 +9,6 @@ import inspect
 import math
 import os
 import re
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -67,8 +66,6 @@ def encoder_objective(bert: nn.Module, tokens: dict[str, Tensor]) -> ss.Objectiv
 
 def load_encoder(package: Path) -> ss.Objective:
     os.environ["HF_HUB_OFFLINE"] = "1"
-    hidden: dict[str, Any] = {"torchvision": None}  # not needed, and one for another build of PyTorch does not load
-    sys.modules.update({name: module for name, module in hidden.items() if name not in sys.modules})
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ from sharpscope.studies._framework.claims import (
     within,
 )
 from sharpscope.studies._framework.observe import run
-from sharpscope.studies._framework.pages import chart_of, ranked
+from sharpscope.studies._framework.pages import about, chart_of, opening, ranked
+from sharpscope.studies._framework.study import headings
 
 CRITERIA = [at_most(2.0), at_least(2.0), within(1.9, 2.5)]
 
@@ -152,3 +154,26 @@ def test_charts_without_ranks_get_two() -> None:
     assert [chart.rank for chart in ranked(charts)] == [1, 2, 0]
     given = [charts[0], replace(charts[1], rank=1)]
     assert ranked(given) == given
+
+
+def test_a_page_opens_with_what_fits_and_the_rest_stands_below() -> None:
+    first, second, third = "A" * 199 + ".", "B" * 140 + ".", "C" * 30 + "."
+    assert opening(f"{first} {second} {third}") == (f"{first} {second}", third)
+    assert opening("D" * 500 + ". E.") == ("D" * 500 + ".", "E.")
+    study: Any = ModuleType("a_study")
+    study.__doc__ = f"""Title.
+
+    {first}  {second}
+    {third}
+
+    Where ``x < 1``:
+
+        y = <x>
+         z
+    """
+    assert headings(study) == ("Title", f"{first} {second} {third}")
+    assert about(study) == (
+        f'<p>{third}</p><p>Where <code>x &lt; 1</code>:</p><pre tabindex="0">    y = &lt;x&gt;\n     z</pre>'
+    )
+    study.__doc__ = "Title alone."
+    assert headings(study) == ("Title alone", "") and about(study) == ""

@@ -286,7 +286,7 @@ def about(study: Study) -> str:
         equations = any(line.startswith("    ") for line in paragraph.splitlines())
         text = escape(paragraph if equations else " ".join(paragraph.split()))
         html.append(f'<pre tabindex="0">{text}</pre>' if equations else f"<p>{text}</p>")
-    return "".join(html)
+    return re.sub(r"(`{1,2})([^`]+)\1", r"<code>\2</code>", "".join(html))
 
 
 def outcome(verdicts: Sequence[Verdict]) -> str:

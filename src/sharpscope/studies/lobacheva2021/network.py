@@ -294,7 +294,7 @@ CHARTS = under(
             y="effective_rate",
             runs=(*JUMPING, named(MIDDLE, SMOOTH_EPS), named(MIDDLE, STILL_EPS)),
             log="y",
-            caption="It grows as e^{2τ} where gradients are small; a jump throws it back.",
+            caption="It grows as exp(2τ) where gradients are small; a jump throws it back.",
             rank=3,
         ),
         Chart(
