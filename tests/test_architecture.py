@@ -145,7 +145,11 @@ def test_nothing_read_from_disk_is_executed() -> None:
 
 
 PUBLIC = [sharpscope, *(getattr(sharpscope, name) for name in WINGS[:9])]
-ERRORS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
+ERRORS = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if getattr(kind, "__module__", "") == errors.__name__ and isinstance(kind, type)
+}
 
 
 @pytest.mark.parametrize("module", PUBLIC, ids=lambda module: str(module.__name__))
