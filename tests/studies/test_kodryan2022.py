@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from whole_studies import made
 
 from sharpscope.optimizers.gd import GD
-from sharpscope.records.history import History
 from sharpscope.studies import kodryan2022 as study
 from sharpscope.studies._shared.networks import Variant, problem_of
 from sharpscope.studies._shared.windows import UNBOUNDED, FixedRate, Windows, descend
@@ -101,38 +101,5 @@ def test_windows_of_a_run() -> None:
     assert all(math.isfinite(v) for row in rows for v in row.values())
 
 
-class Log:
-    """The rows that the jobs of a study write."""
-
-    def __init__(self, run: str, rows: list[dict[str, Any]]) -> None:
-        self.run, self.rows = run, rows
-
-    def resume(self) -> dict[str, Any]:
-        return {}
-
-    def append(self, **row: Any) -> None:
-        self.rows.append({"run": self.run, **row})
-
-
 def test_every_run_that_a_claim_or_chart_reads_is_made() -> None:
-    config = Config(steps=12, every=2, train=90, starts=2, toy_steps=40, seed=3)
-    rows: list[dict[str, Any]] = []
-    for job in study.jobs(config):
-        log: Any = Log(job.name, rows)
-        job.work(log, lambda done: None, **job.arguments)
-    history = History(rows)
-    for claim in study.CLAIMS:
-        assert {*claim.runs} <= {*history.runs}, claim.sentence
-        claim.decide("kodryan2022", history, config)
-    for chart in study.CHARTS:
-        assert {*chart.runs} <= {*history.runs}, chart.name
-
-
-def test_two_runs_begin_at_the_distance_that_is_written() -> None:
-    rows: list[dict[str, Any]] = []
-    config = Config(steps=12, every=1, train=90)
-    (job,) = (job for job in study.jobs(config) if job.name == "two runs")
-    log: Any = Log(job.name, rows)
-    job.work(log, lambda done: None, **job.arguments)
-    first = [row["distance"] for row in rows if row["step"] == 0]
-    assert len(first) == 3 and first == pytest.approx([1e-8] * 3, rel=0.05)
+    made(study, "kodryan2022", Config(steps=12, every=2, train=90, starts=2, toy_steps=40, seed=3))

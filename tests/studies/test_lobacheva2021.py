@@ -1,14 +1,13 @@
 """Jumps with batch normalization and weight decay: formulas against autograd, and small runs of every job."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import batch_norm
+from whole_studies import made
 
-from sharpscope.records.history import History
 from sharpscope.studies import lobacheva2021 as study
 from sharpscope.studies._shared.nets import BatchNorm
 from sharpscope.studies.lobacheva2021 import Config
@@ -107,29 +106,7 @@ def test_jumps_are_counted_once() -> None:
     assert jumps(rate / 3, loss, peak) == []
 
 
-class Log:
-    """The rows that the jobs of a study write."""
-
-    def __init__(self, run: str, rows: list[dict[str, Any]]) -> None:
-        self.run, self.rows = run, rows
-
-    def resume(self) -> dict[str, Any]:
-        return {}
-
-    def append(self, **row: Any) -> None:
-        self.rows.append({"run": self.run, **row})
-
-
 def test_every_run_that_a_claim_or_chart_reads_is_made() -> None:
-    config = Config(tau=0.04, every=4, stair=8, train=90, toy_tau=1.5, seed=3)
-    rows: list[dict[str, Any]] = []
-    for job in study.jobs(config):
-        log: Any = Log(job.name, rows)
-        job.work(log, lambda done: None, **job.arguments)
-    history = History(rows)
-    for claim in study.CLAIMS:
-        assert {*claim.runs} <= {*history.runs}, claim.sentence
-        claim.decide("lobacheva2021", history, config)
-    for chart in study.CHARTS:
-        assert {*chart.runs} <= {*history.runs}, chart.name
-    assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+    history = made(study, "lobacheva2021", Config(tau=0.04, every=4, stair=8, train=90, toy_tau=1.5, seed=3))
+    numbers = (v for column in history.columns.values() for v in column if isinstance(v, float))
+    assert all(map(math.isfinite, numbers))
