@@ -17,6 +17,7 @@ from problems import normal, relative
 from torch import Tensor, nn
 
 from sharpscope import Objective, find_groups, hessian, sharpness
+from sharpscope.autodiff import first_look
 from sharpscope.autodiff.expansion import kept
 from sharpscope.errors import InvalidValue, NoSecondDerivative, NotSymmetric, Random
 
@@ -371,6 +372,100 @@ def test_numbers_taken_out_for_a_log_stop_nothing() -> None:
     plain = Objective(net, F.mse_loss, [(X, Y)])
     w = f.weights()
     assert torch.equal(f.hvp(w, w), plain.hvp(w, w))
+
+
+def by_slice(z: Tensor) -> Tensor:
+    memory = z.new_zeros(2)
+    memory[:1] = z.detach().std()
+    return memory[0]
+
+
+def by_memory(z: Tensor) -> Tensor:
+    memory = z.new_zeros(2)
+    memory.view(1, 2)[0].add_(z.detach().std())
+    return memory[1]
+
+
+def by_sum(z: Tensor) -> Tensor:
+    size = z.new_zeros(())
+    size += z.detach().std()
+    return size
+
+
+def by_out(z: Tensor) -> Tensor:
+    size = z.new_zeros(())
+    with torch.no_grad():
+        torch.add(z.std(), 0.0, out=size)
+    return size
+
+
+def by_batches(z: Tensor) -> Tensor:
+    return torch.func.vmap(lambda row: row.detach())(z).std()
+
+
+ROADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a list": lambda z: torch.stack([z.detach().std(), z.new_ones(())]).prod(),
+    "a keyword": lambda z: torch.mul(z.new_ones(()), other=z.detach().std()),
+    "an array": lambda z: torch.as_tensor(np.asarray(z.detach()).std(ddof=1)),
+    "data": lambda z: z.data.std(),
+    "a slice": by_slice,
+    "memory": by_memory,
+    "a sum": by_sum,
+    "out": by_out,
+    "vmap": by_batches,
+}
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_what_was_stopped_is_found_on_its_way_back(road: str) -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = two_layers(6, 1)
+
+        def forward(self, a: Tensor) -> Tensor:
+            out = self.q(a)
+            return out / ROADS[road](out)
+
+    assert not Objective(Sized(), F.mse_loss, [(X, Y)]).follows_gradient
+
+
+class Averaging(nn.Module):
+    """Keeps running averages of its own by one of several ways, and a log."""
+
+    centre: Tensor
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.q = two_layers(6, 1)
+        self.register_buffer("centre", torch.zeros(4, dtype=torch.float64))
+        self.log: list[Tensor] = []
+
+    def forward(self, a: Tensor) -> Tensor:
+        hidden = torch.tanh(self.q[0](a))
+        mean = hidden.mean(0)
+        out = self.q[2](hidden - mean) + self.centre[0]  # of before
+        if self.kind == "detach":
+            self.centre.mul_(0.9).add_(mean.detach()[:4], alpha=0.1)
+        elif self.kind == "no_grad":
+            with torch.no_grad():
+                self.centre[:] = 0.9 * self.centre + 0.1 * mean[:4]
+        else:
+            self.log.append(hidden.detach().std(0) * 2)
+        mask = hidden.detach() > 0
+        return out + torch.where(mask, hidden, -hidden).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", ["detach", "no_grad", "log"])
+def test_averages_and_logs_need_no_comparison(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[bool] = []
+    monkeypatch.setattr(first_look._Looking, "_compare_with_differences", lambda self: compared.append(True))
+    f = Objective(Averaging(kind), F.mse_loss, [(X, Y)])
+    assert f.follows_gradient and not compared
+    w = f.weights()
+    v = normal(f.size, seed=6)
+    assert relative(f.hvp(w, v), (f.grad(w + 1e-6 * v) - f.grad(w - 1e-6 * v)) / 2e-6) < 1e-6
 
 
 class Rounded(torch.autograd.Function):

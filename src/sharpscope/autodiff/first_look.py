@@ -366,13 +366,18 @@ class _Looking:
 
 
 class _Spy(TorchFunctionMode):
-    """Sees where gradients are stopped and weights are written; constants are saved before they are."""
+    """Sees where gradients are stopped and weights are written; constants are saved before they are.
+
+    Gradients are stopped where a number that was computed outside of the graph, from one inside, comes back into it.
+    """
 
     def __init__(self, weights: Iterable[Tensor] = (), constants: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self._constants = {s.data_ptr(): t for t in constants if (s := storage_of(t)) is not None}
         self._saved: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # a constant, its memory and what was in it
         self._weights = {s.data_ptr() for t in weights if (s := storage_of(t)) is not None}
+        self._cut: dict[int, Tensor] = {}  # tensors by their ids, which live as long as they do
+        self._cut_memory: set[int] = set()
         self.stops = False
         self.writes = False
         self.rounds = False
@@ -382,20 +387,49 @@ class _Spy(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         first = args[0] if args and isinstance(args[0], Tensor) else None
-        inplace = name.endswith("_") and not name.endswith("__")
+        inplace = (name.endswith("_") and not name.endswith("__")) or name in INPLACE
         if inplace or func in DATA:
             self._save(args[0] if args and isinstance(args[0], list | tuple) else args[:1])
+        given = list(tensors((args, kwargs or {})))
+        transformed = torch._C._functorch.maybe_current_level() is not None
+        moving = transformed or any(t.requires_grad for t in given)
+        cut = any(self._is_cut(t) for t in given)
         out = func(*args, **(kwargs or {}))
         if first is not None and (inplace or func is torch.Tensor.data.__get__):  # type: ignore[attr-defined]
             storage = storage_of(first)
             self.writes |= storage is not None and storage.data_ptr() in self._weights
-        moving = any(isinstance(a, Tensor) and a.requires_grad for a in args)
         self.rounds |= name in ROUNDING or "fake_quant" in name
-        self.stops |= moving and self._stopped(func, name, out)
+        if (moving or cut) and (name in STOPPING or func in DATA):
+            self.stops = True
+        elif cut or (moving and (name in DETACHING or not torch.is_grad_enabled())):
+            written = inplace or "out" in (kwargs or {})
+            self._follow([*tensors(out), *(tensors(args[:1]) if inplace else ())], written)
+            self.stops |= transformed  # where nothing can be followed
         return out
 
+    def _is_cut(self, t: Tensor) -> bool:
+        if id(t) in self._cut:
+            return True
+        storage = storage_of(t) if self._cut_memory else None
+        return storage is not None and storage.data_ptr() in self._cut_memory
+
+    def _follow(self, results: list[Tensor], written: bool) -> None:
+        """Follow what no gradient goes through: it stops one where it comes back into the graph.
+
+        Running averages and logs never do.
+        """
+        for t in results:
+            if not t.is_floating_point() and not t.is_complex():
+                continue  # a mask or an index, whose derivative is zero
+            self.stops |= t.requires_grad and (written or torch.is_grad_enabled())  # views require it in any case
+            self._cut[id(t)] = t
+            storage = storage_of(t) if written else None
+            if storage is not None:
+                self._cut_memory.add(storage.data_ptr())
+
     def put_back(self) -> bool:
-        """Put back the constants that were written, and tell whether there were any."""
+        """Put back the constants that were written, and tell whether there were any; follow nothing any more."""
+        self._cut.clear()
         written = False
         for constant, memory, content in self._saved.values():
             if constant.data_ptr() != memory.data_ptr() or not _same(constant, content):
@@ -412,14 +446,15 @@ class _Spy(TorchFunctionMode):
                 memory = constant.detach()
                 self._saved[id(constant)] = constant, memory, memory.clone()
 
-    def _stopped(self, func: Callable[..., Any], name: str, out: Any) -> bool:
-        if name in STOPPING or func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
-            return True
-        return not torch.is_grad_enabled() and isinstance(out, Tensor) and out.is_floating_point()
 
+DETACHING = frozenset({"detach", "detach_"})
+"""Operations that give the same numbers outside of the graph."""
 
-STOPPING = frozenset({"detach", "detach_", "item", "tolist", "numpy", "__float__"})
-"""Operations that take numbers out of a graph."""
+STOPPING = frozenset({"item", "tolist", "numpy", "__float__", "__array__", "__dlpack__", "untyped_storage"})
+"""Operations that take numbers out of tensors."""
+
+INPLACE = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"})
+"""Operations that write into their first argument, beside those with a name that ends in an underscore."""
 
 DATA = (torch.Tensor.data.__get__, torch.Tensor.data.__set__)  # type: ignore[attr-defined]
 """Operations behind the data of a tensor, which autograd does not see."""
