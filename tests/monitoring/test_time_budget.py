@@ -1,6 +1,7 @@
 """Budgets are kept at every moment, or at the end where it is known, and measurements are as frequent as they allow."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import cases
@@ -15,7 +16,7 @@ from sharpscope.monitoring import time_budget
 from sharpscope.monitoring.measuring import UNKNOWN_GROUPS
 from sharpscope.monitoring.monitor import Monitor
 from sharpscope.monitoring.schedules import log_spaced
-from sharpscope.monitoring.time_budget import Budget, Ledger, parse_fraction, plan_probe
+from sharpscope.monitoring.time_budget import ADVANCE, Budget, Ledger, parse_fraction, plan_probe
 
 
 class Clock:
@@ -35,10 +36,9 @@ def simulated(
     cost: list[float],
     *,
     steps_known: bool,
-    first_step: float = 1.0,
-    slow: int = 0,
+    seconds: Callable[[int], float] = lambda step: 1.0,
 ) -> list[tuple[float, int]]:
-    """Overhead and measurements after every step of one second, where these take `cost` seconds in turn."""
+    """Overhead and measurements after every step of so many seconds, where these take `cost` seconds in turn."""
     clock = Clock()
     for module in ("monitor", "time_budget", "timetable"):
         monkeypatch.setattr(f"sharpscope.monitoring.{module}.perf_counter", clock)
@@ -59,7 +59,7 @@ def simulated(
     f.loss(f.model(x), y).backward()
     for step in range(steps):
         sgd.step()
-        clock.now += first_step if step == 0 else 4.0 if step < slow else 1.0
+        clock.now += seconds(step)
         monitor.step()
         out.append((monitor.overhead, len(monitor.history)))
     return out
@@ -81,15 +81,27 @@ def test_the_budget_is_kept_and_used(monkeypatch: pytest.MonkeyPatch, budget: fl
 
 
 def test_a_slow_first_step_is_no_measure_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = simulated(monkeypatch, 0.05, 300, [0.5] * 300, steps_known=True, first_step=100.0)
+    path = simulated(monkeypatch, 0.05, 300, [0.5] * 300, steps_known=True, seconds=lambda step: 1.0 if step else 100.0)
     assert path[-1][0] <= 0.05
     assert path[200][0] <= 0.05
 
 
 def test_steps_that_become_faster_do_not_break_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three hundred steps of four seconds, then seven hundred of one."""
-    path = simulated(monkeypatch, 0.05, 1000, [1.2, *[0.5] * 1000], steps_known=True, slow=300)
+    path = simulated(
+        monkeypatch, 0.05, 1000, [1.2, *[0.5] * 1000], steps_known=True, seconds=lambda step: 4.0 if step < 300 else 1.0
+    )
     assert 0.03 < path[-1][0] <= 0.05
+
+
+def test_the_advance_counts_on_short_steps() -> None:
+    """Sixty steps of 1 to 1.6 seconds, as caches and clocks warm up; at no moment may more be spent than 5 % at 200."""
+    durations = [1.0 + (step % 4) / 5 if step < 60 else 1.0 for step in range(ADVANCE)]
+    ledger = Ledger()
+    for step, seconds in enumerate(durations, 1):
+        ledger.add_steps(seconds, 1)
+        affordable = Budget(0.05).affordable(ledger, step)
+        assert 0.85 * 0.05 * ADVANCE < affordable <= 0.05 * sum(durations)
 
 
 def test_a_dear_measurement_is_made_up_for_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

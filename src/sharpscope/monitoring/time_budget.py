@@ -5,9 +5,9 @@ there is one after t steps when
 
     measured + c ≤ b · (trained + s · max(G - t, 0)),        G = 200
 
-with s seconds for a step: the first steps are given an advance, so that the beginning is seen too, and from step G on
-the fraction is kept at every moment.  What the first measurement leaves of the advance is spread over these steps.  An
-expensive measurement is made up for before the next.  One that takes longer than it may is given up.  Until the
+with s seconds for a short step: the first steps are given an advance, so that the beginning is seen too, and from step
+G on the fraction is kept at every moment.  What the first measurement leaves of the advance is spread over these steps.
+An expensive measurement is made up for before the next.  One that takes longer than it may is given up.  Until the
 scale-invariant groups are found, half of what measuring may cost is saved for that.
 """
 
@@ -119,6 +119,12 @@ class Ledger:
         """Seconds of a step: the median of the latest, or the mean of all if that is less."""
         return min(median(self.latest_steps), self.trained / self.steps) if self.latest_steps else 0.0
 
+    @property
+    def short_step(self) -> float:
+        """Seconds that hardly a step is shorter than: the lower tenth of the latest, or the mean of all if less."""
+        tenth = sorted(self.latest_steps)[: len(self.latest_steps) // 10 + 1]
+        return min(tenth[-1], self.trained / self.steps) if tenth else 0.0
+
 
 @dataclass(frozen=True)
 class ProbePlan:
@@ -171,9 +177,12 @@ class Budget:
         return bool(ledger.most_expensive) and ledger.measured + seconds <= self.affordable(ledger, step)
 
     def affordable(self, ledger: Ledger, step: int) -> float:
-        """Seconds that measuring may take until now, with the advance of the first steps."""
+        """Seconds that measuring may take until now, with the advance of the first steps.
+
+        The first steps are as a rule slower than those that the advance is to be paid from.
+        """
         ahead = max(self.advance - step, 0)
-        return SAFETY * self.fraction * (ledger.trained + ledger.typical_step * ahead)
+        return SAFETY * self.fraction * (ledger.trained + ledger.short_step * ahead)
 
     def planned(self, ledger: Ledger) -> float:
         """Seconds that a plan may spend in the whole run, or in 1000 steps."""
