@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from sharpscope.monitoring.meters import Meter, Step
+
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
     """Examples with noise that is drawn anew, in a worker if there are any, whenever one is read."""
@@ -90,3 +92,14 @@ def go_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(folder)
     assert os.getcwd() == str(folder)
+
+
+class Seen(Meter):
+    """Keeps what meters are given."""
+
+    def __init__(self, seen: list[Step]) -> None:
+        self.seen = seen
+
+    def read(self, step: Step) -> dict[str, float]:
+        self.seen.append(step)
+        return {}

@@ -13,11 +13,12 @@ import pytorch_lightning
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from traces import Augmented, differing, go_offline, loader, network, seed_all, traces
+from traces import Augmented, Seen, differing, go_offline, loader, network, seed_all, traces
 
 from sharpscope.autodiff.objective import Objective
 from sharpscope.integrations import named
 from sharpscope.integrations.lightning import SharpnessCallback
+from sharpscope.monitoring.meters import Step
 from sharpscope.monitoring.monitor import Monitor
 from sharpscope.records import RunLog
 
@@ -92,6 +93,20 @@ def test_a_watched_fit_is_the_unwatched_fit_to_the_last_bit(precision: str, pers
     assert {p.dtype for p in monitor.objective.model.parameters()} == {
         torch.float64 if precision == "64-true" else torch.float32
     }
+
+
+@pytest.mark.parametrize("accumulated", [1, 2, 3])
+def test_meters_get_the_loss_of_the_whole_step(accumulated: int) -> None:
+    """It is the mean over its batches; four of them make an epoch, whose last step may be of one alone."""
+    seen: list[Step] = []
+    trainer = fit(
+        SharpnessCallback(mse, every=3, meters=[Seen(seen)]), fixed_data(), accumulate_grad_batches=accumulated
+    )
+    losses = torch.tensor(trainer.lightning_module.losses).view(3, 4)
+    wanted = [part.mean().item() for epoch in losses for part in epoch.split(accumulated)]
+    assert [step.loss for step in seen] == pytest.approx(wanted, rel=1e-6)
+    alone = [len(part) == 1 for epoch in losses for part in epoch.split(accumulated)]
+    assert [step.batch is not None for step in seen] == alone
 
 
 def own_loop(module: Module, data: Any, probe: Any, **options: Any) -> Monitor:

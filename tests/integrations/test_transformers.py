@@ -11,7 +11,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
-from traces import differing, go_offline, seed_all, traces
+from traces import Seen, differing, go_offline, seed_all, traces
 from transformers import (
     BatchEncoding,
     GPT2Config,
@@ -25,7 +25,7 @@ from transformers import (
 from sharpscope.autodiff.objective import Objective
 from sharpscope.integrations.transformers import SharpnessCallback, _load, _save
 from sharpscope.monitoring import AlongStep, LossWatch, TensorTable
-from sharpscope.monitoring.meters import Meter, Step
+from sharpscope.monitoring.meters import Step
 from sharpscope.monitoring.monitor import Monitor
 from sharpscope.optimizers.from_torch import rule_of, rules_of
 
@@ -134,17 +134,6 @@ def test_meters_get_losses_and_batches_and_the_training_does_not_notice(accumula
     assert [s.batch is not None for s in seen] == [accumulated == 1] * 4
     assert sum(value is not None for value in columns["edge_along_step"]) == 4
     assert sum(value is not None for value in columns["norm/transformer.wte.weight"]) == 4
-
-
-class Seen(Meter):
-    """Keeps what meters are given."""
-
-    def __init__(self, seen: list[Step]) -> None:
-        self.seen = seen
-
-    def read(self, step: Step) -> dict[str, float]:
-        self.seen.append(step)
-        return {}
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

@@ -44,11 +44,11 @@ class SharpnessCallback(Callback):
         sinks: functions that get every measurement; the trainer's loggers do in any case.
         options: those of `Monitor`, such as every, budget, k, point, rule, meters, directory.
 
-    Meters get the loss of each step and its batch; where gradients are accumulated neither, and those that need a batch
-    measure the first of the data.  Of several optimizers, all that train the measured model are watched.  Dropout is
-    left out of what is measured.  Several processes measure together the loss of the batches of all, and the first one
-    logs and writes.  The state is part of Lightning's checkpoints, and a resumed fit goes on with it.  `monitor` is the
-    Monitor, from the start of a fit on.
+    Meters get the loss of each step and its batch; where gradients are accumulated the mean loss alone, and those that
+    need a batch measure the first of the data.  Of several optimizers, all that train the measured model are watched.
+    Dropout is left out of what is measured.  Several processes measure together the loss of the batches of all, and the
+    first one logs and writes.  The state is part of Lightning's checkpoints, and a resumed fit goes on with it.
+    `monitor` is the Monitor, from the start of a fit on.
 
     Raises:
         ValueError: (at the start of a fit) parameters spread over processes, or trained by no optimizer; no probe can
@@ -79,6 +79,8 @@ class SharpnessCallback(Callback):
         self.options = options
         self.monitor: Monitor | None = None
         self._state: Mapping[str, Any] | None = None
+        self._losses: list[Any] = []  # of the batches since the last step of an optimizer
+        self._steps = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the Monitor."""
@@ -101,18 +103,25 @@ class SharpnessCallback(Callback):
         } | self.options
         sinks = (*self.sinks, *(_logged(logger) for logger in trainer.loggers))
         state, self._state = self._state, None
+        self._losses, self._steps = [], trainer.global_step
         done = trainer.global_step // max(len(trainer.optimizers), 1)  # which counts the steps of every optimizer
         self.monitor = monitor_of(objective, optimizers or trainer.optimizers, state, done, sinks, **options)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Measure if it is time; the meters get the loss and the batch, unless gradients are accumulated."""
+        """Measure if it is time; the meters get the loss of the step, and its batch where there was but one."""
         if self.monitor is None:
             return
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and trainer.accumulate_grad_batches == 1:
-            self.monitor.step(loss, batch)
-        else:
+        self._losses.append(outputs.get("loss") if isinstance(outputs, Mapping) else outputs)
+        if trainer.global_step == self._steps:
+            return
+        losses, self._losses, self._steps = self._losses, [], trainer.global_step
+        automatic = pl_module.automatic_optimization
+        if not all(isinstance(loss, Tensor) for loss in losses) or (len(losses) > 1 and not automatic):
             self.monitor.step()
+            return
+        divided = trainer.accumulate_grad_batches if automatic else 1  # so Lightning hands losses over
+        mean = sum(losses[1:], losses[0]) * (divided / len(losses))
+        self.monitor.step(mean, batch if len(losses) == 1 else None)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the report."""
