@@ -390,7 +390,7 @@ class _Spy(TorchFunctionMode):
         inplace = (name.endswith("_") and not name.endswith("__")) or name in INPLACE
         if inplace or func in DATA:
             self._save(args[0] if args and isinstance(args[0], list | tuple) else args[:1])
-        given = list(tensors((args, kwargs or {})))
+        given = _arguments((*args, *kwargs.values()) if kwargs else args)
         transformed = torch._C._functorch.maybe_current_level() is not None
         moving = transformed or any(t.requires_grad for t in given)
         cut = any(self._is_cut(t) for t in given)
@@ -403,7 +403,7 @@ class _Spy(TorchFunctionMode):
             self.stops = True
         elif cut or (moving and (name in DETACHING or not torch.is_grad_enabled())):
             written = inplace or "out" in (kwargs or {})
-            self._follow([*tensors(out), *(tensors(args[:1]) if inplace else ())], written)
+            self._follow([*_arguments((out,)), *(_arguments(args[:1]) if inplace else ())], written)
             self.stops |= transformed  # where nothing can be followed
         return out
 
@@ -445,6 +445,17 @@ class _Spy(TorchFunctionMode):
             if constant is not None and id(constant) not in self._saved:
                 memory = constant.detach()
                 self._saved[id(constant)] = constant, memory, memory.clone()
+
+
+def _arguments(found: Iterable[Any]) -> list[Tensor]:
+    """List the tensors among the arguments of an operation, which come alone or in lists."""
+    out: list[Tensor] = []
+    for a in found:
+        if isinstance(a, Tensor):
+            out.append(a)
+        elif isinstance(a, list | tuple):
+            out += _arguments(a)
+    return out
 
 
 DETACHING = frozenset({"detach", "detach_"})
