@@ -234,6 +234,7 @@ CHARTS = labelled(
             y="sharpness",
             runs=runs(PLAIN),
             lines=((10.0, "2/lr"),),
+            caption="The optimizer's swings about 2/lr, where the central flow is; the flow that knows no edge rises.",
         ),
         Chart(
             "bn-spherical-sharpness",
@@ -241,6 +242,7 @@ CHARTS = labelled(
             x="step",
             y="spherical_sharpness",
             runs=runs("MLP with BN"),
+            caption="The central flow falls with the optimizer; the stable flow, which knows no edge, rises.",
         ),
         Chart(
             "bn-loss",
@@ -255,6 +257,7 @@ CHARTS = labelled(
             x="step",
             y="error",
             runs=tuple(f"{name}: central flow" for name in NETS),
+            caption="In units of what the optimizer has moved.",
         ),
     ),
     *under(
@@ -276,6 +279,7 @@ CHARTS = labelled(
             y="gradients",
             runs=("cost: implicit flow", "cost: gradient descent", "cost: explicit flow"),
             log="xy",
+            caption="Descent needs 1/il of them, the implicit flow about as many at any il.",
         ),
     ),
 )

@@ -279,6 +279,7 @@ CHARTS = under(
             y="distance",
             runs=tuple(twins(rate) for rate in TWINS),
             log="y",
+            caption="From 1e-8 on: at the small rate they stay together, at the others they are soon orthogonal.",
             rank=3,
         ),
         Chart(
@@ -298,6 +299,7 @@ CHARTS = under(
             runs=(*(named(rate) for rate in CONVERGES), COOLED),
             log="y",
             lines=tuple((2 / rate, f"2/η̃ at {rate:g}") for rate in CONVERGES),
+            caption="Each rate ends where its own edge is.",
         ),
         Chart(
             "steps",

@@ -285,6 +285,7 @@ CHARTS = under(
             y="peak",
             runs=(named(MIDDLE), *(named(MIDDLE, eps) for eps in (SMOOTH_EPS, STILL_EPS))),
             log="y",
+            caption="Without eps the effective rate comes to where no minimum is stable; a large eps keeps it below.",
             rank=1,
         ),
         Chart(
