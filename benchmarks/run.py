@@ -213,14 +213,18 @@ def main() -> None:
     torch.set_num_threads(1)
     extent = QUICK if options.quick else FULL
     out = options.out or Path("runs/bench-quick.md" if options.quick else "benchmarks/RESULTS.md")
-    start, done = time.monotonic(), []
+    start, done = time.monotonic(), list[tables.Section]()
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(crowded: tables.Crowd | None = None) -> None:
+        out.write_text(tables.page(done, crowded, extent.seeds, extent.steps, time.monotonic() - start))
+
     for section in sections(extent, options.only):
         done.append(section)
+        write()  # the largest take long, and what there is should not be lost
         print(f"{time.monotonic() - start:5.0f} s  {tables.headline(section)}", flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        tables.page(done, None if options.only else crowd(extent), extent.seeds, extent.steps, time.monotonic() - start)
-    )
+    if not options.only:
+        write(crowd(extent))
     print(f"The tables are in {out}")
 
 
