@@ -170,13 +170,17 @@ def test_the_public_face_is_small_and_its_wings_are_at_hand() -> None:
         sharpscope.lanczos  # noqa: B018
 
 
+PYTHON = ("AttributeError", "StopIteration", "KeyboardInterrupt")
+"""What the language itself waits for."""
+
+
 def test_every_error_is_a_kind_of_one_base() -> None:
     assert all(issubclass(kind, errors.SharpscopeError) for kind in ERRORS.values())
     for path in FILES:
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
                 name = node.exc.func.id
-                foreign = name in vars(builtins) and name not in ("AttributeError", "StopIteration")
+                foreign = name in vars(builtins) and name not in PYTHON
                 assert not foreign, f"{path.relative_to(SOURCE)}:{node.lineno} raises {name}; use one of errors.py"
 
 

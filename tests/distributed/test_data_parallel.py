@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sharpscope as ss
 from sharpscope.autodiff import hvp, sharded, third_order
 from sharpscope.autodiff.expansion import kept
+from sharpscope.autodiff.processes import Together, processes_of
 from sharpscope.linalg import density, lanczos, largest_eigenpair, trace, warm_started
 from sharpscope.measures import error_budget
 from sharpscope.measures.along_step import batch_sharpness, noise_scale
@@ -358,6 +359,54 @@ def lost(rank: int) -> Any:
     return None if rank == 1 else f.grad(f.weights())
 
 
+def at_once(rank: int) -> dict[str, tuple[str, str, float]]:
+    """Errors on several processes of four at once, in or between messages, at one depth or at several."""
+    p, v, found = processes_of(dist.group.WORLD), torch.ones(3), {}
+    assert isinstance(p, Together)
+
+    def fails(*ranks: int, after: float = 0.0) -> Any:
+        time.sleep(after)
+        if rank in ranks:
+            raise ZeroDivisionError(f"on process {rank}")
+
+    def total(*ranks: int) -> Any:
+        return p.sum(lambda: (fails(*ranks), (1.0, (v,)))[1], 3, v)
+
+    for name, call in {
+        "in one product": lambda: p.each(lambda: [total(), total(1, 2)]),
+        "between products": lambda: p.each(lambda: [total(), fails(1, 2), total()]),
+        "in a product and before it": lambda: p.each(lambda: [fails(1), total(2)]),
+        "in a product and after it": lambda: p.each(lambda: [total(2), fails(1), total()]),
+        "at two depths": lambda: p.each(lambda: [fails(1), p.each(lambda: [fails(2), total()])]),
+        "at the ends of two": lambda: p.each(lambda: [p.each(lambda: fails(2)), fails(1), total()]),
+        "in turn": lambda: p.each(lambda: [p.each(lambda: [fails(1, 2, after=0.15 * rank)]), total()]),
+        "on all": lambda: p.each(lambda: [fails(0, 1, 2, 3), total()]),
+    }.items():
+        began = time.perf_counter()
+        try:
+            call()
+        except Exception as error:
+            found[name] = type(error).__name__, str(error), time.perf_counter() - began
+        assert p.total(v).tolist() == [4.0] * 3  # they are together again
+    return found
+
+
+def ended_at_once(rank: int) -> Any:
+    """A process fails, one ends at the same time, and the others wait for both."""
+    p, v = processes_of(dist.group.WORLD), torch.ones(3)
+    assert isinstance(p, Together)
+    p.total(v)
+    if rank == 3:
+        return None
+
+    def whole() -> Any:
+        if rank == 1:
+            raise ZeroDivisionError("on process 1")
+        return p.total(v)
+
+    return p.each(whole)
+
+
 CHECKS = (products, solvers, estimates, groups, flow, failures, between, monitors, pointless, files)
 
 
@@ -448,3 +497,23 @@ def test_a_process_that_has_ended_is_missed(tmp_path: Path) -> None:
     assert kind == "OtherProcess"
     assert "every process has to make the same calls" in text
     assert seconds < 10
+
+
+def test_errors_on_several_processes_at_once_are_errors_on_all(tmp_path: Path) -> None:
+    found = together(4, tmp_path, at_once)["at_once"]
+    for rank, own in enumerate(found):
+        assert len(own) == 8, own
+        for name, (kind, text, seconds) in own.items():
+            assert seconds < 5, (name, seconds)  # 0.4 s on an idle machine, where messages time out after 20 s
+            if kind == "OtherProcess":
+                assert rank in (0, 3) or name in ("in a product and after it", "at the ends of two"), (rank, name)
+                assert "failed" in text, text
+            else:
+                assert (kind, text) == ("ZeroDivisionError", f"on process {rank}"), (name, kind, text)
+
+
+def test_an_error_while_another_process_ends_is_an_error_on_all(tmp_path: Path) -> None:
+    first, own, other, _ = together(4, tmp_path, ended_at_once)["ended_at_once"]
+    assert own[:2] == ("ZeroDivisionError", "on process 1")
+    assert first[0] == other[0] == "OtherProcess"
+    assert max(first[2], own[2], other[2]) < 5  # 0.3 s on an idle machine

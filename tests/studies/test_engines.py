@@ -1,5 +1,6 @@
 """Runs on executors of others: the same histories to the last byte, whatever happens to a worker."""
 
+import json
 import os
 import signal
 import stat
@@ -8,15 +9,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import ROOT, same_history
+from test_run import PATIENCE, ROOT, STOPPED, same_history, until, waiting
 
 from sharpscope.cli import main
 from sharpscope.errors import Unusable
+from sharpscope.records.run_log import RunLog
 from sharpscope.studies._framework.engines import engine_of, local
 from sharpscope.studies._framework.pool import Failed, Group, WorkItem, work_off
 
@@ -35,11 +37,22 @@ if __name__ == "__main__":
 """A Dask cluster whose workers know the tiny studies; it ends with its standard input."""
 
 
-def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """The command line in a process of its own, with the tiny studies."""
+def begin(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    """The command line in a process group of its own, with the tiny studies."""
     command = [sys.executable, str(ROOT / "tests/run_tiny.py"), "run", *arguments]
     own = os.environ | {"TINY_ALL": " ".join(NAMES), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, env=own, capture_output=True, text=True, timeout=120)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=own, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """The same to its end."""
+    process = begin(*arguments, **environment)
+    try:
+        out, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, said)
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +120,11 @@ open(os.path.join({folder!r}, job), "w").write(text)
 here = dict(SLURM_JOB_ID=job, SLURM_JOBID=job, SLURM_NTASKS="1", SLURM_JOB_NUM_NODES="1", SLURM_NODEID="0",
     SLURM_LOCALID="0", SLURM_PROCID="0", SLURM_JOB_NODELIST="here", SLURM_NNODES="1")
 quiet = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-subprocess.Popen(["sh", sys.argv[-1]], env=os.environ | here, **quiet)
+if len(os.listdir({folder!r})) <= int(os.environ.get("ROOM", "9")):
+    subprocess.Popen(["sh", sys.argv[-1]], env=os.environ | here, **quiet)
 print("Submitted batch job", job)
 """
-"""A stand-in for Slurm's command, which begins a job at once on this machine."""
+"""A stand-in for Slurm's command, which begins the first ROOM jobs at once on this machine and no other."""
 
 SRUN = """#!/bin/sh
 while [ "$1" != {python} ]; do shift; done
@@ -118,7 +132,9 @@ exec "$@"
 """
 
 
-def test_slurm_gives_the_same_history(whole: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a stand-in for Slurm; its scripts are in ``jobs``, what was cancelled in ``cancelled``."""
     commands, jobs = tmp_path / "bin", tmp_path / "jobs"
     commands.mkdir()
     jobs.mkdir()
@@ -126,7 +142,7 @@ def test_slurm_gives_the_same_history(whole: Path, tmp_path: Path) -> None:
         "sbatch": SBATCH.format(python=sys.executable, folder=str(jobs)),
         "sacct": "#!/bin/sh\nprintf 'JobID|State|NodeList\\n'\n",
         "squeue": "#!/bin/sh\n",
-        "scancel": "#!/bin/sh\n",
+        "scancel": f"#!/bin/sh\necho $* >> {tmp_path / 'cancelled'}\n",  # those that run are left alone
         "srun": SRUN.format(python=sys.executable),
     }
     for name, text in scripts.items():
@@ -135,15 +151,77 @@ def test_slurm_gives_the_same_history(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         f"import sharpscope.studies as s; s.__path__.append({str(ROOT / 'tests/tiny_studies')!r})"
     )
-    path = f"{commands}{os.pathsep}{os.environ['PATH']}"
     python = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    return {"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": python}
+
+
+def test_slurm_gives_the_same_history(whole: Path, slurm: dict[str, str], tmp_path: Path) -> None:
     line = "slurm:partition=tests,time=5"
-    done = run("small", "--quick", "--on", line, "--out", str(tmp_path / "small"), PATH=path, PYTHONPATH=python)
+    done = run("small", "--quick", "--on", line, "--out", str(tmp_path / "small"), **slurm)
     assert done.returncode == 0, done.stderr
     assert same_history(tmp_path / "small", whole / "small")
-    assert len(list(jobs.iterdir())) == 4  # three walks, and the verdicts
-    first = min(jobs.iterdir()).read_text()
+    jobs = list((tmp_path / "jobs").iterdir())
+    assert len(jobs) == 4  # three walks, and the verdicts
+    first = min(jobs).read_text()
     assert "--partition=tests" in first and "--time=5" in first
+
+
+def stopped(
+    number: signal.Signals, out: Path, on: str, queued: Callable[[], bool] = lambda: True, **environment: str
+) -> float:
+    """Stop a run on an engine with room for two of its three jobs while they work on and on; the seconds it takes."""
+    process = begin("small", "--quick", "--on", on, "--out", str(out), TINY_WAITS="once", **environment)
+    until(lambda: (waiting(out) and queued()) or process.poll() is not None)
+    time.sleep(0.3)  # the others are on their way
+    began = time.monotonic()
+    os.killpg(process.pid, number)  # as a terminal does: to all of them
+    _, said = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, said.strip()) == (128 + number, STOPPED)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [("ThreadPoolExecutor", signal.SIGINT), ("ProcessPoolExecutor", signal.SIGINT), ("ProcessPoolExecutor", 15)],
+)
+def test_a_run_on_an_executor_is_stopped_and_goes_on(kind: str, number: int, whole: Path, tmp_path: Path) -> None:
+    out, on = tmp_path / "small", f"concurrent.futures:{kind}"
+    assert stopped(signal.Signals(number), out, on) < 5  # 0.2 s on an idle machine
+    done = run("small", "--quick", "--on", on, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert same_history(out, whole / "small")
+    assert not list(out.glob("log/*.progress"))
+
+
+def test_a_run_on_slurm_is_stopped_with_all_its_jobs_and_goes_on(
+    whole: Path, slurm: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "small"
+
+    def queued() -> bool:
+        return len(list((tmp_path / "small.jobs").glob("*_submitted.pkl"))) == 3
+
+    assert stopped(signal.SIGTERM, out, "slurm:", queued, ROOM="2", **slurm) < 5
+    assert sorted((tmp_path / "cancelled").read_text().split()) == ["1000", "1001", "1002"]
+    assert len(waiting(out)) <= 2
+    done = run("small", "--quick", "--on", "slurm:", "--out", str(out), **slurm)  # waits until they have ended
+    assert done.returncode == 0, done.stderr
+    assert same_history(out, whole / "small")
+
+
+def test_a_run_on_dask_is_stopped_with_all_its_jobs_and_goes_on(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setenv("TINY_WAITS", "once")
+    address, _ = request.getfixturevalue("cluster")
+    out = tmp_path / "small"
+    assert stopped(signal.SIGINT, out, f"dask://{address}") < 15  # 3 s on an idle machine
+    assert len(waiting(out)) <= 2
+    for i in range(3):  # all of them have waited
+        RunLog(out / "log", f"walk {i}").path.with_suffix(".waits").touch()
+    done = run("small", "--quick", "--on", f"dask://{address}", "--out", str(out))  # waits until they have ended
+    assert done.returncode == 0, done.stderr
+    assert same_history(out, whole / "small")
 
 
 def _double(progress: Callable[[float], None], n: int) -> int:
@@ -184,6 +262,50 @@ def test_what_is_lost_again_and_again_fails_with_a_sentence() -> None:
     assert found["one"].sentence.startswith("'last' raised ConnectionError: a worker is gone")
 
 
+def _killed(progress: Callable[[float], None]) -> None:
+    time.sleep(0.2)  # the others have come
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _exits(progress: Callable[[float], None]) -> None:
+    sys.exit("no more")
+
+
+TROUBLES = {
+    "killed": (WorkItem("it", _killed), "'it' raised BrokenProcessPool: A process in the process pool was terminated"),
+    "exits": (WorkItem("it", _exits), "'it' raised SystemExit: no more"),
+    "cannot be sent": (WorkItem("it", _double, (threading.Lock(),)), "'it' raised TypeError: cannot pickle"),
+}
+
+
+def troubles() -> None:
+    """Print what becomes of tasks that fail in their ways, and of others beside them, in two processes."""
+    for name, (item, _) in TROUBLES.items():
+        groups = {"bad": Group((item,), item)} | {f"good {n}": Group((), WorkItem("it", _double, (n,))) for n in "ab"}
+        found: dict[str, Any] = {}
+        with engine_of("test_engines:pool", Path()) as engine:
+            work_off(groups, engine, found.__setitem__)
+        print(json.dumps([name, found.pop("bad").sentence, found]))
+
+
+def pool() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(2)
+
+
+def test_who_fails_on_an_executor_of_processes_fails_alone() -> None:
+    command = [sys.executable, "-c", "import test_engines; test_engines.troubles()"]
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tests/studies"), str(ROOT / "src")])
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+    lines = list(map(json.loads, done.stdout.splitlines()))
+    assert [name for name, _, _ in lines] == list(TROUBLES)
+    for name, sentence, others in lines:
+        assert sentence.startswith(TROUBLES[name][1])
+        assert others == {"good a": "aa", "good b": "bb"}
+
+
 def test_an_executor_is_named_by_its_module(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     done = run("small", "--quick", "--on", "concurrent.futures:ThreadPoolExecutor", "--out", str(out))
@@ -198,6 +320,8 @@ def test_an_executor_is_named_by_its_module(whole: Path, tmp_path: Path) -> None
         ("ray://host:1", "--on ray://host:1 is no engine"),
         ("nowhere.to:be", "--on nowhere.to:be: No module named 'nowhere'"),
         ("math:pie", "--on math:pie does not answer: AttributeError"),
+        ("math:pi", "--on math:pi does not answer: TypeError: 'float' object is not callable"),
+        ("dask://host", "--on dask://host does not answer: ValueError: missing port number"),
         ("slurm:gpu", "'gpu' has no value; write NAME=VALUE"),
     ],
 )

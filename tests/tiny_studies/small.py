@@ -49,9 +49,12 @@ def _walk(log: RunLog, progress: Progress, config: Config, i: int) -> None:
         log.append(step=step, x=steps[step])
         if step == 10 and config.raises == "job" and i == 0:
             raise KeyError("no\nway")
-        if os.environ.get("TINY_WAITS") in (f"small, {log.run}", "all") and step == 10:
-            log.path.with_suffix(".waits").touch()
-            time.sleep(1000)
+        waits, mark = os.environ.get("TINY_WAITS"), log.path.with_suffix(".waits")
+        if step == 10 and (waits in (f"small, {log.run}", "all") or (waits == "once" and not mark.exists())):
+            mark.touch()
+            for _ in range(20_000):  # it works on and on
+                time.sleep(0.05)
+                progress(0.5)
         progress((step + 1) / config.steps)
 
 

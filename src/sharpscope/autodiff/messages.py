@@ -10,7 +10,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -64,9 +64,9 @@ class Channel:
         dist.broadcast_object_list(name, src=members[0], group=objects)
         self._store, self._name = _get_default_store(), f"sharpscope/{name[0]}"
 
-    def reduce(self, t: Tensor) -> None:
-        """Sum a tensor over the processes, in place."""
-        self._send(self._reducing(t), Message("reduce", t.numel(), _name(t), t.device.type))
+    def reduce(self, t: Tensor, error: Exception | None = None) -> None:
+        """Sum a tensor over the processes, in place; an `error` of this one comes before those of others."""
+        self._send(self._reducing(t), Message("reduce", t.numel(), _name(t), t.device.type), error)
 
     def gather(self, part: Tensor) -> Tensor:
         """Put the parts ``(n,)`` of all processes one after the other, ``(W n,)``."""
@@ -82,9 +82,13 @@ class Channel:
         own = Message("object", 1, depth=self.depth)
         if error is not None:
             own = replace(own, failed=f"process {self.rank} failed: {type(error).__name__}: {error}")
-            self._come_to(own)
         arrived = torch.ones(1, dtype=torch.float64)
-        self._send(self._reducing(arrived), own)
+        try:
+            if error is not None:
+                self._come_to(own)
+            self._send(self._reducing(arrived), own)
+        except RuntimeError as lost:  # others do not answer any more
+            raise error or lost from None
         if arrived.item() < self.size:
             raise error or OtherProcess("another process failed before it came here")
         found: list[Any] = [None] * self.size
@@ -108,7 +112,7 @@ class Channel:
             )
         return group
 
-    def _send(self, begin: Callable[[], Any], message: Message) -> None:
+    def _send(self, begin: Callable[[], Any], message: Message, error: Exception | None = None) -> None:
         """Send a message, and wait until all processes have."""
         if self._lost:
             raise OtherProcess(self._lost)
@@ -126,7 +130,7 @@ class Channel:
                     looked, note = now, self._failure(message)
             work.wait()
         if note:
-            raise OtherProcess(note)
+            raise error or OtherProcess(note)
 
     @contextmanager
     def _losing(self) -> Iterator[None]:
@@ -140,6 +144,8 @@ class Channel:
                 f"process {self.rank} of {self.size} waits in vain for the others: one has ended, or was not called"
                 f" upon to measure within {TIMEOUT.seconds} s; every process has to make the same calls ({error})"
             )
+            with suppress(RuntimeError):  # of a store that was with the process that has ended
+                self._store.set(f"{self._name}/lost", self._lost)
             raise OtherProcess(self._lost) from error
 
     def _failure(self, message: Message) -> str:
@@ -178,8 +184,9 @@ class Channel:
         self._store.set(f"{self._name}/{self._number}", "failed")
         end = time.monotonic() + TIMEOUT.total_seconds()
         while len(there := self._posted()) < self.size:
-            if time.monotonic() > end:
-                raise OtherProcess(f"the others do not come to where {own.failed}")
+            if self._store.check([f"{self._name}/lost"]) or time.monotonic() > end:
+                self._lost = f"the others do not come to where {own.failed}"
+                raise OtherProcess(self._lost)
             time.sleep(0.01)
         self._number -= 1
         return there

@@ -93,7 +93,7 @@ class Together(Processes):
             out.zero_()
         angle = sum((i * _angle(v) for i, v in enumerate(about, 1)), torch.zeros_like(out[0]))
         out[length:] = torch.stack([torch.full_like(angle, error is not None), angle.cos(), angle.sin()])
-        self._channel.reduce(out)
+        self._channel.reduce(out, error)
         failed, x, y = out[length:].tolist()
         if failed:
             _raise_first(error, self._channel.exchange(_described(error)))

@@ -5,8 +5,11 @@ whose process is lost is submitted again, and its job goes on from its last chec
 """
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,9 @@ from .workers import Here, Workers
 RETRIES = 2
 """Times that a call which an engine has lost is submitted again."""
 
+TIMEOUT = 10
+"""Seconds that the scheduler of a Dask cluster may take to answer."""
+
 SLURM = {"time": "timeout_min", "mem": "mem_gb", "cpus": "cpus_per_task"}
 """Names that submitit has for settings that do not depend on the cluster; others are those of sbatch."""
 
@@ -25,11 +31,76 @@ ADVICE = "dask://HOST:PORT, slurm:NAME=VALUE,... or MODULE:NAME of a function th
 
 
 @dataclass(frozen=True)
-class _Elsewhere:
-    """An executor of others, which queues as many calls as one likes."""
+class _Slurm:
+    """Jobs of Slurm, by submitit."""
 
-    submit: Callable[..., Future]
+    executor: Any
     retries: int = RETRIES
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future:
+        """Queue a call, also where Ctrl-C comes meanwhile."""
+        with _deaf_children():
+            future: Future = self.executor.submit(call, *arguments)
+            return future
+
+    def cancel(self, jobs: Sequence[Any]) -> None:
+        """Take jobs out of the queue, in one call: a call for each takes minutes where there are hundreds."""
+        if jobs:
+            subprocess.run(["scancel", *(job.job_id for job in jobs)], capture_output=True, check=False)
+
+
+@dataclass(frozen=True)
+class _Dask:
+    """Workers of a Dask cluster.
+
+    Its scheduler submits again what is lost, and gives up all that was on a worker that is the fourth to be lost.
+    """
+
+    client: Any
+    retries: int = 1
+    together: bool = True
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future:
+        """Put a call into the queue."""
+        future: Future = self.client.submit(call, *arguments, pure=False)
+        return future
+
+    def cancel(self, futures: Sequence[Any]) -> None:
+        """Take calls out of the queue, in one message."""
+        self.client.cancel(futures)
+
+
+class _Executor:
+    """An executor of others, made again where one of its processes has died and it takes no more calls."""
+
+    retries, together = RETRIES, True
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._submit = make().submit
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future:
+        """Put a call into the queue."""
+        with _deaf_children():
+            try:
+                future: Future = self._submit(call, *arguments)
+            except BrokenExecutor:
+                self._submit = self._make().submit
+                future = self._submit(call, *arguments)
+            return future
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Let processes that begin here never hear of Ctrl-C, which is for their parent."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -53,27 +124,32 @@ def engine_of(line: str, folder: Path) -> Iterator[Engine]:
         Unusable: there is no such engine.
         MissingExtra: a package is not installed.
     """
+    with ExitStack() as stack:
+        yield _found(line, folder, stack)
+
+
+def _found(line: str, folder: Path, stack: ExitStack) -> Engine:
     kind, _, rest = line.partition(":")
     try:
         if kind == "dask":
             from distributed import Client
 
-            with Client(f"tcp://{rest.removeprefix('//')}") as client:
-                yield _Elsewhere(client.get_executor(pure=False).submit)
-        elif kind == "slurm":
-            yield _Elsewhere(_slurm(rest, folder).submit)
-        elif rest and not rest.startswith("//"):
-            yield _Elsewhere(getattr(importlib.import_module(kind), rest)().submit)
-        else:
-            raise Unusable(f"--on {line} is no engine; give {ADVICE}")
+            return _Dask(stack.enter_context(Client(f"tcp://{rest.removeprefix('//')}", timeout=TIMEOUT)))
+        if kind == "slurm":
+            return _Slurm(_slurm(rest, folder))
+        if rest and not rest.startswith("//"):
+            return _Executor(getattr(importlib.import_module(kind), rest))
     except ModuleNotFoundError as missing:
         if missing.name not in ("distributed", "submitit"):
             raise Unusable(f"--on {line}: {missing}; give {ADVICE}") from missing
         raise MissingExtra(
             f"--on {kind} needs {missing.name}, which is not installed: pip install 'sharpscope[engines]'"
         ) from missing
-    except (AttributeError, OSError, RuntimeError) as error:
-        raise Unusable(f"--on {line} does not answer: {type(error).__name__}: {error}") from error
+    except Unusable:
+        raise
+    except Exception as error:  # whatever others raise
+        raise Unusable(f"--on {line} does not answer: {type(error).__name__}: {error}; give {ADVICE}") from error
+    raise Unusable(f"--on {line} is no engine; give {ADVICE}")
 
 
 def _slurm(settings: str, folder: Path) -> Any:

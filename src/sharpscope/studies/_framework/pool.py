@@ -3,14 +3,18 @@
 A group is a run of a study: tasks that may go side by side, and a last one that needs them all.  A task that raises, or
 is lost, fails its group; the others go on.  An engine is anything with ``submit(call, *arguments)`` whose futures have
 ``done()``, ``result()`` and ``cancel()``: `workers` here, an executor of `concurrent.futures`, those of `engines`.
+
+A task has a file, its note, which is there as long as somebody waits for it.  A call that the engine cannot end ends
+itself when it next says how far it is and finds no note.
 """
 
 import math
 import sys
+import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +41,11 @@ class Future(Protocol):
 
 
 class Engine(Protocol):
-    """Whatever carries out calls: at most `slots` at once and each again for `retries` times, where it has these."""
+    """Whatever carries out calls: at most `slots` at once and each again for `retries` times, where it has these.
+
+    Calls that are lost may have ended each other where they are ``together``: there each goes on by itself.  It may
+    have a ``cancel(futures)`` for many of them.
+    """
 
     def submit(self, call: Callable[..., Any], /, *arguments: Any) -> Future: ...
 
@@ -55,7 +63,7 @@ class WorkItem:
     call: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
     cost: float = 1.0
-    note: Path | None = None  # where it writes how far it is, if somebody looks
+    note: Path | None = None  # where it writes how far it is, while this is there
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class _Task:
     then: "_Task | None" = None
     waits: int = 0
     losses: int = 0
+    alone: bool = False  # it may be what has taken others down
 
 
 def work_off(groups: Mapping[str, Group], engine: Engine, settle: Callable[[str, Any], None]) -> None:
@@ -116,7 +125,9 @@ class _Schedule:
                     time.sleep(PAUSE)
                 for task in ended:
                     if task in self.running:  # if its group has not just failed
-                        self._end(task, self._outcome(task, self.running.pop(task).result))
+                        future = self.running.pop(task)
+                        _withdraw(task.item)  # where the call was lost, too: it may be alive
+                        self._end(task, self._outcome(task, future.result))
         finally:
             self._drop(list(self.running))
 
@@ -124,11 +135,19 @@ class _Schedule:
         """Submit what is ready and there is room for: the last one of a group first, then the longest."""
         self.ready.sort(key=lambda task: (task.then is not None, -task.item.cost))
         while self.ready and len(self.running) < self.slots:
+            if self.running and any(task.alone for task in (self.ready[0], *self.running)):
+                return
             task = self.ready.pop(0)
             try:
-                self.running[task] = self.engine.submit(attempt, task.item, self.noting)
-            except Exception as error:  # its arguments are not such as can be sent
-                self._end(task, failed(f"'{task.item.name}'", error))
+                if task.item.note:
+                    task.item.note.parent.mkdir(parents=True, exist_ok=True)
+                    task.item.note.touch()
+                self.running[task] = self.engine.submit(attempt, task.item)
+            except BaseException as error:
+                _withdraw(task.item)
+                if not isinstance(error, Exception):
+                    raise
+                self._end(task, failed(f"'{task.item.name}'", error))  # its arguments are not such as can be sent
 
     def _outcome(self, task: _Task, result: Callable[[], Any]) -> Any:
         """Return what came of a task; None where its process was lost and it is ready again."""
@@ -136,6 +155,7 @@ class _Schedule:
             return result()
         except Exception as error:
             task.losses += 1
+            task.alone = getattr(self.engine, "together", False)
             if task.losses > getattr(self.engine, "retries", 0):
                 return failed(f"'{task.item.name}'", error, " on the way to a worker process")
             self.ready.append(task)
@@ -155,9 +175,18 @@ class _Schedule:
         if not task.then.waits:
             self.ready.append(task.then)
 
-    def _drop(self, tasks: Iterable[_Task]) -> None:
+    def _drop(self, tasks: Sequence[_Task]) -> None:
+        """Cancel tasks that run; what an engine says to that helps nobody."""
+        futures = [self.running.pop(task) for task in tasks]
         for task in tasks:
-            self.running.pop(task).cancel()
+            _withdraw(task.item)
+        if cancel := getattr(self.engine, "cancel", None):
+            with suppress(Exception):
+                cancel(futures)
+            return
+        for future in futures:
+            with suppress(Exception):
+                future.cancel()
 
     def left(self) -> float:
         """Cost of what is not done, by the notes of the tasks that run."""
@@ -198,26 +227,30 @@ def _bar(schedule: _Schedule) -> Iterator[None]:
                 show()
 
 
-def attempt(item: WorkItem, noting: bool) -> Any:
+def attempt(item: WorkItem) -> Any:
     """Carry out a work item where the engine wants it: one at a time in a process, on one thread."""
-    last = 0.0
+    last = -math.inf
 
     def progress(fraction: float) -> None:
         nonlocal last
-        if noting and item.note is not None and time.monotonic() - last > BETWEEN_NOTES:
-            last = time.monotonic()
-            with suppress(OSError):
-                item.note.write_text(f"{fraction:.3f}")
+        if item.note is None or time.monotonic() - last < BETWEEN_NOTES:
+            return
+        last = time.monotonic()
+        try:
+            with item.note.open("r+") as file:  # which makes none
+                file.write(f"{fraction:.3f}")
+        except FileNotFoundError as gone:
+            raise Unusable(f"'{item.name}' was stopped: {item.note} is gone") from gone
+        except OSError:  # it only says how far
+            pass
 
     with _one_at_a_time:
         torch.set_num_threads(1)
         try:
+            progress(0.0)
             return item.call(progress, *item.arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return failed(f"'{item.name}'", error)
-        finally:
-            if noting and item.note is not None:
-                item.note.unlink(missing_ok=True)
 
 
 _one_at_a_time = threading.Lock()
@@ -229,15 +262,22 @@ def _fraction(item: WorkItem) -> float:
     return 0.0
 
 
-def failed(what: str, error: Exception, where: str = "") -> Failed:
+def _withdraw(item: WorkItem) -> None:
+    with suppress(OSError):
+        if item.note:
+            item.note.unlink(missing_ok=True)
+
+
+def failed(what: str, error: BaseException, where: str = "") -> Failed:
     """The failure of what has raised: its own sentence where the error was foreseen."""
     if isinstance(error, Unusable):
         return Failed(str(error))
     return Failed(f"{what} raised {_described(error)}{where}", "".join(traceback.format_exception(error)))
 
 
-def _described(error: Exception) -> str:
-    """Describe an exception: its kind, its message, and where it was raised."""
+def _described(error: BaseException) -> str:
+    """Describe an exception in a line: its kind, its message, and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}" if str(error) else f"{type(error).__name__}{place}"
+    text = textwrap.shorten(str(error), 300, placeholder=" ...")
+    return f"{type(error).__name__}: {text}{place}" if text else f"{type(error).__name__}{place}"

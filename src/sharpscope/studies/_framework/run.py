@@ -77,13 +77,7 @@ def unfinished(run: Run, locks: ExitStack) -> Group:
             for folder in (run.out, run.out / "log", run.out / "figures"):
                 remove_drafts(folder)
             tasks = [
-                WorkItem(
-                    job.name,
-                    _work,
-                    (job, run.out),
-                    job.cost,
-                    RunLog(run.out / "log", job.name).path.with_suffix(".progress"),
-                )
+                WorkItem(job.name, _work, (job, run.out), job.cost, _note(RunLog(run.out / "log", job.name)))
                 for job in unfinished_jobs(run)
             ]
     return Group(
@@ -146,6 +140,11 @@ def _work(progress: Progress, job: Job, out: Path) -> None:
         progress(1.0)
 
 
+def _note(log: RunLog) -> Path:
+    """Give the file that is there while somebody waits for a job, and says how far it is."""
+    return log.path.with_suffix(".progress")
+
+
 def _spent(log: RunLog) -> Path:
     """Give the file in which the processor seconds of a job are noted."""
     return log.path.with_suffix(".seconds")
@@ -172,6 +171,7 @@ def _gather(run: Run, jobs: Sequence[Job]) -> None:
     rows.save(run.out / HISTORY)
     for log in logs:
         log.state.unlink(missing_ok=True)  # where a kill came between the end of a job and this
+        _note(log).unlink(missing_ok=True)
 
 
 def _seconds_of(log: RunLog) -> float:
