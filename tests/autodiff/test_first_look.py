@@ -80,8 +80,68 @@ def test_noise_that_eval_mode_does_not_stop_is_refused() -> None:
             return super().forward(input + torch.randn_like(input))
 
     for without in (False, True):
-        with pytest.raises(Random, match="the loss is random"):
+        with pytest.raises(Random, match=r"the loss is random.* in eval mode, too"):
             Objective(Sampler(4, 1).double(), F.mse_loss, [(X, Y)], without_dropout=without)
+
+
+def test_noise_of_a_loss_function_is_not_blamed_on_the_mode_of_the_model() -> None:
+    net = nn.Linear(4, 1).double()
+    with pytest.raises(Random, match=r"the loss function, or the model outside .* in eval mode, too.* without noise"):
+        Objective(net, lambda out, y: F.mse_loss(out + 0.1 * torch.randn_like(out), y), [(X, Y)])
+
+
+def test_functional_dropout_that_eval_mode_does_not_stop_is_left_out_where_that_is_wanted() -> None:
+    net = nn.Linear(4, 1).double()
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(F.dropout(out, 0.2), y)
+
+    with pytest.raises(Random, match="without_dropout=True"):
+        Objective(net, loss, [(X, Y)])
+    f = Objective(net, loss, [(X, Y)], without_dropout=True)
+    assert sharpness(f) == pytest.approx(sharpness(Objective(net, F.mse_loss, [(X, Y)])), rel=1e-9)
+
+
+class Rare(nn.Module):
+    """Drops everything, one time in five."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0 * x if self.training and torch.rand(()) < 0.2 else x
+
+
+def test_what_is_rarely_random_is_random() -> None:
+    """At a rate of 0.2 the first two evaluations are the same two times out of three."""
+    net = nn.Sequential(nn.Linear(4, 6), Rare(), nn.Linear(6, 1)).double()
+    with pytest.raises(Random, match=r"'1' \(Rare\) draws random numbers"):
+        Objective(net, F.mse_loss, [(X, Y)])
+    f = Objective(net, F.mse_loss, [(X, Y)], without_dropout=True)
+    plain = Objective(nn.Sequential(net[0], net[2]), F.mse_loss, [(X, Y)])
+    for _ in range(20):
+        assert f.value(f.weights()).equal(plain.value(plain.weights()))
+    assert f.check() == ""
+
+
+def test_a_module_that_draws_beside_a_part_that_draws_is_quiet_too() -> None:
+    class Encoder(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0 * x if torch.rand(()) < 0.5 and self.training else x  # draws in eval mode, too, to no effect
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.head = Encoder(), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                x = x * (torch.rand_like(x) > 0.3)
+            out: Tensor = self.head(self.inside(x))
+            return out
+
+    net = Masked().double()
+    f = Objective(net, F.mse_loss, [(X, Y)], without_dropout=True)
+    assert sharpness(f) == pytest.approx(sharpness(Objective(net.head, F.mse_loss, [(X, Y)])), rel=1e-9)
+    with pytest.raises(Random, match=r"the model \(Masked\), 'inside' \(Encoder\) draw random.*without_dropout=True"):
+        Objective(net, F.mse_loss, [(X, Y)])
 
 
 def test_draws_that_make_no_difference_are_accepted() -> None:

@@ -244,6 +244,28 @@ def test_what_has_no_second_derivative_is_named_and_differences_work() -> None:
     assert f.using(differences).hvp(w, v).equal(found)
 
 
+def test_modules_are_not_named_for_what_the_loss_lacks_and_finding_out_changes_nothing() -> None:
+    """Differences that cross the kinks of rectifiers disagree with derivatives that exist."""
+    net = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Dropout(0.1), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 5))
+    targets, lengths = torch.ones(8, 2, dtype=torch.long), torch.full((8,), 2)
+
+    def loss(out: Tensor, _: Tensor) -> Tensor:
+        return F.ctc_loss(out.log_softmax(-1), targets, torch.full((8,), 9), lengths)
+
+    f = Objective(net, loss, [(normal(9, 8, 6, seed=0).float(), targets)], without_dropout=True)
+    before = torch.get_rng_state()
+    with pytest.raises(NoSecondDerivative, match=r"does not exist in the loss or between the modules .*ctc"):
+        f.hvp(f.weights(), f.weights())
+    assert torch.get_rng_state().equal(before)  # modules were run with their dropout to find those to name
+
+
+def test_differences_of_a_model_in_single_precision_do_not_step_over_kinks() -> None:
+    net = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 5))
+    f = Objective(net, F.mse_loss, [(normal(64, 6, seed=0).float(), normal(64, 5, seed=1).float())])
+    v = normal(f.size, seed=2).float()
+    assert relative(f.using(differences).hvp(f.weights(), v), f.hvp(f.weights(), v)) < 1e-5  # rounding of the latter
+
+
 def test_differences_in_single_precision_know_their_error() -> None:
     data = [(x.float(), y.float()) for x, y in problems.batches("LayerNorm")]
     f = Objective(problems.model("LayerNorm").float(), F.mse_loss, data)

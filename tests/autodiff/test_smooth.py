@@ -133,6 +133,51 @@ def test_products_of_experts_are_those_of_their_rows() -> None:
     assert torch.allclose(wide, normal(3, 2, 4, seed=2) @ b)
 
 
+BAGS, ENDS = torch.tensor([1, 5, 2, 0, 2, 2, 6, 3]), torch.tensor([0, 3, 3, 8])  # the second bag is empty
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "distances": lambda x: torch.cdist(x, x[:3] + x[3:6]),
+    "distances, some of them zero": lambda x: torch.cdist(x, x),
+    "city block": lambda x: torch.cdist(x, 2 * x[:3], p=1),
+    "cubic": lambda x: torch.cdist(x[None], 2 * x[None, :3], p=3.0),
+    "largest coordinate": lambda x: torch.cdist(x, 2 * x[:3], p=torch.inf),
+    "distances of pairs": lambda x: torch.pdist(x),
+    "city block of pairs": lambda x: torch.pdist(x, p=1),
+    "sigmoid of three pieces": lambda x: F.hardsigmoid(3 * x) * x,
+    "sigmoid in place": lambda x: F.hardsigmoid(3 * x, inplace=True) * x,
+    "means of bags": lambda x: F.embedding_bag(BAGS, x, ENDS[:-1]),
+    "sums of bags": lambda x: F.embedding_bag(BAGS, x, ENDS, mode="sum", include_last_offset=True),
+    "sums with weights": lambda x: F.embedding_bag(
+        BAGS, x, ENDS[:2], mode="sum", per_sample_weights=x[0, :2].repeat(4)
+    ),
+    "largest of bags": lambda x: F.embedding_bag(BAGS.view(2, 4), x, mode="max"),
+    "means without what fills up": lambda x: F.embedding_bag(BAGS.view(2, 4), x, padding_idx=2),
+    "bounded rows": lambda x: F.embedding_bag(BAGS.view(2, 4), x.clone(), max_norm=1.0),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_torchs_own_and_have_its_gradients_slope_as_second_derivative(name: str) -> None:
+    function, v = FUNCTIONS[name], normal(*X.shape, seed=5)
+    weights = normal(*function(X).shape, seed=6)
+
+    def slope(at: Tensor) -> Tensor:
+        at = at.detach().requires_grad_()
+        return torch.autograd.grad((function(at).square() * weights).sum(), at)[0]
+
+    x = X.clone().requires_grad_()
+    with smooth():
+        found = function(x)
+    assert torch.allclose(found, function(X), rtol=0, atol=1e-13)  # rounding of numbers of order one
+    (g,) = torch.autograd.grad((found.square() * weights).sum(), x, create_graph=True)
+    (product,) = torch.autograd.grad(g, x, v)
+    h = 1e-6  # error h² of the difference, and 1e-16 / h of rounding
+    assert product.isfinite().all()
+    if "bounded" not in name:  # there torch's own gradient takes the shortened rows for the weights
+        assert torch.allclose(g, slope(X), atol=1e-12)
+        assert torch.allclose(product, (slope(X + h * v) - slope(X - h * v)) / (2 * h), atol=1e-7)
+
+
 def test_nothing_is_computed_in_a_precision_below_the_lowest() -> None:
     x = normal(3, 4, seed=0)
     with smooth(lowest=torch.float64):

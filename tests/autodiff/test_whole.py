@@ -564,6 +564,40 @@ def hooked(kind: str) -> tuple[nn.Module, list[Any]]:
     return net, log
 
 
+class Capturing(nn.Module):
+    """Collects what its layers put out by hooks, which the first forward installs, as large libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.collected = small(), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "installed", False):
+            self.installed = True
+            self.net[0].register_forward_hook(lambda module, args, out: self.collected.append(out))
+        self.collected.clear()
+        return self.net(x) + 0.1 * self.collected[-1].square().mean()
+
+
+def test_hooks_that_the_forward_installs_are_part_of_the_function_and_leave_nothing() -> None:
+    net = Capturing()
+    f = Objective(net, F.mse_loss, [(X, Y)])
+    products(f)
+    assert not net.net[0]._forward_hooks and not net.collected
+    for _ in range(2):  # the first forward of the training installs a hook that the objective has not seen
+        agrees(f, lambda: F.mse_loss(net(X), Y), list(net.parameters()))
+    assert len(net.net[0]._forward_hooks) == 1
+
+
+def test_a_hook_that_comes_later_is_looked_at_anew() -> None:
+    net = small()
+    f = Objective(net, F.mse_loss, [(X, Y)])
+    handle = net[0].register_forward_hook(lambda module, args, out: 2 * out)
+    agrees(f, lambda: F.mse_loss(net(X), Y), list(net.parameters()))
+    handle.remove()
+    agrees(f, lambda: F.mse_loss(net(X), Y), list(net.parameters()))
+
+
 @pytest.mark.parametrize("kind", ["forward", "backward", "every module"])
 def test_hooks_that_record_do_not_fire(kind: str) -> None:
     net, log = hooked(kind)

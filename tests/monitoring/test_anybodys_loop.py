@@ -96,6 +96,29 @@ def test_parameters_that_change_on_the_way_are_noticed_and_measured(kind: str) -
     assert sharpness(monitor.objective) == pytest.approx(top(net), rel=1e-3)
 
 
+def test_measuring_waits_for_weights_that_are_unfrozen_before_an_optimizer_trains_them() -> None:
+    net = small()
+    net[0].requires_grad_(False)
+    sgd = SGD([p for p in net.parameters() if p.requires_grad], 0.05)
+    monitor = Monitor(Objective(net, F.mse_loss, [(X, Y)]), sgd, every=2, point=here)
+    said = []
+    for i in range(12):
+        if i == 3:
+            net[0].requires_grad_(True)
+        if i == 8:
+            sgd.add_param_group({"params": list(net[0].parameters())})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step(net, sgd)
+            monitor.step()
+        said += [(i, str(w.message)) for w in caught if "trainable parameters" in str(w.message)]
+        assert len(caught) <= 1, [str(w.message) for w in caught]
+    assert [i for i, _ in said] == [3, 8]
+    assert "no optimizer trains 0.weight, 0.bias: measuring goes on when one does" in said[0][1]
+    assert monitor.history.series("training", "step").tolist() == [0.0, 2.0, 10.0, 12.0]
+    assert monitor.history.series("training", "sharpness")[-1] == pytest.approx(top(net), rel=1e-3)
+
+
 def test_an_objective_of_weights_that_are_gone_says_so() -> None:
     net = small()
     f = Objective(net, F.mse_loss, [(X, Y)])

@@ -159,6 +159,23 @@ def test_no_alarm_in_a_plain_net(activation: type[nn.Module], bias: bool, seed: 
     assert found.joint.numel() == 0 and found.joint_defect == 1.0
 
 
+@pytest.mark.parametrize(
+    ("activation", "seed", "expected"), [(nn.GELU, 4, []), (nn.SiLU, 3, []), (nn.ReLU, 4, ["0.*"])]
+)
+def test_activations_that_are_homogeneous_from_afar_are_no_eps(
+    activation: type[nn.Module], seed: int, expected: list[str]
+) -> None:
+    """Before a norm, GELU(c x) / c is a rectifier for large c, and the Euler cosine falls like 1/c² on average.
+
+    With these seeds it fell fast enough between the weights and 300 times the weights.
+    """
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(32, 32), activation(), nn.LayerNorm(32), nn.Linear(32, 40)).double()
+    x, labels = torch.randn(400, 32), torch.randint(40, (400,))
+    f = Objective(net, F.cross_entropy, [(F.layer_norm(x.double(), (32,)), labels)])
+    assert list(find_groups(f).groups) == expected
+
+
 def test_batch_normalization_in_eval_mode_is_a_plain_net() -> None:
     f = objective(linear(8, 8), nn.BatchNorm1d(8).eval(), nn.Tanh(), linear(8, 2))
     assert_found(f, find_groups(f), [])

@@ -1,6 +1,7 @@
 """Checks of a model: what has no curvature is refused, with what to do about it."""
 
 from collections.abc import Iterable, Mapping
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -60,4 +61,6 @@ def check_deterministic(droppers: Iterable[tuple[str, nn.Module]]) -> None:
 
 
 def _rate(module: nn.Module) -> Any:
-    return module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", None)
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
+    return getattr_static(module, "dropout", None)  # what somebody else's class computes may warn

@@ -6,6 +6,7 @@
 counting operations.
 """
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,9 +59,16 @@ def forward_over_reverse(f: Objective, w: Tensor) -> Expansion:
 
 
 def differences(f: Objective, w: Tensor) -> Expansion:
-    """Multiply by differences of gradients, for what can be differentiated only once: 4 gradients."""
+    """Multiply by differences of gradients, for what can be differentiated only once: 4 gradients.
+
+    They are taken in double precision where the model runs in it: the steps of single precision cross kinks.
+    """
     product = CentralDifferences(f, w)
-    return replace(rebuilt(f, w), hvp=lambda v: product(v)[0], cost=4.0)
+    if w.dtype is not torch.float64:
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+            f.in_double().value(w.double())
+            product = CentralDifferences(f.in_double(), w.double())
+    return replace(rebuilt(f, w), hvp=lambda v: product(v.to(product.w))[0].to(v), cost=4.0)
 
 
 @differentiating()

@@ -59,9 +59,13 @@ PATCHES: tuple[tuple[Any, str, Any], ...] = (
 
 @contextmanager
 def plainly(modules: Iterable[nn.Module], hooks: Collection[Callable[..., Any]] = ()) -> Iterator[None]:
-    """Run modules as plain functions inside; of their hooks these run, and those that form weights."""
+    """Run modules as plain functions inside; of their hooks these run, and those that form weights.
+
+    Hooks that a forward registers itself run, and are gone afterwards.
+    """
     with _lock, ExitStack() as stack:
         before = [(owner, name, vars(owner)[name]) for owner, name, _ in PATCHES]
+        modules = list(modules)
         suspended = [(m, m.__dict__.copy()) for m in modules if _is_dressed(m)]
         for owner, name, value in PATCHES:
             setattr(owner, name, value)
@@ -73,6 +77,9 @@ def plainly(modules: Iterable[nn.Module], hooks: Collection[Callable[..., Any]] 
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
         finally:
+            for m in modules:
+                for fresh in hooks_of(m):
+                    fresh.clear()
             for m, attributes in suspended:
                 for name in (*HOOKS, "_compiled_call_impl"):
                     m.__dict__.pop(name, None)

@@ -11,7 +11,6 @@ P parameters.
 """
 
 import math
-import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -23,10 +22,10 @@ from torch import Tensor, nn
 
 from ..errors import Diverged, InvalidType, InvalidValue, NoSecondDerivative, Random
 from .checks import check_deterministic, check_parameters, droppers, work_dtype
-from .data import Batch, BatchForm, Source, first_batch, map_tensors, read
+from .data import Batch, BatchForm, Source, first_batch, map_tensors, read, undisturbed
 from .expansion import BatchLoss, Expansion, jacobian_of_field, kept
 from .first_look import Look, first_look
-from .neutral import plainly, quiet
+from .neutral import plainly, quiet, user_hooks
 from .processes import (
     ALONE,
     UNDECIDED,
@@ -39,7 +38,7 @@ from .processes import (
     processes_of,
 )
 from .reach import Surroundings
-from .second_order import differentiating, modules_without_second_derivative, ordinary
+from .second_order import differentiating, modules_without_second_derivative, ordinary, says_missing
 from .shards import gathered, is_sharded, like
 from .smooth import is_lower, smooth
 from .weighting import check_mean, check_weights
@@ -342,10 +341,11 @@ class Objective:
         other.processes = ALONE
         return other
 
-    def seen(self, look: Look) -> "Objective":
-        """Return the objective as another first look would have it."""
+    def seen(self, look: Look, *, dropout: bool | None = None) -> "Objective":
+        """Return the objective as another first look would have it, and with or without dropout."""
         other = self._copy()
         other._look = look
+        other.dropout = self.dropout if dropout is None else dropout
         return other
 
     def _copy(self) -> "Objective":
@@ -463,10 +463,15 @@ class Objective:
     def losses(self, params: Mapping[str, Tensor]) -> Iterator[BatchLoss]:
         """Evaluate the loss of each batch as a function of `params`, with buffers cloned once per pass.
 
+        Where the modules have other hooks than at the first look, another one is taken.
+
         Raises:
             ValueError: an evaluation draws random numbers.
         """
         contents = self._whole.contents()
+        hooks, seen = user_hooks(contents.modules), self._look.seen_hooks
+        if not self._empty and (len(hooks) != len(seen) or not all(map(_is, hooks, seen))):
+            self._take_first_look()
         tensors = {**params, **{name: b.clone() for name, b in contents.buffers.items()}}
         device = next(iter(params.values())).device
         for batch in self.batches(device):
@@ -559,7 +564,7 @@ class Objective:
 
     def explained(self, error: RuntimeError) -> RuntimeError:
         """Name the modules behind an error that says a second derivative is missing; others stay as they are."""
-        if not re.search(r"not implemented|once_differentiable|does not require grad|retain_graph", str(error)):
+        if not says_missing(error):
             return error
         return _missing(self, str(error).splitlines()[0])
 
@@ -613,7 +618,7 @@ def _is(a: object, b: object) -> bool:
 
 
 def _missing(f: Objective, reason: str) -> NoSecondDerivative:
-    names = without_second_derivative(f)
+    names, _ = without_second_derivative(f)
     where = f"in {', '.join(names)}" if names else "in the loss or between the modules"
     return NoSecondDerivative(
         f"the second derivative does not exist {where} ({reason}); products by differences of gradients do:"
@@ -621,10 +626,14 @@ def _missing(f: Objective, reason: str) -> NoSecondDerivative:
     )
 
 
-def without_second_derivative(f: Objective) -> list[str]:
-    """Name the innermost modules whose output on the first batch has no second derivative, or a wrong one."""
-    w = f.weights()
-    return modules_without_second_derivative(f.model, lambda: next(f.losses(f.unflatten(w.requires_grad_()))))
+def without_second_derivative(f: Objective) -> tuple[list[str], list[str]]:
+    """Name the innermost modules without a second derivative on the first batch, and those with a wrong one.
+
+    They run by themselves, with their dropout; nothing of that is left behind.
+    """
+    w = f.weights().requires_grad_()
+    with undisturbed(f.source), f._around.untouched():
+        return modules_without_second_derivative(f.model, lambda: next(f.losses(f.unflatten(w))))
 
 
 def require_objective(f: object) -> None:

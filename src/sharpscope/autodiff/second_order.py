@@ -1,5 +1,6 @@
 """Checks which modules of a model have no second derivative, or a wrong one."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -52,7 +53,12 @@ def holds_delayed_error(grads: Iterable[Tensor | None]) -> bool:
 
 
 @differentiating()
-def modules_without_second_derivative(model: nn.Module, forward: Callable[[], object]) -> list[str]:
+def says_missing(error: RuntimeError) -> bool:
+    """Tell whether an error of torch is about a derivative that does not exist."""
+    return re.search(r"not implemented|once_differentiable|does not require grad|retain_graph", str(error)) is not None
+
+
+def modules_without_second_derivative(model: nn.Module, forward: Callable[[], object]) -> tuple[list[str], list[str]]:
     """Name the innermost modules whose output has no second derivative, or a wrong one, as `forward` calls them."""
     seen: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -65,16 +71,25 @@ def modules_without_second_derivative(model: nn.Module, forward: Callable[[], ob
     finally:
         for handle in handles:
             handle.remove()
-    bad: list[tuple[str, nn.Module]] = []
+    missing: dict[str, nn.Module] = {}
+    wrong: dict[str, nn.Module] = {}
     for name, module, args, kwargs in reversed(seen):
-        inside = any(other is not module and other in module.modules() for _, other in bad)
-        if not inside and not _twice_differentiable(module, args, kwargs):
-            bad.append((name, module))
-    return sorted({f"'{name}' ({type(module).__name__})" for name, module in bad})
+        inside = any(m is not module and m in module.modules() for m in (*missing.values(), *wrong.values()))
+        agrees = inside or _twice_differentiable(module, args, kwargs)
+        if not agrees:
+            (missing if agrees is None else wrong)[name] = module
+    return _named(missing), _named(wrong)
 
 
-def _twice_differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tell whether reverse over reverse of ``½ ‖output‖²`` in inputs and parameters agrees with differences."""
+def _named(modules: dict[str, nn.Module]) -> list[str]:
+    return sorted(f"'{name}' ({type(m).__name__})" for name, m in modules.items() if name)
+
+
+def _twice_differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
+    """Tell whether reverse over reverse of ``½ ‖output‖²`` in inputs and parameters agrees with differences.
+
+    None: there is no such derivative.  Differences disagree across the kink of a rectifier, too.
+    """
     leaves, spec = tree_flatten((args, kwargs))
     own = {name: t.detach() for name, t in (*module.named_parameters(), *module.named_buffers())}
     moving = [name for name, p in module.named_parameters() if p.is_floating_point()]
@@ -100,14 +115,16 @@ def _twice_differentiable(module: nn.Module, args: tuple[Any, ...], kwargs: dict
 
     try:
         at, slopes = slope(0.0, True)
+        if holds_delayed_error(slopes):
+            return None
         pairs = [(z, d) for z, d in zip(slopes, along, strict=True) if z.requires_grad]
         bent = (
             torch.autograd.grad([z for z, _ in pairs], at, [d for _, d in pairs], materialize_grads=True)
             if pairs
             else [torch.zeros_like(t) for t in at]
         )
-    except RuntimeError:
-        return False
+    except RuntimeError as error:
+        return None if says_missing(error) else True  # or the module does not run on inputs that ask for gradients
     h = torch.finfo(point[0].dtype).eps ** (1 / 3) * max(t.abs().max().item() for t in point)
     up, down = slope(h, False)[1], slope(-h, False)[1]
     expected = torch.cat([((a - b) / (2 * h)).flatten() for a, b in zip(up, down, strict=True)])

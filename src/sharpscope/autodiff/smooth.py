@@ -10,6 +10,7 @@ the same formulas run in elementary operations, whose derivatives are right to e
         loss = loss_fn(model(x), y)
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -197,24 +198,53 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    if max_norm is not None:
-        weight = _shortened(weight, max_norm, norm_type)
-    return F.embedding_bag(
-        input,
-        weight,
-        offsets,
-        scale_grad_by_freq=scale_grad_by_freq,
-        mode=mode,
-        per_sample_weights=per_sample_weights,
-        include_last_offset=include_last_offset,
-        padding_idx=padding_idx,
-    )
+    """Reduce the rows of each bag; the kernel has no second derivative."""
+    if per_sample_weights is not None and mode != "sum":
+        return F.embedding_bag(input, weight, offsets, mode=mode, per_sample_weights=per_sample_weights)  # says why not
+    if offsets is None:
+        starts = torch.arange(0, input.numel(), input.shape[-1], device=input.device)
+    else:
+        starts = offsets[:-1] if include_last_offset else offsets
+    index = input.reshape(-1)
+    bag = torch.searchsorted(starts, torch.arange(len(index), device=input.device).to(starts), right=True) - 1
+    rows = _embedding(index, weight, None, max_norm, norm_type, scale_grad_by_freq)
+    kept = torch.ones_like(index, dtype=torch.bool) if padding_idx is None else index != padding_idx % len(weight)
+    empty = weight.new_zeros(len(starts), weight.shape[1])
+    if mode == "max":
+        return empty.scatter_reduce(
+            0, bag[kept, None].expand(-1, weight.shape[1]), rows[kept], "amax", include_self=False
+        )
+    scale = kept.to(rows) if per_sample_weights is None else kept * per_sample_weights.reshape(-1)
+    total = empty.index_add(0, bag, rows * scale[:, None])
+    return total if mode == "sum" else total / torch.bincount(bag[kept], minlength=len(starts)).clamp(min=1)[:, None]
 
 
 def _shortened(weight: Tensor, max_norm: float, norm_type: float) -> Tensor:
     """Scale the rows that are longer than `max_norm` to that length, as torch's kernel does (with its 1e-7)."""
     norms = torch.linalg.vector_norm(weight, norm_type, dim=1, keepdim=True)
     return weight * torch.where(norms > max_norm, max_norm / (norms + 1e-7), 1.0)
+
+
+def _lengths(d: Tensor, p: float) -> Tensor:
+    """Norms over the last dimension, with derivatives of zero where d is zero."""
+    if math.isinf(p):
+        return d.abs().amax(-1)
+    powers = (d.square() if p == 2 else d.abs().pow(p)).sum(-1)
+    return torch.where(powers > 0, torch.where(powers > 0, powers, 1).pow(1 / p), 0)
+
+
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    return _lengths(x1.unsqueeze(-2) - x2.unsqueeze(-3), p) if p > 0 else torch.cdist(x1, x2, p)
+
+
+def _pdist(input: Tensor, p: float = 2) -> Tensor:
+    i, j = torch.triu_indices(len(input), len(input), 1, device=input.device)
+    return _lengths(input[i] - input[j], p) if p > 0 else torch.pdist(input, p)
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    out = F.relu6(input + 3) / 6
+    return input.copy_(out) if inplace else out
 
 
 def _grouped_mm(
@@ -256,6 +286,9 @@ ELEMENTARY: dict[Callable[..., Any], Callable[..., Any]] = {
     **({torch._grouped_mm: _grouped_mm} if hasattr(torch, "_grouped_mm") else {}),  # unknown to early versions
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
+    torch.cdist: _cdist,
+    torch.pdist: _pdist,
+    F.hardsigmoid: _hardsigmoid,
     F.mse_loss: _mse_loss,  # whose backward kernel fails in forward mode
     F.scaled_dot_product_attention: _with_math_attention(F.scaled_dot_product_attention),
     F.multi_head_attention_forward: _with_math_attention(F.multi_head_attention_forward),

@@ -111,7 +111,7 @@ def tune(f: Objective, *, products: int = 20, points: int = 1000, repeats: int =
         "differences": case.tried("differences", differences),
     }
     trials = case.judged(trials)
-    names = tuple(without_second_derivative(f)) if trials["kept"].problem else ()
+    names = [name for kind in without_second_derivative(f) for name in kind] if trials["kept"].problem else []
     if all(t.problem for t in trials.values()):
         reasons = "; ".join(f"{t.name}: {t.problem}" for t in trials.values())
         raise InvalidValue(f"no backend gives a product that can be believed ({reasons}){_where(names)}")
@@ -135,7 +135,7 @@ def tune(f: Objective, *, products: int = 20, points: int = 1000, repeats: int =
         gradient=gradient,
         graph_bytes=f.graph_bytes_per_example * case.examples,
         repaid=repaid,
-        without_second_derivative=names,
+        without_second_derivative=tuple(names),
         sentence=_sentence(best, eligible, gradient, products=products, points=points, repaid=repaid) + _where(names),
     )
 

@@ -88,9 +88,10 @@ def _weights_in_words(f: _Objective, unions: list[_Union]) -> str:
             )
     crossing = sorted({type(m).__name__ for m in f.model.modules() if isinstance(m, CROSSING) and m.training})
     reason = f"{', '.join(crossing)} in training mode makes" if crossing else "model or loss make"
+    unless = "" if crossing else " (unless batches of this form cannot be cut or joined like others)"
     return (
-        f"{seen}: {reason} the examples of a batch depend on each other, so that the loss depends on how the data are"
-        " divided into batches; it is the mean over these batches that is measured"
+        f"{seen}: {reason} the examples of a batch depend on each other{unless}, so that the loss depends on how the"
+        " data are divided into batches; it is the mean over these batches that is measured"
     )
 
 

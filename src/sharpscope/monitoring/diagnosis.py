@@ -14,7 +14,7 @@ import numpy as np
 from ..optimizers.weight_kinds import INVARIANT, KINDS, NULL
 from ..records.history import History
 from .finding import Finding, Findings
-from .measurements import ENOUGH, Facts, Measurements, Now
+from .measurements import ENOUGH, Facts, Measurements, Now, ago
 from .step_rules import STEP_RULES
 from .time_budget import ADVANCE
 
@@ -130,7 +130,7 @@ def _number_only(at: Measurements) -> Finding:
     """Give the last number without a verdict, where measurements are too few or too old."""
     steps, ratios, rates = (float(column[-1]) for column in at.curvature)
     numbers = {"ratio": ratios, "learning rate": rates, "step": steps, "age": at.age, "measurements": float(at.count)}
-    when = f"At step {steps:.0f}{f', {at.age:.0f} steps ago,' if at.age > 0 else ''}"
+    when = f"At step {steps:.0f}{f', {ago(at.age)},' if at.age > 0 else ''}"
     text = f"{when} sharpness / threshold was {_r(ratios)}, at a learning rate of {_n(rates)}"
     if at.rate > 0 and not math.isclose(at.rate, rates, rel_tol=1e-6):
         text += f" (at the present {_n(at.rate)} the same curvature would give {_r(ratios * at.rate / rates)})"
@@ -350,7 +350,10 @@ def invariance(at: Measurements) -> Finding:
     """Count the scale-invariant weights."""
     n = at.facts.invariant
     if not at.facts.groups_known:
-        text = "Which weights are scale-invariant is not known yet: the budget has not allowed finding them."
+        reason = (
+            "no measurement has found them" if at.facts.budget is None else "the budget has not allowed finding them"
+        )
+        text = f"Which weights are scale-invariant is not known yet: {reason}."
         return Finding("unknown groups", text)
     if n == 0:
         return Finding("invariance", "No weights are scale-invariant: the plain sharpness is the one to read.")

@@ -194,7 +194,7 @@ class Measurements:
         else:
             text = f"{len(steps)} measurements, steps {steps[0]:.0f} to {steps[-1]:.0f}"
         age = self.step - steps[-1]
-        return f"{text}, {age:.0f} steps ago" if age > 0 else text
+        return f"{text}, {ago(age)}" if age > 0 else text
 
     @property
     def steps_left(self) -> float:
@@ -234,6 +234,11 @@ class Measurements:
         if len(self.coming[0]) > 1 and rate > 0:
             return self.tau + per_step / rate * float(np.trapezoid(self.coming[1], self.coming[0]))
         return math.nan if self.varied else self.tau + per_step * self.steps_left
+
+
+def ago(steps: float) -> str:
+    """Say how many steps ago something was."""
+    return f"{steps:.0f} step{'' if steps == 1 else 's'} ago"
 
 
 def _late(count: int) -> int:

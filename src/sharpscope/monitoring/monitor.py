@@ -37,7 +37,7 @@ from .learning_rates import Profile, rates_ahead
 from .measurements import Facts, Now
 from .measuring import Measuring, Moment
 from .meters import Meter, Meters, Step
-from .optimizer_state import OptimizerState
+from .optimizer_state import OptimizerState, listed, untrained
 from .page import charts_of, render_run
 from .recorder import RUN, Recorder, Sink
 from .schedules import Schedule
@@ -149,6 +149,7 @@ class Monitor:
         self._steps_handled = 0
         self._training_seconds = 0.0  # since the last handled step
         self._unseen = 0  # changes of the weights without a step that was counted
+        self._idle: list[str] = []  # weights that were unfrozen, and that no optimizer trains yet
         self._versions = self._weight_versions()
         self._failures = 0  # of measurements, one after the other
         self._meters = Meters(meters)
@@ -246,7 +247,7 @@ class Monitor:
         if self.steps > self._steps_handled:
             taken = range(self._steps_handled + 1, self.steps + 1)
             self._steps_handled = self.steps
-            due = self.timetable.is_due(taken, self._weights_before is not None)
+            due = not self._idle and self.timetable.is_due(taken, self._weights_before is not None)
             waited = wait_for_device(self.optimizer) if due else 0.0  # still time of training
             began += waited
             self.ledger.add_steps(self._training_seconds + waited, len(taken))
@@ -259,7 +260,8 @@ class Monitor:
                 began += spent
             if self._read:
                 self.recorder.append(self.steps, self._taken())
-            self._weights_before = (self.steps, self.objective.weights()) if self._next_is_due_safely() else None
+            prepares = not self._idle and self._next_is_due_safely()
+            self._weights_before = (self.steps, self.objective.weights()) if prepares else None
         self.resumed = perf_counter()
         self.ledger.measured += self.resumed - began
 
@@ -457,12 +459,20 @@ class Monitor:
             self._unseen += 1
         self._versions = versions
         changes = self.objective.changes()
-        if not changes:
+        idle = untrained(self.optimizers, self.objective) if changes else []
+        if idle and idle != self._idle:
+            warnings.warn(
+                f"the trainable parameters have changed by step {self.steps} ({changes}), and no optimizer trains"
+                f" {listed(idle)}: measuring goes on when one does, or when they are frozen again",
+                stacklevel=4,
+            )
+        self._idle = idle
+        if idle or not changes:
             return
         warnings.warn(
             f"the trainable parameters have changed by step {self.steps} ({changes}); from here on those of now are"
             " measured",
-            stacklevel=3,
+            stacklevel=4,
         )
         try:
             self.objective = self.objective.renewed()
@@ -478,7 +488,7 @@ class Monitor:
         """Measure no more, and say why."""
         self.timetable.stop()
         self._weights_before = None
-        warnings.warn(f"no more measurements are taken: {type(error).__name__}: {error}", stacklevel=4)
+        warnings.warn(f"no more measurements are taken: {type(error).__name__}: {error}", stacklevel=5)
 
     def _next_is_due_safely(self) -> bool:
         """Say whether the next step will be measured; what planning raises ends the measuring, not the training."""

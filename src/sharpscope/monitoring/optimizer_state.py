@@ -94,7 +94,7 @@ class OptimizerState:
     def stability(self) -> Stability | None:
         """The stability of the optimizers at present; None as long as nothing can move, or nothing is known."""
         rules = self.rules
-        if self._observed:
+        if self._observed or untrained(self._optimizers, self._objective):
             return None
         try:
             found = stability_of(self._optimizers, self._parameters(), rules)
@@ -173,27 +173,38 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else id(value)
 
 
+def untrained(optimizers: Sequence[Optimizer], objective: Objective) -> list[str]:
+    """Name the trainable parameters that none of the optimizers trains."""
+    trained = set().union(*map(_trained, optimizers))
+    return [name for name, p in objective.parameters().items() if id(p) not in trained]
+
+
+def listed(names: Sequence[str]) -> str:
+    """List the first of these names, and count the others."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
+
+
+def _trained(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _check_trains(optimizers: Sequence[Optimizer], objective: Objective) -> None:
     """Raise InvalidValue unless the optimizers together train the objective's parameters, each of them some."""
-    parameters = objective.parameters()
-    of_each = [{id(p) for group in one.param_groups for p in group["params"]} for one in optimizers]
-    trained = set().union(*of_each)
-    idle = [name for name, p in parameters.items() if id(p) not in trained]
-    who = ", ".join(type(one).__name__ for one in optimizers)
-    if idle:
-        names = ", ".join(idle[:6]) + (f" and {len(idle) - 6} more" if idle[6:] else "")
+    if idle := untrained(optimizers, objective):
+        who = ", ".join(type(one).__name__ for one in optimizers)
         raise InvalidValue(
-            f"the optimizer ({who}) does not train {names}: pass the optimizer of this model, or if it has several,"
-            " all of them as a list, Monitor(f, [first, second]); what none of them trains is left out of the"
+            f"the optimizer ({who}) does not train {listed(idle)}: pass the optimizer of this model, or if it has"
+            " several, all of them as a list, Monitor(f, [first, second]); what none of them trains is left out of the"
             " objective by requires_grad_(False) before making it"
         )
-    own = {id(p) for p in parameters.values()}
+    of_each = [_trained(one) for one in optimizers]
+    own = {id(p) for p in objective.parameters().values()}
     strangers = [type(one).__name__ for one, ids in zip(optimizers, of_each, strict=True) if not ids & own]
     if strangers:
         raise InvalidValue(
             f"{', '.join(strangers)} trains none of the objective's parameters; leave it out of the list"
         )
-    others = sum(id(p) in trained for p in objective.captured)
+    others = sum(id(p) in set().union(*of_each) for p in objective.captured)
     if others:
         raise InvalidValue(
             f"the optimizer also trains {others} parameters that the loss depends on and that belong neither to the"

@@ -1,5 +1,7 @@
 """Tell invariance from chance: the Euler cosine falls like 1/c² where candidates are rescaled by c.
 
+Where it is felt at the weights themselves it has to fall exactly so, as that of an eps does.
+
 The one test of all searches, whatever their candidates are made of and their gradients kept as: they show these through
 a `Probe`.
 """
@@ -18,6 +20,15 @@ FACTOR = 300.0
 
 MAX_CHANGE = 0.5
 """Largest relative change of ``c ∇_g`` there.  Single examples may have a variance near eps."""
+
+FELT = 1e-4
+"""Euler cosine, at weights of ordinary size, from which it is looked at whether an eps leaves it."""
+
+FARTHER = (5.0, 50.0)
+"""Factors beyond the one of the test at which the cosine is compared."""
+
+SAME = 0.02
+"""Largest relative difference of the cosine times c² between them: rounding, and examples of little variance."""
 
 DOUBLE, SINGLE = (1e-10, 1e-12), (3e-5, 1e-5)
 """Euler cosines, and gradients against the typical one, that are rounding."""
@@ -67,7 +78,7 @@ def confirmed(probe: Probe, candidates: Iterable[str]) -> list[str]:
         turns = _turns(probe, tested)
         c = factors([name for name in tested if turns[name] == turn])
         after = probe.rescaled(c)
-        slow = _slow(probe, after, c)
+        slow = _slow(probe, after, c) or _bent(probe, after, c)
         if slow:
             tested = [name for name in tested if name not in slow]
             turn, last = 0, 0
@@ -93,6 +104,20 @@ def _slow(probe: Probe, after: Rescaled, c: Mapping[str, float]) -> set[str]:
         if slow:
             return slow
     return set()
+
+
+def _bent(probe: Probe, after: Rescaled, c: Mapping[str, float]) -> set[str]:
+    """Find the candidates whose cosine, where it is felt at the weights, does not fall by the law of an eps.
+
+    Activations that are homogeneous but for small inputs (GELU, SiLU, softplus) look like an eps from afar, but leave a
+    cosine that counts the few inputs that are small still, or vanishes.  That of an eps times c² is one number.
+    """
+    felt = [name for name in c if probe.cosine(name) > FELT and after.is_alive(name, c[name])]
+    if not felt or probe.floor > DOUBLE[0]:
+        return set()
+    near, far = (probe.rescaled({**c, **{name: k * c[name] for name in felt}}) for k in FARTHER)
+    ratio = (FARTHER[1] / FARTHER[0]) ** 2
+    return {n for n in felt if not abs(ratio * far.cosine(n) - near.cosine(n)) <= SAME * near.cosine(n)}
 
 
 def factors(names: Sequence[str], typical: float = FACTOR) -> dict[str, float]:
