@@ -375,6 +375,24 @@ def test_a_sink_that_fails_does_not_stop_the_run() -> None:
     assert got == [0] and monitor.history.columns["step"] == [0, 2, 4]
 
 
+def test_a_measurement_that_fails_leaves_random_states_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    f = cases.plain()
+    sgd = torch.optim.SGD(f.model.parameters(), lr=0.1)
+    monitor = Monitor(f, sgd, every=2)
+    descend(f, sgd, monitor, 1)
+
+    def drawing(*_: Any) -> None:
+        torch.rand(3), np.random.rand(), random.random()
+        raise RuntimeError("half-way")
+
+    monkeypatch.setattr(monitor.measuring, "at", drawing)
+    states = torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate()
+    with pytest.warns(UserWarning, match="a measurement at step 2 failed: RuntimeError: half-way"):
+        descend(f, sgd, monitor, 1)
+    assert torch.equal(states[0], torch.get_rng_state()) and states[2] == random.getstate()
+    assert same(states[1], np.random.get_state(legacy=False))
+
+
 def test_a_setting_without_a_rule_does_not_stop_the_run() -> None:
     f = cases.plain()
     sgd = torch.optim.SGD(f.model.parameters(), lr=0.1, weight_decay=0.1)

@@ -273,6 +273,13 @@ def undisturbed(source: Source) -> AbstractContextManager[None]:
 
 
 @contextmanager
+def keeping_random_states() -> Iterator[None]:
+    """Put every global generator back at the end, whatever draws from it inside."""
+    with _own_randomness(None, None):
+        yield
+
+
+@contextmanager
 def fresh_copy(data: Iterable[Any]) -> Iterator[Any]:
     """Copy data for one pass outside of an objective, with every global generator seeded by zero meanwhile."""
     source = Source(data)
@@ -521,7 +528,7 @@ def _picked(tree: Any, cut: Cut, rows: slice) -> Any:
 
 
 @contextmanager
-def _own_randomness(seed: int | None, source: Source) -> Iterator[None]:
+def _own_randomness(seed: int | None, source: Source | None) -> Iterator[None]:
     """Draw from generators seeded by `seed` (None: as they stand), and put every random state back at the end.
 
     Loaders draw a seed when they are iterated, data sets and models when they are read.  NumPy's state is slow to copy
@@ -529,7 +536,7 @@ def _own_randomness(seed: int | None, source: Source) -> Iterator[None]:
     """
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     cpu, python = torch.get_rng_state(), random.getstate()
-    legacy: Any = None if seed is None and source.quiet else np.random.get_state()
+    legacy: Any = None if seed is None and source and source.quiet else np.random.get_state()
     on_devices = [torch.cuda.get_rng_state(d) for d in cuda]
     if seed is not None:
         random.seed(seed)
@@ -543,7 +550,7 @@ def _own_randomness(seed: int | None, source: Source) -> Iterator[None]:
         random.setstate(python)
         if legacy is not None:
             after: Any = np.random.get_state()
-            if source.quiet is None and source.fixed:
+            if source and source.quiet is None and source.fixed:
                 source.quiet = after[2:] == legacy[2:] and bool((after[1] == legacy[1]).all())
             np.random.set_state(legacy)
         for device, state in zip(cuda, on_devices, strict=True):

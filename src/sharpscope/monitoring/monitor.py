@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..autodiff.data import keeping_random_states
 from ..autodiff.objective import Objective
 from ..display import card, cell, silent, sparkline, update_cell
 from ..errors import InvalidType, InvalidValue
@@ -547,6 +548,7 @@ class Monitor:
         at = self.optimizer_state.setting() if setting is None else setting
         return Moment(w, self.steps, self.tau, at, turned, applied=setting is not None)
 
+    @keeping_random_states()  # what a failure draws, too
     def _together(self, moment: Callable[[], Moment], deadline: float | None) -> None:
         """Measure on all processes, or on none: an error on one is an error on all, before they wait for each other."""
         points: list[Moment] = []
