@@ -318,6 +318,14 @@ def preactivation() -> nn.Module:
     return Named(conv=conv(2), **blocks, bn=nn.BatchNorm2d(D), act=nn.ReLU(), head=Pooled())
 
 
+def rectified(*, eps: float, depth: int = 4) -> nn.Module:
+    """Convolutions with biases, each with a rectifier and then batch normalization, whose eps many channels feel."""
+    layers: dict[str, nn.Module] = {}
+    for k in range(depth):
+        layers |= {f"c{k}": conv(D if k else 2, bias=True), f"r{k}": nn.ReLU(), f"b{k}": nn.BatchNorm2d(D, eps=eps)}
+    return Named(**layers, pool=nn.MaxPool2d(2), head=Pooled())
+
+
 def convnext(*, bias: bool, scale: float = 1e-6) -> nn.Module:
     block = Around(
         depthwise=conv(bias=bias, groups=D), norm=ChannelNorm(D), up=nn.Conv2d(D, 2 * D, 1), act=nn.GELU(),
@@ -506,6 +514,25 @@ INVARIANT: dict[str, Architecture] = {
         (),
         ("b2.* -> head.readout.weight",),
         tuple(IMAGES),
+    ),
+    "rectified convolutions before BN": Architecture(
+        lambda: rectified(eps=1e-3),
+        tuple((f"c{k}.weight", f"c{k}.bias") for k in range(4)),
+        (),
+        ("b3.* -> head.readout.weight",),
+        tuple(IMAGES),
+    ),
+    "sandwich norm": Architecture(
+        lambda: Named(
+            embed=linear(bias=True),
+            m=Around(
+                norm=nn.LayerNorm(D), up=linear(bias=True), act=nn.GELU(), down=linear(bias=True), post=nn.LayerNorm(D)
+            ),
+            norm=nn.LayerNorm(D),
+            a=nn.Tanh(),
+            head=linear(D, 2),
+        ),
+        (("m.down.weight", "m.down.bias"), ("embed.weight", "embed.bias", "m.post.weight", "m.post.bias")),
     ),
     "grouped convolution and BN": Architecture(
         lambda: Named(c0=conv(2), a0=nn.Tanh(), c=conv(groups=4), b=nn.BatchNorm2d(D), a=nn.Tanh(), head=Pooled()),

@@ -68,9 +68,9 @@ def test_pairs_of_sentences_are_all_different(tutorial: dict[str, Any]) -> None:
 def test_the_encoder_is_invariant_in_its_embeddings_and_its_last_norm(
     tutorial: dict[str, Any], large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Biases of keys and the pooler have no effect, by either search."""
+    """Biases of keys and the pooler have no effect, at any size."""
     if large:
-        monkeypatch.setattr("sharpscope.symmetry.scale_groups.LARGE", 0)
+        monkeypatch.setattr("sharpscope.symmetry.search.LARGE", 0)
     f = encoder_loss(tutorial)
     found = find_groups(f)
     groups = {frozenset(names_of(f, places)) for places in found.groups.values()}
@@ -99,7 +99,7 @@ def test_the_tracker_is_invariant_in_each_convolution_with_its_bias(
     tutorial: dict[str, Any], large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if large:
-        monkeypatch.setattr("sharpscope.symmetry.scale_groups.LARGE", 0)
+        monkeypatch.setattr("sharpscope.symmetry.search.LARGE", 0)
     f = tracker_loss(tutorial)
     joint = names_of(f, find_groups(f).joint)
     assert joint == {f"conv{k}.{part}" for k in range(1, 7) for part in ("weight", "bias")}
@@ -123,7 +123,7 @@ def test_small_weights_are_not_raised_where_that_extinguishes_the_gradient(
 ) -> None:
     """exp(-100) of the output would be left."""
     if large:
-        monkeypatch.setattr("sharpscope.symmetry.scale_groups.LARGE", 0)
+        monkeypatch.setattr("sharpscope.symmetry.search.LARGE", 0)
     torch.manual_seed(0)
     x, y = torch.randn(12, 8), torch.randn(12, 8)
     found = find_groups(Objective(Saturable(), F.mse_loss, [(x, y)]))

@@ -27,7 +27,7 @@ from sharpscope.linalg import density, lanczos, largest_eigenpair, trace, warm_s
 from sharpscope.measures import error_budget
 from sharpscope.measures.along_step import batch_sharpness, noise_scale
 from sharpscope.monitoring import AlongStep, BatchSharpness, LossWatch, timetable
-from sharpscope.symmetry import scale_groups
+from sharpscope.symmetry import search
 
 SIZES = (7, 5, 3)
 """Examples of the batches: two are those of the first process, the last that of the second."""
@@ -159,7 +159,7 @@ def groups(rank: int) -> dict[str, bool]:
     for norm in (nn.LayerNorm, nn.BatchNorm1d):
         for large in (False, True):
             f, one = objectives(rank, network(norm=norm))
-            scale_groups.LARGE = 1 if large else 500_000
+            search.LARGE = 1 if large else 500_000
             left, right = ss.find_groups(f), ss.find_groups(one)
             same = {name: i.tolist() for name, i in left.groups.items()} == {
                 name: i.tolist() for name, i in right.groups.items()
@@ -167,7 +167,7 @@ def groups(rank: int) -> dict[str, bool]:
             found[f"{norm.__name__}, {large}"] = (
                 same and left.joint.numel() > 0 and left.null.keys() == right.null.keys()
             )
-    scale_groups.LARGE = 500_000
+    search.LARGE = 500_000
     return found
 
 

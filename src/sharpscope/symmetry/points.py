@@ -10,28 +10,12 @@ from torch import Tensor
 
 from ..autodiff.objective import Objective
 
-LEAST_LEFT = 1e-3
-"""Part of the gradient that is left where weights of ordinary size do not extinguish it."""
 
-
-def noise(w: Tensor, seed: int) -> Tensor:
-    """Draw standard normal numbers like `w`, the same on every device."""
-    return torch.randn(w.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(w)
-
-
-def perturbed(f: Objective, w: Tensor, level: float, seed: int) -> Tensor:
+def perturbed_by_tensors(f: Objective, w: Tensor, level: float, seed: int) -> Tensor:
     """Add noise relative to the size of each row, or entry of a vector, so that no gradient is zero by accident.
 
     Where that is zero the size of the tensor counts, where this is zero too one.
     """
-    random, out = f.unflatten(noise(w, seed)), w.clone()
-    for name, part in f.unflatten(out).items():
-        part += level * _spread(part) * random[name]
-    return out
-
-
-def perturbed_by_tensors(f: Objective, w: Tensor, level: float, seed: int) -> Tensor:
-    """Perturb as `perturbed` does, with noise in the precision of `w` for one tensor at a time."""
     generator, out = torch.Generator(w.device).manual_seed(seed), w.clone()
     for part in f.unflatten(out).values():
         random = torch.randn(part.shape, generator=generator, dtype=w.dtype, device=w.device)
@@ -40,7 +24,7 @@ def perturbed_by_tensors(f: Objective, w: Tensor, level: float, seed: int) -> Te
 
 
 def perturbed_by_rank_one(f: Objective, w: Tensor, level: float, seed: int) -> Tensor:
-    """Perturb as `perturbed` does, matrices by products ``a bᵀ`` of noise, which cost next to nothing."""
+    """Perturb as `perturbed_by_tensors` does, matrices by products ``a bᵀ`` of noise, which cost next to nothing."""
     generator, out = torch.Generator(w.device).manual_seed(seed), w.clone()
 
     def random(shape: torch.Size) -> Tensor:
@@ -66,16 +50,6 @@ def at_ordinary_size(f: Objective, w: Tensor) -> Tensor:
             size = part.square().mean(others, keepdim=True).sqrt() if others else part.abs()
             part *= torch.where((size > 0) & (size < least), usual / size, 1)
     return out
-
-
-def extinguishes(before: Tensor, g_before: Tensor, after: Tensor, g_after: Tensor) -> bool:
-    """Say whether hardly any gradient is left after weights were raised to ordinary size.
-
-    Trained networks may have many small weights, which together decide everything once they are raised.  Compared are
-    ``‖∇ ∘ w‖``, to which the size of the weights does not matter.
-    """
-    left = (g_after * after).norm()
-    return not bool(left >= LEAST_LEFT * (g_before * before).norm())
 
 
 def _spread(part: Tensor) -> Tensor:

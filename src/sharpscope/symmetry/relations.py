@@ -50,49 +50,11 @@ MAX_MIXED = 12
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A point `w` ``(P,)`` and the gradient `g` ``(P,)`` there."""
-
-    w: Tensor
-    g: Tensor
-
-
-@dataclass(frozen=True)
 class Sums:
     """Euler products ``wᵀ∇`` ``(m, rows)`` of the rows of a grid of weights, and ``‖w‖‖∇‖`` to compare them with."""
 
     products: Tensor
     sizes: Tensor
-
-
-def euler_cosine(samples: list[Sample], indices: Tensor) -> float:
-    """Largest ``|w_gᵀ∇_g| / (‖w_g‖‖∇_g‖)`` over the samples; 1 where a gradient vanishes or is not finite."""
-    worst = 0.0
-    for s in samples:
-        w_g, g_g = s.w[indices].double(), s.g[indices].double()
-        size = (w_g.norm() * g_g.norm()).item()
-        worst = max(worst, abs((w_g @ g_g).item()) / size if 0 < size < float("inf") else 1.0)
-    return worst
-
-
-def row_products(s: Sample, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute ``w_rᵀ∇_r`` and ``‖w_r‖‖∇_r‖`` of the rows r of a grid of indices ``(rows, entries)``."""
-    w, g = s.w[grid].double(), s.g[grid].double()
-    return (w * g).sum(dim=1), w.norm(dim=1) * g.norm(dim=1)
-
-
-def blocks(grids: Mapping[str, Tensor], sums: Mapping[str, Sums]) -> dict[str, Tensor]:
-    """Find the shortest disjoint runs of rows whose Euler products add up to zero.
-
-    `grids`: a name with a place for the rows, as in ``"weight[{}]"`` -> indices ``(rows, entries)``.
-    """
-    found: dict[str, Tensor] = {}
-    taken = torch.zeros(1 + max((int(grid.max()) for grid in grids.values()), default=0), dtype=torch.bool)
-    for name, grid in grids.items():
-        for start, stop in zero_runs(sums[name], ~taken[grid].any(dim=1)):
-            found[name.format(place(start, stop))] = grid[start:stop].flatten()
-            taken[grid[start:stop]] = True
-    return found
 
 
 def place(start: int, stop: int) -> str:
@@ -139,22 +101,6 @@ def _cumulated(rows: Tensor) -> Tensor:
     return torch.cat([rows.new_zeros(len(rows), 1), rows.cumsum(dim=1)], dim=1)
 
 
-def rescaled_pairs(
-    parts: Mapping[str, Tensor], wider: Mapping[str, Tensor], sums: Mapping[str, Sums]
-) -> tuple[dict[str, float], set[str]]:
-    """Find pairs that may be rescaled by c and 1/c, and the parts that the other side of a pair represents in sums.
-
-    The pairs are ``"a -> b"`` -> mismatch: ``a`` is `wider` (a weight and its bias) or one of the parts, ``b`` the next
-    one with the same Euler product.
-    """
-    units = dict(sorted({**parts, **wider}.items(), key=lambda item: int(item[1].min())))
-    found = paired(list(units), sums, lambda a, b: not bool(torch.isin(units[a], units[b]).any()))
-    represented: set[str] = set()
-    for name, _ in found:
-        represented.update([n for n, i in parts.items() if bool(torch.isin(i, units[name]).all())][:1])
-    return {f"{a} -> {b}": mismatch for (a, b), mismatch in found.items()}, represented
-
-
 def paired(
     names: Sequence[str], sums: Mapping[str, Sums], disjoint: Callable[[str, str], bool]
 ) -> dict[tuple[str, str], float]:
@@ -182,13 +128,11 @@ def read_by_several(
     names: Sequence[str],
     paired: Collection[str],
     sums: Mapping[str, Sums],
-    max_mismatch: float,
 ) -> dict[tuple[str, ...], float]:
     """Find vectors that may be rescaled by c, and two or more maps that read them by 1/c; return the mismatch.
 
     `names` are those of tensors and of modules ``m.*``, `paired` those that have a pair by now.  Tried are sets of maps
-    of the vector's width in the module around its own, small sets and early maps first.  Relations through a
-    normalization are not exact, these are: so `max_mismatch` is rounding where that is known.
+    of the vector's width in the module around its own, small sets and early maps first.
     """
     maps = {name: shapes[name][:2] for name in names if len(shapes.get(name, ())) > 1}
     found: dict[tuple[str, ...], float] = {}
@@ -203,7 +147,7 @@ def read_by_several(
         own, size = products[:, :1], sizes[:, :1]
         rest = (own - products[:, 1:] @ chosen).abs()
         mismatch = (rest / (size.square() + sizes[:, 1:].square() @ chosen).sqrt()).max(dim=0).values
-        fits = (mismatch <= max_mismatch) & (rest.norm(dim=0) <= MAX_PAIR_DIFFERENCE * own.norm())
+        fits = (mismatch <= MAX_PAIR_MISMATCH) & (rest.norm(dim=0) <= MAX_PAIR_DIFFERENCE * own.norm())
         if bool(fits.any()) and bool((own.abs() > MAX_PAIR_MISMATCH * size).any()):
             first = int(fits.nonzero()[0])
             found[(vector, *(near[i] for i in sets[first]))] = mismatch[first].item()
@@ -218,15 +162,6 @@ def _vectors(shapes: Mapping[str, torch.Size], names: Iterable[str]) -> Iterator
             yield name, shape[0]
 
 
-def joint_groups(parts: Mapping[str, Tensor], sums: Mapping[str, Sums]) -> dict[str, Tensor]:
-    """Find disjoint sets of parts whose Euler products add up to zero, smallest first."""
-    found: dict[str, Tensor] = {}
-    for members in joint_sets(sorted(parts, key=lambda name: parts[name].numel()), sums):
-        members.sort(key=lambda n: int(parts[n].min()))
-        found[title(members)] = torch.cat([parts[n] for n in members])
-    return found
-
-
 def joint_sets(names: Sequence[str], sums: Mapping[str, Sums]) -> Iterator[list[str]]:
     """Find disjoint sets of names whose Euler products add up to zero, smallest first.
 
@@ -237,6 +172,8 @@ def joint_sets(names: Sequence[str], sums: Mapping[str, Sums]) -> Iterator[list[
     if len(names) < 2:
         return
     matrix, sizes = (x.cpu() for x in _side_by_side(sums, names))
+    known = matrix.any(dim=1)  # a point at which no product is left, since an example saturates all, says nothing
+    matrix, sizes = matrix[known], sizes[known]
     free = torch.ones(len(names), dtype=torch.bool)
     for chosen in _zero_one(matrix):
         close = matrix[:, chosen].sum(dim=1).abs() <= MAX_JOINT_COSINE * sizes[:, chosen].norm(dim=1)

@@ -12,30 +12,24 @@ does not depend on the size of the weights.  The cosine that eps leaves at the w
 
 Weights without any effect (a bias right before batch normalization) are *null*: they would enter the norm, and are kept
 out of it.  Where no tensor or module is invariant alone, `relations` finds parts of it, or several together.
+All sizes have one `search`.
 
 P parameters, n of them in a group.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import closing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..autodiff.objective import Objective, require_objective
-from ..display import card, progress, report, text
-from ..errors import InvalidValue
-from .candidates import Candidates, module_grids, modules, parts, remaining, row_grids, tensors, thirds, units
-from .confirmation import DOUBLE, MAX_CANDIDATE_COSINE, MAX_CHANGE, SINGLE, confirmed
-from .large_search import Found, search_large
+from ..display import card, progress, text
+from .candidates import Candidates
+from .parts import Part, views, whole
 from .parts import indices as places
-from .parts import views
-from .points import at_ordinary_size, extinguishes, in_double_if_possible, noise, perturbed
-from .relations import Sample, Sums, blocks, euler_cosine, joint_groups, read_by_several, rescaled_pairs, row_products
-
-LARGE = 2**18
-"""Number of parameters from which few examples and single precision are used (`large_search`)."""
+from .search import Search
+from .tally import largest_cosine
 
 EULER = 2e-3
 """Largest Euler cosine at the weights themselves at which numbers on the sphere may be believed: eps is felt above."""
@@ -103,223 +97,34 @@ def find_groups(f: Objective, w: Tensor | None = None, *, candidates: Candidates
 
     Tests each tensor, then (weight, bias) pairs of what is left, then blocks of rows or columns, then sums of tensors.
     With `candidates` (`rows`, `columns`) tests these, then pairs, then all that is left together with the groups.
-    Costs three gradients where every tensor is invariant; else about ten, and one of the first batch for each that is
-    not, all in double precision.  From `LARGE` parameters on, 20 to 80 gradients of one or a few examples in single
-    precision look for candidates, and two to ten in double precision confirm them on two examples (four where
-    examples see each other, as in batch normalization); one of all data confirms weights without effect.  That takes
-    the time of 4 to 16 gradients of a usual batch, and memory for about nine vectors ``(P,)``, plus the indices.
-    With `candidates` the size makes no difference.
+    Costs three gradients where every tensor is invariant, else about fifteen, all in double precision; relations are
+    sought on the first batch alone.  From `search.LARGE` parameters on, 15 to 40 gradients of one or eight examples in
+    single precision look for candidates, and three to ten in double precision confirm them; one of all data confirms
+    weights without effect.  That takes memory for about nine vectors ``(P,)``, plus the indices.
 
     Raises:
         ValueError: the gradient there is not finite.
     """
     require_objective(f)
-    w = f.weights() if w is None else w
-    if candidates is None and f.size >= LARGE:
-        return _from_parts(f, search_large(f, w))
-    search = _Search(f, w)
-    pairs: dict[str, float] = {}
-    search.take((candidates or tensors)(f))
-    search.take(modules(f, search.left))
-    if candidates is None and bool(search.left.any()):
-        pairs = _take_related(f, search)
-    joint = torch.cat([torch.empty(0, dtype=torch.long), *search.groups.values()]).sort().values
-    if candidates is not None and bool(search.left.any()):
-        joint = search.confirmed({"": search.effective.nonzero().flatten()}).get("", joint)
+    search = Search(f, f.weights() if w is None else w)
+    tested = {name: (whole(f, name),) for name in f.slices} if candidates is None else candidates(f)
+    search.find(None if candidates is None else tested)
     here = search.near_weights()
-    tested = tensors(f) if candidates is None else candidates(f)
-    defects = {name: euler_cosine(here, i) for name, i in (tested | search.groups).items() if name not in search.null}
-    joint_defect = euler_cosine(here, joint) if joint.numel() else 1.0
+    tested = {name: part for name, part in tested.items() if name not in search.null}
     return ScaleGroups(
-        search.groups, defects, search.null, joint, joint_defect, pairs=pairs, num_gradients=search.count
+        {name: places(f, part) for name, part in search.groups.items()},
+        {name: largest_cosine(here, part) for name, part in (tested | search.groups).items()},
+        {name: places(f, part) for name, part in search.null.items()},
+        _sorted(f, search.joint),
+        largest_cosine(here, search.joint) if search.joint else 1.0,
+        pairs={f"{a} -> {b}": pair.mismatch for (a, b), pair in search.pairs.items()},
+        num_gradients=search.count,
     )
 
 
-def _from_parts(f: Objective, found: Found) -> ScaleGroups:
-    """List the places of parts of a large network."""
+def _sorted(f: Objective, part: Part) -> Tensor:
+    """List the places of the weights of a part in the order of the flat vector, each once."""
     inside = torch.zeros(f.size, dtype=torch.bool)
-    for part in found.groups.values():
-        for v in views(f, inside, part):
-            v.fill_(value=True)
-    return ScaleGroups(
-        {name: places(f, part) for name, part in found.groups.items()},
-        found.defects,
-        {name: places(f, part) for name, part in found.null.items()},
-        inside.nonzero().flatten(),
-        found.joint_defect,
-        pairs=found.pairs,
-        num_gradients=found.num_gradients,
-    )
-
-
-def _take_related(f: Objective, search: "_Search") -> dict[str, float]:
-    """Add blocks of rows and sums of tensors to the groups; return what may be rescaled by c and 1/c."""
-    grids, wide = row_grids(f, search.left), module_grids(f, search.left)
-    sums, single = search.euler_sums({**grids, **wide, **units(f, search.left)}), len(search.groups)
-    search.take(blocks(grids, sums))
-    search.take(blocks(wide, sums))
-    if len(search.groups) > single:
-        sums = search.euler_sums(units(f, search.left))
-    own = parts(f, search.left)
-    wider = modules(f, search.left) | thirds(f, search.left)
-    pairs, represented = rescaled_pairs(own, wider, sums)
-    search.take(joint_groups({name: i for name, i in own.items() if name not in represented}, sums))
-    readers = read_by_several(f.shapes, [*own, *wider], {p.partition(" -> ")[0] for p in pairs}, sums, search.floor)
-    return pairs | {f"{vector} -> {' + '.join(maps)}": mismatch for (vector, *maps), mismatch in readers.items()}
-
-
-class _Search:
-    """Gradients of one objective and the result so far: `groups`, `null`, and which weights are `left`."""
-
-    def __init__(self, f: Objective, w: Tensor) -> None:
-        self.f, self.count = in_double_if_possible(f, w), 0
-        self.given_in_double = w.dtype is torch.float64
-        self.w = w.double() if self.f is not f else w
-        self.start = at_ordinary_size(f, self.w)
-        self.base = self.near(self.start)
-        if not torch.equal(self.start, self.w):
-            before, after = self.sample(perturbed(f, self.w, 0.1, 1)), self.base[0]
-            if extinguishes(before.w, before.g, after.w, after.g):
-                self.start, self.base = self.w, self.near(self.w)
-        if not all(bool(s.g.isfinite().all()) for s in self.base):
-            raise InvalidValue("the gradient near these weights is not finite: no telling what they are invariant to")
-        self.floor, self.zero = DOUBLE if self._is_double() else SINGLE
-        self.null = self._null()
-        self.effective = torch.ones(f.size, dtype=torch.bool)
-        for indices in self.null.values():
-            self.effective[indices] = False
-        self.left = self.effective.clone()
-        self.groups: dict[str, Tensor] = {}
-
-    def take(self, candidates: Mapping[str, Tensor]) -> None:
-        """Add the candidates that are invariant, as far as they are left, to the groups."""
-        candidates = remaining(candidates, self.left)
-        near = {name: i for name, i in candidates.items() if euler_cosine(self.base, i) <= MAX_CANDIDATE_COSINE}
-        found = self.confirmed(near)
-        self.groups |= found
-        for indices in found.values():
-            self.left[indices] = False
-
-    def confirmed(self, candidates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Keep the candidates that pass the test from both base points, or from one where that leaves no doubt."""
-        found = set(confirmed(_Probe(self, self.base[0], candidates), candidates))
-        exact = {name for name in found if euler_cosine(self.base, candidates[name]) <= self.floor}
-        again = [name for name in candidates if name in found - exact]
-        exact |= set(confirmed(_Probe(self, self.base[1], candidates), again))
-        return {name: i for name, i in candidates.items() if name in exact}
-
-    def euler_sums(self, grids: Mapping[str, Tensor]) -> dict[str, Sums]:
-        """Euler products at points far from each other, two more than tensors are left, of the first batch alone."""
-        first = self.f.on([_first_batch(self.f, self.w.device)])
-        sums: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in grids}
-        for i in range(2 + len(remaining(tensors(self.f), self.left))):
-            s = self.sample(perturbed(self.f, self.start, 0.5, 10 + i), first)
-            for name, grid in grids.items() if bool(s.g.isfinite().all()) else ():
-                sums[name].append(row_products(s, grid))
-        found = {name: some or [row_products(s, grids[name]) for s in self.base] for name, some in sums.items()}
-        return {name: Sums(*(torch.stack(x) for x in zip(*some, strict=True))) for name, some in found.items()}
-
-    def near_weights(self) -> list[Sample]:
-        """Gradients near the weights as they are, small or not."""
-        if torch.equal(self.start, self.w):
-            return self.base
-        return self.near(self.w)
-
-    def near(self, w: Tensor) -> list[Sample]:
-        """Gradients at two points near w."""
-        return [self.sample(perturbed(self.f, w, 0.1, seed)) for seed in (1, 2)]
-
-    def sample(self, w: Tensor, f: Objective | None = None) -> Sample:
-        self.count += 1
-        report(self.count)
-        return Sample(w, (f or self.f).grad(w))
-
-    def _is_double(self) -> bool:
-        """True where rounding inside the model is that of double precision too: it may cast to single precision."""
-        if self.w.dtype is not torch.float64 or self.given_in_double:
-            return self.given_in_double
-        step, (here, *_) = 1e-6 * noise(self.w, 4) * self.base[0].w, self.base
-        ahead, behind = self.sample(here.w + step), self.sample(here.w - step)
-        return bool((ahead.g - 2 * here.g + behind.g).norm() <= 1e-9 * here.g.norm())
-
-    def _null(self) -> dict[str, Tensor]:
-        """Find tensors, or runs of entries of a vector, with a gradient at rounding level, also when they are moved."""
-        size = max(s.g.square().mean().sqrt().item() for s in self.base)
-        quiet = torch.stack([s.g.abs() <= self.zero * size for s in self.base]).all(dim=0)
-        quiet = _without_parts_of_matrices(self.f, quiet)
-        if not bool(quiet.any()):
-            return {}
-        w, random = self.base[0].w, noise(self.w, 5)
-        far = 3 * (1 + w.abs()) * (random + random.sign())
-        for place in (0.1 * random, w + far, w - far):  # the bias of a unit that is off, or always on, here is not null
-            quiet &= self.sample(torch.where(quiet, place, w)).g.abs() <= self.zero * size
-        quiet = _without_parts_of_matrices(self.f, quiet)
-        return {name: i for t, i in tensors(self.f).items() for name, i in _quiet_runs(t, i, quiet)}
-
-
-class _Probe:
-    """Candidates of a search, at one of its base points."""
-
-    def __init__(self, search: _Search, before: Sample, candidates: Mapping[str, Tensor]) -> None:
-        self.search, self.before, self.candidates, self.floor = search, before, candidates, search.floor
-
-    def cosine(self, name: str) -> float:
-        return euler_cosine(self.search.base, self.candidates[name])
-
-    def cosine_here(self, name: str) -> float:
-        return euler_cosine([self.before], self.candidates[name])
-
-    def products(self, name: str) -> Tensor:
-        i = self.candidates[name]
-        return torch.stack([s.w[i].double() @ s.g[i].double() for s in self.search.base])
-
-    def rescaled(self, factors: Mapping[str, float]) -> "_Rescaled":
-        w = self.before.w.clone()
-        for name, c in factors.items():
-            w[self.candidates[name]] *= c
-        return _Rescaled(self, self.search.sample(w))
-
-
-class _Rescaled:
-    """The gradient after candidates of a probe were rescaled."""
-
-    def __init__(self, probe: _Probe, after: Sample) -> None:
-        self.candidates, self.before, self.after = probe.candidates, probe.before, after
-
-    def cosine(self, name: str) -> float:
-        return euler_cosine([self.after], self.candidates[name])
-
-    def is_alive(self, name: str, c: float) -> bool:
-        i = self.candidates[name]
-        return bool(c * self.after.g[i].norm() > 1e-6 * self.before.g[i].norm())
-
-    def agrees(self, name: str, c: float) -> bool:
-        i = self.candidates[name]
-        return bool((c * self.after.g[i] - self.before.g[i]).norm() <= MAX_CHANGE * self.before.g[i].norm())
-
-
-def _without_parts_of_matrices(f: Objective, quiet: Tensor) -> Tensor:
-    """Take the matrices that are not quiet as a whole out of the mask `quiet` ``(P,)``."""
-    quiet = quiet.clone()
-    for name, indices in tensors(f).items():
-        if len(f.shapes[name]) > 1 and not bool(quiet[indices].all()):
-            quiet[indices] = False
-    return quiet
-
-
-def _quiet_runs(name: str, indices: Tensor, quiet: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the whole tensor where it is quiet, else the runs of its entries that are."""
-    here = quiet[indices].long()
-    if bool(here.all()):
-        yield name, indices
-        return
-    edges = torch.diff(here, prepend=here.new_zeros(1), append=here.new_zeros(1))
-    starts, stops = (edges == 1).nonzero().flatten().tolist(), (edges == -1).nonzero().flatten().tolist()
-    for start, stop in zip(starts, stops, strict=True):
-        yield f"{name}[{start}:{stop}]", indices[start:stop]
-
-
-def _first_batch(f: Objective, device: torch.device) -> object:
-    batches = f.batches(device)
-    with closing(batches):
-        return next(batches).raw
+    for v in views(f, inside, part):
+        v.fill_(value=True)
+    return inside.nonzero().flatten()
