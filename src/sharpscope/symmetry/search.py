@@ -35,6 +35,10 @@ LARGE = 2**18
 EXAMPLES = 8
 """Number of examples of most gradients where weights are many."""
 
+LONG, LONG_EXAMPLES = 2**22, (4, 2)
+"""Bytes of the graph of an example with many places (pixels, tokens), and how many of these are enough: where they see
+each other, as in batch normalization, and where they do not."""
+
 MIN_POINTS = 8
 """Number of points at which runs of rows and pairs are sought."""
 
@@ -403,8 +407,10 @@ class _Exact:
         }
         return Tally(f, w, g, _axes(candidates)), changes
 
-    def confirmed_pairs(self, pairs: Mapping[tuple[str, str], Pair]) -> dict[tuple[str, str], Pair]:
-        """Keep the pairs that leave the loss as it is when they are rescaled together, or in ever smaller sets."""
+    def confirmed_pairs(
+        self, pairs: Mapping[tuple[str, str], Pair], before: float | None = None
+    ) -> dict[tuple[str, str], Pair]:
+        """Keep the pairs that leave the loss as it was `before` when rescaled together, or in ever smaller sets."""
         if not pairs:
             return {}
         moves: list[tuple[Part, float]] = []
@@ -412,12 +418,13 @@ class _Exact:
         for pair, r in zip(pairs.values(), random, strict=True):
             moves += [(pair.a, 2 + r), (pair.b, 1 / (2 + r))]
         w = self.search.at.to(self.f.dtype, copy=True)
-        before, after = self.f.value(w).item(), self.f.value(rescaled(self.search.f, w, moves)).item()
+        before = self.f.value(w).item() if before is None else before
+        after = self.f.value(rescaled(self.search.f, w, moves)).item()
         if abs(after - before) <= MAX_PAIR_CHANGE[self.floor] * abs(before):
             return dict(pairs)
         names, half = list(pairs), len(pairs) // 2
         halves = (names[:half], names[half:]) if half else ()
-        return {n: p for part in halves for n, p in self.confirmed_pairs({n: pairs[n] for n in part}).items()}
+        return {n: p for part in halves for n, p in self.confirmed_pairs({n: pairs[n] for n in part}, before).items()}
 
     @cached_property
     def _rounds_in_double(self) -> bool:
@@ -436,7 +443,8 @@ class _Exact:
 
 def few_examples(f: Objective, w: Tensor) -> tuple[Objective, list[Objective]]:
     """Choose a few examples for tests, and single ones for points in turns, where examples do not see each other."""
-    taken, form = head(f.source, EXAMPLES, f.form), f.form
+    long, form = f.graph_bytes_per_example >= LONG, f.form
+    taken = head(f.source, LONG_EXAMPLES[0] if long else EXAMPLES, form)
     taken = [batch for batch in taken if form.size(batch) > 1] or taken  # batch normalization refuses one example
     together = f.on(taken)
     if not all(f.processes.each(lambda: all(form.can_be_cut(b) or form.size(b) == 1 for b in taken))):
@@ -448,6 +456,8 @@ def few_examples(f: Objective, w: Tensor) -> tuple[Objective, list[Objective]]:
         return together, [together]
     if not abs(one_by_one - both) <= MAX_DIFFERENCE * abs(both):
         return together, [together]
+    if long:
+        together = f.on(head(taken, LONG_EXAMPLES[1], form))
     return together, [f.on(rows[i : i + 1]) for i in range(max(f.processes.each(lambda: len(rows))))]
 
 
