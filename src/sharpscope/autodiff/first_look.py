@@ -413,26 +413,30 @@ class _Spy(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        inplace = (name.endswith("_") and not name.endswith("__")) or name in INPLACE
-        if inplace or func in DATA:
+        data = func in DATA
+        inplace = (name.endswith("_") and not name.endswith("__")) or name in INPLACE or func == DATA[1]
+        if inplace or data:
             self._save(args[0] if args and isinstance(args[0], list | tuple) else args[:1])
         given = _arguments((*args, *kwargs.values()) if kwargs else args)
         transformed = torch._C._functorch.maybe_current_level() is not None
         moving = transformed or any(t.requires_grad for t in given)
         cut = any(self._is_cut(t) for t in given)
+        targets = _arguments(args[:1]) if inplace else []
+        of_weights = any(map(self._is_weight, targets))
+        bounds = of_weights and (data or not any(t.requires_grad for t in targets))  # weights behind autograd's back
         out = func(*args, **(kwargs or {}))
-        if first is not None and (inplace or func is torch.Tensor.data.__get__):  # type: ignore[attr-defined]
-            storage = storage_of(first)
-            self.writes |= storage is not None and storage.data_ptr() in self._weights
+        self.writes |= of_weights
         self.rounds |= name in ROUNDING or "fake_quant" in name
-        if (moving or cut) and (name in STOPPING or func in DATA):
+        if (moving or cut) and name in STOPPING:
             self.stops = True
-        elif cut or (moving and (name in DETACHING or not torch.is_grad_enabled())):
-            written = inplace or "out" in (kwargs or {})
-            self._follow([*_arguments((out,)), *(_arguments(args[:1]) if inplace else ())], written)
+        elif not bounds and (cut or (moving and (data or name in DETACHING or not torch.is_grad_enabled()))):
+            self._follow([*_arguments((out,)), *targets], written=inplace or "out" in (kwargs or {}))
             self.stops |= transformed  # where nothing can be followed
         return out
+
+    def _is_weight(self, t: Tensor) -> bool:
+        storage = storage_of(t)
+        return storage is not None and storage.data_ptr() in self._weights
 
     def _is_cut(self, t: Tensor) -> bool:
         if id(t) in self._cut:
