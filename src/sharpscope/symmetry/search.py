@@ -36,8 +36,10 @@ EXAMPLES = 8
 """Number of examples of most gradients where weights are many."""
 
 LONG, LONG_EXAMPLES = 2**22, (4, 2)
-"""Bytes of the graph of an example with many places (pixels, tokens), and how many of these are enough: where they see
-each other, as in batch normalization, and where they do not."""
+"""Bytes of the graph of an example with many places (pixels, tokens), and how many of these are enough.
+
+First where they see each other, as in batch normalization, then where they do not.
+"""
 
 MIN_POINTS = 8
 """Number of points at which runs of rows and pairs are sought."""
