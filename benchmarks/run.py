@@ -74,6 +74,10 @@ LARGE = Extent(seeds=1, steps=4, every=2, stages=("edge",), crowded_seeds=0, tun
 QUICK = Extent(seeds=2, steps=10, every=5, stages=("edge",), crowded_seeds=3, tune=False)
 
 
+FEW_PRODUCTS = 40
+"""Products up to which memory is measured on a large problem: the profiler keeps every allocation of a measurement."""
+
+
 def tuned(row: Row, p: Problem, seeds: Sequence[int], exact: float) -> Row:
     """The settings with the fewest products among those that are right on all seeds; else the tightest.
 
@@ -124,7 +128,8 @@ def cold(p: Problem, stage: str, extent: Extent) -> tuple[list[Row], float, floa
         for row in rows[turn:] + rows[:turn]:
             row.cold(p, seed, exact)
     for row in rows if stage == "edge" else []:
-        row.memory = peak_memory(row, p)
+        if not p.large or (row.products and max(row.products) <= FEW_PRODUCTS):
+            row.memory = peak_memory(row, p)
     if not weights_are(p, w):
         raise RuntimeError(f"a contender changed the weights of {p.name}")
     return rows, exact, min(gradients)
