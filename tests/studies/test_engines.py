@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from test_run import PATIENCE, ROOT, STOPPED, same_history, until, waiting
@@ -260,6 +261,22 @@ def test_what_is_lost_again_and_again_fails_with_a_sentence() -> None:
     work_off({"one": Group((), WorkItem("last", _double, (1,)))}, Unreliable(9), found.__setitem__)
     assert isinstance(found["one"], Failed)
     assert found["one"].sentence.startswith("'last' raised ConnectionError: a worker is gone")
+
+
+class _Forgetful:
+    """An engine whose results are gone when they are asked for: it works each out again, as Dask does."""
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        call(*arguments)
+        return Mock(done=lambda: True, result=lambda: call(*arguments))
+
+
+def test_somebody_waits_for_a_result_until_it_is_here(tmp_path: Path) -> None:
+    item = WorkItem("it", _double, (4,), note=tmp_path / "it.progress")
+    found: dict[str, Any] = {}
+    work_off({"one": Group((), item)}, _Forgetful(), found.__setitem__)
+    assert found == {"one": 8}
+    assert not list(tmp_path.iterdir())
 
 
 def _killed(progress: Callable[[float], None]) -> None:

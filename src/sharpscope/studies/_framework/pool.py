@@ -125,9 +125,7 @@ class _Schedule:
                     time.sleep(PAUSE)
                 for task in ended:
                     if task in self.running:  # if its group has not just failed
-                        future = self.running.pop(task)
-                        _withdraw(task.item)  # where the call was lost, too: it may be alive
-                        self._end(task, self._outcome(task, future.result))
+                        self._end(task, self._outcome(task, self.running.pop(task).result))
         finally:
             self._drop(list(self.running))
 
@@ -152,7 +150,7 @@ class _Schedule:
     def _outcome(self, task: _Task, result: Callable[[], Any]) -> Any:
         """Return what came of a task; None where its process was lost and it is ready again."""
         try:
-            return result()
+            return result()  # which may be worked out once more, where the machine that has it dies
         except Exception as error:
             task.losses += 1
             task.alone = getattr(self.engine, "together", False)
@@ -160,6 +158,8 @@ class _Schedule:
                 return failed(f"'{task.item.name}'", error, " on the way to a worker process")
             self.ready.append(task)
             return AGAIN
+        finally:
+            _withdraw(task.item)  # where the call was lost, too: it may be alive
 
     def _end(self, task: _Task, outcome: Any) -> None:
         """Settle a group that has failed or is done, and make ready what waits for the task."""
