@@ -194,6 +194,33 @@ def test_a_monitor_that_is_never_called_says_so() -> None:
     assert "monitor.step() was never called" in monitor.diagnosis()
 
 
+@pytest.mark.parametrize("steps", [0, 8])
+def test_a_run_whose_steps_are_all_skipped_says_so(steps: int) -> None:
+    net = small()
+    sgd = SGD(net.parameters(), 0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    monitor = Monitor(Objective(net, F.mse_loss, [(X, Y)]), sgd, every=4)
+
+    def train(count: int, factor: float) -> None:
+        for _ in range(count):
+            sgd.zero_grad()
+            scaler.scale(F.mse_loss(net(X), Y) * factor).backward()
+            scaler.step(sgd)
+            scaler.update()
+            monitor.step()
+
+    train(steps, 1.0)
+    train(99, float("inf"))
+    assert "no steps" not in {finding.name for finding in monitor.findings()}
+    train(1, float("inf"))
+    finding = monitor.findings()[0]
+    assert finding.name == "no steps" and finding.numbers == {"calls": 100.0}
+    assert f"since step {steps}: " in finding.text and "GradScaler" in finding.text
+    assert bool(monitor.findings()[1:]) == (steps > 0)
+    train(1, 1.0)
+    assert "no steps" not in {finding.name for finding in monitor.findings()}
+
+
 @pytest.mark.parametrize("kind", ["an error", "no memory"])
 def test_what_measuring_raises_does_not_end_the_training(kind: str) -> None:
     class Failing(nn.Module):

@@ -47,7 +47,7 @@ from .time_budget import Ledger, wait_for_device
 from .timetable import Timetable
 
 UNREPORTED_STEPS = 100
-"""Steps of the optimizer after which a Monitor that was never called says so."""
+"""Steps of the optimizer without a call of the Monitor, or calls without a step, after which it says so."""
 
 MOST_FAILURES = 3
 """Measurements in a row that may fail before no more are taken."""
@@ -150,6 +150,7 @@ class Monitor:
         self._steps_handled = 0
         self._training_seconds = 0.0  # since the last handled step
         self._unseen = 0  # changes of the weights without a step that was counted
+        self._calls_since = 0  # calls of `step` since a step was counted
         self._idle: list[str] = []  # weights that were unfrozen, and that no optimizer trains yet
         self._versions = self._weight_versions()
         self._failures = 0  # of measurements, one after the other
@@ -277,11 +278,12 @@ class Monitor:
 
     def findings(self) -> Findings:
         """Diagnose this run from the measurements so far; each finding has its numbers and its source."""
-        if self._uncounted:
+        if self._uncounted and not (self._steps_handled and len(self.history)):
             return Findings([self._uncounted])
         if self.timetable.budget is not None and not len(self.history):
             return Findings([self.timetable.waiting(self.measuring.plan)])
-        return diagnose(self.history, RUN, self.facts, self.now)
+        found = diagnose(self.history, RUN, self.facts, self.now)
+        return Findings([self._uncounted, *found]) if self._uncounted else found
 
     def diagnosis(self) -> str:
         """The findings as sentences, one a line."""
@@ -447,6 +449,14 @@ class Monitor:
                 " every optimizer.step()."
             )
             return Finding("not called", text, {"steps": float(self.steps)})
+        if self._calls_since >= UNREPORTED_STEPS:
+            text = (
+                f"The optimizer has taken no step for {self._calls_since} calls of monitor.step(), since step"
+                f" {self.steps}: gradients are accumulated over as many batches, or steps are skipped, as a GradScaler"
+                " skips those whose gradients are not finite."
+            )
+            remedy = "If none should be, look for the first value that is not finite in the loss or the gradients."
+            return Finding("no steps", text, {"calls": float(self._calls_since)}, severity="warning", remedy=remedy)
         return None
 
     def _weight_versions(self) -> int:
@@ -456,8 +466,9 @@ class Monitor:
     def _notice_changes(self) -> None:
         """Notice steps that were not counted, and parameters that have been frozen, unfrozen or replaced."""
         versions = self._weight_versions()
-        if versions != self._versions and self.steps == self._steps_handled:
-            self._unseen += 1
+        counted = self.steps > self._steps_handled
+        self._unseen += versions != self._versions and not counted
+        self._calls_since = 0 if counted or versions != self._versions else self._calls_since + 1
         self._versions = versions
         changes = self.objective.changes()
         idle = untrained(self.optimizers, self.objective) if changes else []
