@@ -326,6 +326,10 @@ CONVERSIONS: frozenset[Callable[..., Any]] = frozenset(
 """Operations that convert to a precision."""
 
 
+NESTS = frozenset((list, tuple))
+"""Containers of arguments that are looked into."""
+
+
 def is_lower(t: Tensor, level: torch.dtype) -> bool:
     """Tell whether a floating point tensor is of lower precision than `level`."""
     size = t.element_size() // 2 if t.is_complex() else t.element_size()
@@ -350,7 +354,7 @@ class smooth(TorchFunctionMode):
         super().__init__()
         self._table = ELEMENTARY if dropout else ELEMENTARY | UNDROPPED
         self._lowest = lowest
-        self._instead = instead or {}
+        self._get = instead.get if instead else None  # the one method that every operation calls
 
     def __torch_function__(
         self,
@@ -359,8 +363,8 @@ class smooth(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if self._instead:
-            args = tuple(self._replaced(a) for a in args)
+        if get := self._get:
+            args = tuple([self._replaced(a) if type(a) in NESTS else get(id(a), a) for a in args])
             kwargs = {name: self._replaced(a) for name, a in kwargs.items()} if kwargs else kwargs
         level = self._lowest
         if level is None:
@@ -373,6 +377,7 @@ class smooth(TorchFunctionMode):
         return args[0].to(out.device, level.to_complex() if out.is_complex() else level)
 
     def _replaced(self, argument: Any) -> Any:
-        if type(argument) in (list, tuple):
-            return type(argument)(self._replaced(a) for a in argument)
-        return self._instead.get(id(argument), argument)
+        assert self._get is not None
+        if type(argument) in NESTS:
+            return type(argument)(map(self._replaced, argument))
+        return self._get(id(argument), argument)
