@@ -74,6 +74,7 @@ def others(name: str) -> dict[str, Any]:
         "steps": 30,
         "radii": [1.0, 1.0],
         "c": 2.0,
+        "known": torch.optim.AdamW,
         "p": torch.ones(f.size, dtype=torch.float64),
         "project": lambda v: v,
         "indices": torch.arange(3),

@@ -209,8 +209,11 @@ class Renamed(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        (LBFGS, r"no update rule for LBFGS; subclass UpdateRule\. Known: .*SGD"),
-        (Clipped, "Clipped takes steps other than those of SGD; subclass UpdateRule for it"),
+        (
+            LBFGS,
+            r"no update rule for LBFGS; subclass UpdateRule or.* same_steps\(LBFGS, torch.optim.AdamW\)\. Known: .*SGD",
+        ),
+        (Clipped, r"Clipped has another step than SGD: subclass UpdateRule .* same_steps\(Clipped, torch.optim.SGD\)"),
         (lambda p: Lion(p, {"lr": 0.1}), "Lion has no law of stability: its steps have one length whatever"),
         (lambda p: torch.optim.Rprop(p), "Rprop has no law of stability"),
     ],

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..optimizers.from_torch import FIXED_LENGTH
 from ..optimizers.weight_kinds import INVARIANT, KINDS, NULL
 from ..records.history import History
 from .finding import Finding, Findings
@@ -123,7 +124,9 @@ def _observed(at: Measurements) -> Finding:
     )
     if (sharpness := at.last("sharpness")) == sharpness:
         text += f" The sharpness is {sharpness:.3g} ({at.when('sharpness')})."
-    return Finding("observed", text, {"sharpness": sharpness} if sharpness == sharpness else {})
+    own = [kind for kind in at.facts.observed if kind not in FIXED_LENGTH]
+    remedy = f"If {own[0]} takes the steps of AdamW, say: optimizers.same_steps({own[0]}, AdamW)." if own else ""
+    return Finding("observed", text, {"sharpness": sharpness} if sharpness == sharpness else {}, remedy=remedy)
 
 
 def _number_only(at: Measurements) -> Finding:

@@ -19,6 +19,7 @@ from ..autodiff.objective import Objective
 from ..errors import InvalidValue
 from ..linalg.operators import without_autocast
 from ..measures.row import applied_gradient
+from ..optimizers.declared import seen_as_known
 from ..optimizers.from_torch import flat
 from .meters import Meter, Step
 from .tensor_table import norms_over_root
@@ -194,12 +195,13 @@ def lag_of_squares(optimizer: Optimizer) -> Tensor | None:
     A scalar on the device of the weights; None for other optimizers.  (StableAdamW, Wortsman et al. 2023, arXiv
     2304.13013, divides the learning rate by it.)
     """
+    optimizer = seen_as_known(optimizer)
     there = [
         (p, optimizer.state[p], group)
         for group in optimizer.param_groups
         for p in group["params"]
         if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
-        if p.grad is not None and not p.grad.is_sparse and optimizer.state.get(p)
+        if p.grad is not None and not p.grad.is_sparse and "exp_avg_sq" in optimizer.state.get(p, {})
     ]
     there = [entry for entry in there if entry[0].dim() > 1] or there
     if not there:

@@ -19,6 +19,7 @@ from ..errors import InvalidType, InvalidValue
 from ..measures.row import applied_gradient
 from ..optimizers.adaptive import Adam
 from ..optimizers.base import UpdateRule
+from ..optimizers.declared import seen_as_known
 from ..optimizers.from_torch import flat, number, rules_of
 from .meters import Meter, Step
 
@@ -65,6 +66,7 @@ class TensorTable(Meter):
     def after(self, optimizer: Optimizer, objective: Objective) -> None:
         """Compare the weights with those before the step."""
         params = _trained(optimizer, objective)
+        optimizer = seen_as_known(optimizer)
         start = [self._start.pop(name) for name in params]
         gradients = [_gradient(p) for p in params.values()]
         groups = optimizer.param_groups
@@ -191,12 +193,17 @@ def _of_rule(name: str, rule: UpdateRule, norm: float) -> dict[str, float]:
     return row
 
 
+AVERAGES = {"exp_avg", "exp_avg_sq", "step"}
+"""Names of what Adam keeps of a parameter that has moved."""
+
+
 def _of_adam(
     optimizer: Optimizer, params: Mapping[str, Tensor], rules: Mapping[str, UpdateRule | None]
 ) -> dict[str, float]:
     """The rms of m̂/(√v̂ + eps), and the number of gradients that v averages, ``(1 - β2^t)/(1 - β2)``."""
     row: dict[str, float] = {}
-    there = {name: rule for name, rule in rules.items() if isinstance(rule, Adam) and optimizer.state.get(params[name])}
+    kept = {name: optimizer.state.get(p, {}).keys() for name, p in params.items()}
+    there = {name: rule for name, rule in rules.items() if isinstance(rule, Adam) and kept[name] >= AVERAGES}
     if not there:
         return row
     states = [optimizer.state[params[name]] for name in there]

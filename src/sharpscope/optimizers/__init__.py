@@ -2,6 +2,7 @@
 
 from .adaptive import Adam, RMSprop
 from .base import PerWeight, Stability, UpdateRule
+from .declared import same_steps
 from .descend import descend
 from .equivalences import ExponentialRate, ProjectedGD, as_decayed, as_exponential, as_projected, as_rmsprop, rescaled
 from .from_torch import rule_of, rules_of, stability_of, state_of
@@ -40,6 +41,7 @@ __all__ = [
     "rescaled",
     "rule_of",
     "rules_of",
+    "same_steps",
     "stability_of",
     "state_of",
 ]

@@ -1,6 +1,5 @@
 """Read the update rule, its state and its stability from a live torch optimizer."""
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 from ..autodiff.shards import gathered
 from ..errors import InvalidType
 from .base import Stability, State, UpdateRule, demand
+from .declared import has_same_step, seen_as_known
 
 WRAPPERS = {"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"}
 """Classes that hold an optimizer and take its steps; others, such as Lookahead, take steps of their own."""
@@ -38,7 +38,7 @@ def rule_of(optimizer: Optimizer) -> UpdateRule:
         ValueError: its hyper-parameters make no rule, such as a learning rate of zero.
     """
     _require_optimizer(optimizer)
-    optimizer = unwrapped(optimizer)
+    optimizer = seen_as_known(unwrapped(optimizer))
     return _reader(optimizer, _known()).read(optimizer)
 
 
@@ -50,7 +50,7 @@ def _known() -> dict[type[Optimizer], type[UpdateRule]]:
 def _reader(optimizer: Optimizer, rules: Mapping[type[Optimizer], type[UpdateRule]]) -> type[UpdateRule]:
     """Find the kind of rule that reads an optimizer; raise InvalidType with the reason where there is none."""
     parent = next((kind for kind in type(optimizer).__mro__ if kind in rules), None)
-    if parent is not None and (type(optimizer) is parent or _same_step(type(optimizer), parent)):
+    if parent is not None and (type(optimizer) is parent or has_same_step(type(optimizer), parent)):
         return rules[parent]
     name, inside = type(optimizer).__name__, wrapped(optimizer)
     if inside is not optimizer:
@@ -59,16 +59,17 @@ def _reader(optimizer: Optimizer, rules: Mapping[type[Optimizer], type[UpdateRul
             " pass the optimizer inside to compare with its threshold, or a rule= for the whole"
         )
     if parent is not None:
-        raise InvalidType(f"{name} takes steps other than those of {parent.__name__}; subclass UpdateRule for it")
+        raise InvalidType(
+            f"{name} has another step than {parent.__name__}: subclass UpdateRule for it or, if it does the same,"
+            f" declare it by same_steps({name}, torch.optim.{parent.__name__})"
+        )
     if name in FIXED_LENGTH:
         raise InvalidType(f"{name} has no law of stability: its steps have one length whatever the gradient")
     known = ", ".join(sorted(k.__name__ for k in rules))
-    raise InvalidType(f"no update rule for {name}; subclass UpdateRule. Known: {known}")
-
-
-def _same_step(kind: type[Optimizer], parent: type[Optimizer]) -> bool:
-    """Say whether a class inherits ``step``, whatever torch has wrapped around it."""
-    return inspect.unwrap(kind.step) is inspect.unwrap(parent.step)
+    raise InvalidType(
+        f"no update rule for {name}; subclass UpdateRule or, if its steps are those of a known one, declare it by"
+        f" same_steps({name}, torch.optim.AdamW). Known: {known}"
+    )
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
@@ -97,7 +98,7 @@ def parts_of(optimizer: Optimizer) -> list[Optimizer]:
     """Split an optimizer into one for each of its parameter groups; state and groups are shared."""
     _require_optimizer(optimizer)
     parts = []
-    optimizer = unwrapped(optimizer)
+    optimizer = seen_as_known(unwrapped(optimizer))
     for group in optimizer.param_groups:
         part = object.__new__(type(optimizer))
         part.__dict__ = {**optimizer.__dict__, "param_groups": [group]}
@@ -130,6 +131,9 @@ def state_of(optimizer: Optimizer, parameters: Sequence[Tensor], rule: UpdateRul
     rule = rule_of(optimizer) if rule is None else rule
     start = rule.init(torch.cat([flat(p) for p in parameters]))
     entries = [rule.kept(optimizer.state.get(p, {}), p) for p in parameters]
+    needed = start.keys() & rule.entries
+    lacking = {rule.entries[name] for entry in entries if entry for name in needed - entry.keys()}
+    demand(not lacking, f"this optimizer keeps no {', '.join(sorted(lacking))} of its parameters, which the rule needs")
     state = {}
     for name, first in start.items():
         kept = [entry.get(name) for entry in entries]
