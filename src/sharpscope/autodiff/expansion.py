@@ -48,31 +48,6 @@ class BatchLoss(NamedTuple):
     loss_of: Callable[[Any, Mapping[str, Tensor]], Tensor]  # the loss as a function of outputs and weights
 
 
-class Mean:
-    """The mean of vectors with weights; a single one is its own mean, without a copy."""
-
-    def __init__(self) -> None:
-        self.weight = 0.0
-        self._mean: Tensor | None = None
-        self._is_given = False  # by a caller, who may need it as it is
-
-    @property
-    def vector(self) -> Tensor:
-        """The mean of what was added."""
-        assert self._mean is not None
-        return self._mean
-
-    def add(self, x: Tensor, weight: float) -> None:
-        """Take another vector into the mean."""
-        self.weight += weight
-        if self._mean is None:
-            self._mean, self._is_given = x, True
-            return
-        into = None if self._is_given else self._mean
-        self._mean = torch.lerp(self._mean, x, weight / self.weight if weight else 0.0, out=into)
-        self._is_given = False
-
-
 class MeanLoss(Protocol):
     """A mean of losses over batches, as far as this file needs to know it; an `Objective` is one."""
 
@@ -102,7 +77,7 @@ def on_graphs(f: MeanLoss, w: Tensor, memory_budget: int) -> Expansion:
     A product costs 2 gradients on a kept graph and 3 on one that is built anew.
     """
     w = w.detach().requires_grad_()
-    value, slope = w.new_zeros(()), Mean()
+    value, slope = w.new_zeros(()), torch.zeros_like(w)
     batches, examples = 0, 0.0
     graphs: list[tuple[BatchLoss, GradientEdge | None]] = []
     for batch in f.losses(f.unflatten(w)):
@@ -111,14 +86,14 @@ def on_graphs(f: MeanLoss, w: Tensor, memory_budget: int) -> Expansion:
         keep = examples * f.graph_bytes_per_example <= memory_budget
         (g,) = torch.autograd.grad(batch.loss, w, create_graph=keep)
         value = value + batch.examples * batch.loss.detach()
-        slope.add(g.detach().contiguous(), batch.examples)
+        slope.add_(g.detach(), alpha=batch.examples)
         if keep:
             graphs.append((batch, _root(g)))
         del g  # P numbers that the graph does not need
     products = Graphs(f, w, batches, examples, tuple(graphs))
     return Expansion(
         value=value / examples,
-        grad=slope.vector,
+        grad=slope.div_(examples),
         hvp=products.hvp,
         third=products.third,
         gauss_newton=products.gauss_newton,

@@ -22,7 +22,7 @@ from ..errors import CannotTrace
 from . import tracing
 from .data import Batch
 from .differences import CentralDifferences
-from .expansion import Expansion, Graphs, Mean, on_graphs
+from .expansion import Expansion, Graphs, on_graphs
 from .objective import Objective
 from .second_order import differentiating
 from .tracing import Program, interpreted
@@ -101,13 +101,13 @@ class linearized:
     def __call__(self, f: Objective, w: Tensor) -> Expansion:
         w = w.detach()
         kept: list[tuple[Program, list[Tensor], float]] = []
-        value, slope = w.new_zeros(()), Mean()
+        value, slope = w.new_zeros(()), torch.zeros_like(w)
         batches, examples, used = 0, 0.0, 0
         for program, values, residuals, n in self._started(f, w):
             batches += 1
             examples += n
             value = value + n * values[0]
-            slope.add(values[1], n)
+            slope.add_(values[1], alpha=n)
             used += _bytes(residuals)
             if used <= f.memory_budget and len(kept) == batches - 1:
                 kept.append((program, residuals, n))
@@ -129,7 +129,7 @@ class linearized:
         graphs = Graphs(f, w.detach().requires_grad_(), batches, examples)
         return Expansion(
             value=value / examples,
-            grad=slope.vector,
+            grad=slope.div_(examples),
             hvp=hvp,
             third=graphs.third,
             gauss_newton=graphs.gauss_newton,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import Diverged, InvalidType, InvalidValue, NoSecondDerivative, Random
 from .checks import check_deterministic, check_parameters, droppers, work_dtype
 from .data import Batch, BatchForm, Source, first_batch, map_tensors, read, undisturbed
-from .expansion import BatchLoss, Expansion, Mean, jacobian_of_field, kept
+from .expansion import BatchLoss, Expansion, jacobian_of_field, kept
 from .first_look import Look, first_look
 from .neutral import plainly, quiet, user_hooks
 from .processes import (
@@ -573,12 +573,13 @@ class Objective:
 def by_batches(f: Objective, w: Tensor) -> tuple[Tensor, Tensor]:
     """Evaluate ``L(w)`` and its gradient with one batch in memory at a time."""
     w = w.detach().requires_grad_()
-    total, slope = w.new_zeros(()), Mean()
+    total, slope, examples = w.new_zeros(()), torch.zeros_like(w), 0.0
     for batch in f.losses(f.unflatten(w)):
         (g,) = torch.autograd.grad(batch.loss, w)
         total = total + batch.examples * batch.loss.detach()
-        slope.add(g.contiguous(), batch.examples)
-    return total / slope.weight, slope.vector
+        slope.add_(g, alpha=batch.examples)
+        examples += batch.examples
+    return total / examples, slope.div_(examples)
 
 
 def random_state(device: torch.device) -> bytes:
