@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from ..errors import InvalidType, InvalidValue
 
-_known_as: dict[type[Optimizer], type[Optimizer]] = {}
+_known_as: dict[type[Optimizer], Optimizer] = {}
+"""For each class that was declared, an optimizer of the one whose steps it takes, with the defaults of that."""
 
 TRIED_STEPS = 5
 """Steps that both optimizers take from one point with the same gradients, where the declaration is tried."""
@@ -46,7 +47,7 @@ def same_steps(kind: type[Optimizer], known: type[Optimizer], *, check: bool = T
             raise InvalidType(f"{given!r} is no class of optimizers; pass two, such as (FusedAdam, torch.optim.AdamW)")
     if check:
         _compare(kind, known)
-    _known_as[kind] = known
+    _known_as[kind] = _made(known, [nn.Parameter(torch.zeros(1))], {})
 
 
 def seen_as_known(optimizer: Optimizer) -> Optimizer:
@@ -56,9 +57,8 @@ def seen_as_known(optimizer: Optimizer) -> Optimizer:
     if kind is None:
         return optimizer
     known = _known_as[kind]
-    view = object.__new__(known)
-    defaults = _made(known, [nn.Parameter(torch.zeros(1))], {}).defaults
-    groups = [{**defaults, **group} for group in optimizer.param_groups]
+    view = object.__new__(type(known))
+    groups = [{**known.defaults, **group} for group in optimizer.param_groups]
     steps = {id(p): group.get("step") for group in optimizer.param_groups for p in group["params"]}
     state = {p: _entry(kind, entry, steps.get(id(p))) for p, entry in optimizer.state.items()}
     view.__dict__ = {**optimizer.__dict__, "param_groups": groups, "state": state}
