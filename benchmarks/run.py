@@ -1,4 +1,4 @@
-"""The comparison: ``python -m benchmarks.run [--quick] [--only NAME ..]``, or ``make bench``.
+"""The comparison: ``python -m benchmarks.run [--quick] [--only NAME ..]``, or ``make bench``; stopped, it goes on.
 
 Contenders take turns within a round, in one process on one thread, so that what else the machine does falls on all of
 them alike.  Peers are used with their defaults, and with the cheapest of several settings that is right on the very
@@ -19,7 +19,7 @@ import torch
 import sharpscope as ss
 
 from . import contenders as c
-from . import tables
+from . import finished, tables
 from .measure import RIGHT, Row, gradient_seconds, peak_memory, truth, weights_are
 from .problems import PROBLEMS, Problem, crowded
 
@@ -136,12 +136,16 @@ def cold(p: Problem, stage: str, extent: Extent) -> tuple[list[Row], float, floa
 
 
 def tracked(p: Problem, extent: Extent, at_edge: list[Row]) -> tuple[list[Row], float]:
-    """Consecutive steps of training from the present weights, measured at each; rows, and seconds of a gradient."""
+    """Consecutive steps of training from the present weights, measured at each; rows, and seconds of a gradient.
+
+    On large problems only contenders take part that were right at the edge.
+    """
     rows = [Row("sharpscope tracked", "ours", c.sharpscope_tracked)]
     if extent.tune:
         rows.append(Row("sharpscope tracked, tuned before", "ours", c.sharpscope_tracked, {"tune": True}))
     for row in at_edge:
-        if row.failure or row.kind == "limit" or row.make is c.sharpscope_tuned:
+        unfit = row.failure or (p.large and not row.right)
+        if unfit or row.kind == "limit" or row.make is c.sharpscope_tuned:
             continue
         rows.append(row.fresh(every=extent.every))
         if row.tuned and row.make in (c.curvlinops_eigsh, c.arpack_kept, c.eigenthings_power):
@@ -194,19 +198,34 @@ def crowd(extent: Extent) -> tables.Crowd:
 
 
 def sections(whole: Extent, only: Sequence[str]) -> Iterator[tables.Section]:
-    """Everything that is measured, one problem and stage after another."""
+    """Everything that is measured, one problem and stage after another; what is finished is not measured again."""
     for make in PROBLEMS:
         p = make()
         if only and p.name not in only:
             continue
         extent = LARGE if p.large else whole
-        rows: list[Row] = []
-        for stage, _ in p.trained():
-            if stage in extent.stages:
-                rows, exact, gradient = cold(p, stage, extent)
-                yield tables.Section(p, stage, "cold", rows, gradient, exact * p.lr / 2)
-        rows, gradient = tracked(p, extent, rows)
-        yield tables.Section(p, "edge", "tracked", rows, gradient, float("nan"))
+        path = finished.place(p, extent)
+        if path.exists():
+            yield from finished.load(path, p)
+            continue
+        done = list[tables.Section]()
+        for section in measured(p, extent):
+            done.append(section)
+            yield section
+        finished.save(path, done)
+
+
+def measured(p: Problem, extent: Extent) -> Iterator[tables.Section]:
+    """One problem, a stage after another."""
+    rows: list[Row] = []
+    for stage, _ in p.trained():
+        if stage in extent.stages:
+            start = time.monotonic()
+            rows, exact, gradient = cold(p, stage, extent)
+            yield tables.Section(p, stage, "cold", rows, gradient, exact * p.lr / 2, time.monotonic() - start)
+    start = time.monotonic()
+    rows, gradient = tracked(p, extent, rows)
+    yield tables.Section(p, "edge", "tracked", rows, gradient, float("nan"), time.monotonic() - start)
 
 
 def main() -> None:
@@ -222,7 +241,7 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def write(crowded: tables.Crowd | None = None) -> None:
-        out.write_text(tables.page(done, crowded, extent.seeds, extent.steps, time.monotonic() - start))
+        out.write_text(tables.page(done, crowded, extent.seeds, extent.steps))
 
     for section in sections(extent, options.only):
         done.append(section)

@@ -47,6 +47,7 @@ class Section:
     rows: list[Row]
     gradient: float
     edge: float  # lr·λ1/2
+    took: float  # seconds to measure it
 
 
 @dataclass(frozen=True)
@@ -190,14 +191,14 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def page(sections: list[Section], crowd: Crowd | None, seeds: int, steps: int, took: float) -> str:
+def page(sections: list[Section], crowd: Crowd | None, seeds: int, steps: int) -> str:
     problems = {s.problem.name: s.problem for s in sections}
     lines = [
         "# The top Hessian eigenvalue: sharpscope and its peers",
         "",
         f"{datetime.date.today()}, {os.cpu_count()} cores of {_processor()}, one thread, Python"
         f" {platform.python_version()}; " + ", ".join(f"{name} {version(name)}" for name in PACKAGES) + f". {seeds}"
-        f" seeds, {steps} tracked steps, {took / 60:.0f} minutes. Made by `make bench`.",
+        f" seeds, {steps} tracked steps, {sum(s.took for s in sections) / 60:.0f} minutes. Made by `make bench`.",
         "",
         "Seconds over those of the limit (1 is the best possible on a kept graph; peers only where right to 1e-3):",
         "",
