@@ -1,6 +1,7 @@
 """The largest eigenvalue from one Krylov space: its error, its bounds and its memory, on matrices of known spectra."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,14 @@ def test_few_rows_and_none_give_the_same_value(name: str) -> None:
     for found in (few, none):
         assert found.values.item() == pytest.approx(whole.values.item(), abs=2e-3 * values.abs().max().item())
         assert found.lower.item() <= values.max().item() <= found.upper
+
+
+@pytest.mark.parametrize("second", [0.7, 0.9, 0.95])
+def test_two_eigenvalues_that_are_near_each_other_are_told_apart(second: float) -> None:
+    """Where their mixture looks like one: the residual of it is much smaller than the distance to all others."""
+    values = torch.cat([line(-0.2, 0.3, 300), torch.tensor([second, 1.0], dtype=DTYPE)])
+    a, _ = rotated(values)
+    assert sum(largest_eigenpair(a, seed=seed).values.item() >= 0.999 for seed in SEEDS) >= len(SEEDS) - 1
 
 
 def test_the_start_points_to_the_gradient() -> None:
@@ -182,3 +191,93 @@ def test_arguments_without_sense() -> None:
         largest_eigenpair(a, error=0)
     with pytest.raises(InvalidValue, match="shape"):
         largest_eigenpair(a, torch.ones(3, dtype=DTYPE))
+
+
+class Drafted:
+    """A matrix of known eigenvalues with drafts that are off by these parts of its norm; counts products of either."""
+
+    def __init__(self, values: Tensor, *errors: float) -> None:
+        exact, _ = rotated(values)
+        noise = torch.randn((len(values), len(values)), generator=torch.Generator().manual_seed(7), dtype=values.dtype)
+        noise = (noise + noise.T) / torch.linalg.matrix_norm(noise + noise.T, 2) * values.abs().max()
+        self.counts = [0] * (1 + len(errors))
+
+        def counted(i: int, off: float) -> SymmetricOperator:
+            def product(v: Tensor) -> Tensor:
+                self.counts[i] += 1
+                return exact @ v + off * (noise @ v)
+
+            return SymmetricOperator(product, values, cost=1.0)
+
+        drafts = tuple(counted(i, off) for i, off in enumerate(errors, start=1))
+        self.operator = replace(counted(0, 0.0), cost=3.0, drafts=drafts)
+
+
+OUTLIERS = torch.cat([line(-0.2, 0.3, 300), torch.tensor([0.7, 1.0], dtype=DTYPE)])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_draft_finds_the_vector_and_two_products_of_the_operator_the_value(seed: int) -> None:
+    case = Drafted(OUTLIERS, 2e-3)
+    found = largest_eigenpair(case.operator, seed=seed)
+    v = found.vectors[:, 0]
+    image = case.operator @ v
+    assert found.values.item() == pytest.approx(1, rel=1e-3)
+    assert found.values.item() == pytest.approx((v @ image).item(), rel=1e-12)
+    assert found.residuals.item() == pytest.approx((image - found.values * v).norm().item(), rel=1e-9)
+    assert found.lower.item() <= 1 <= found.upper
+    assert case.counts[0] == 3 and found.num_matvecs == sum(case.counts) - 1
+    assert found.num_gradients == 3 * 2 + case.counts[1]
+    assert found.num_matvecs <= largest_eigenpair(replace(case.operator, drafts=()), seed=seed).num_matvecs + 4
+
+
+def test_a_draft_that_disagrees_is_left_out_and_a_better_one_is_taken() -> None:
+    alone = largest_eigenpair(Drafted(OUTLIERS).operator)
+    wrong = Drafted(OUTLIERS, 3.0)
+    found = largest_eigenpair(wrong.operator)
+    assert wrong.counts[1] == 1 and found.num_matvecs == alone.num_matvecs + 1
+    assert found.values.equal(alone.values) and found.upper == alone.upper and found.floor == alone.floor
+    better = Drafted(OUTLIERS, 5e-2, 1e-3)
+    largest_eigenpair(better.operator)
+    assert better.counts[:2] == [2, 1] and better.counts[2] > 5
+
+
+def test_what_a_draft_cannot_tell_apart_is_left_to_the_operator() -> None:
+    values = torch.cat([line(-0.2, 0.3, 300), torch.tensor([0.95, 1.0], dtype=DTYPE)])
+    left, right = 0, 0
+    for seed in SEEDS:
+        case = Drafted(values, 1e-2)
+        found = largest_eigenpair(case.operator, seed=seed)
+        left += case.counts[0] > 2
+        right += found.values.item() >= 0.999
+        assert found.lower.item() <= 1 <= found.upper
+        assert found.num_gradients == 3 * case.counts[0] + case.counts[1]
+    assert left >= 15 and right >= len(SEEDS) - 1
+
+
+@pytest.mark.parametrize("left", range(4, 13))
+def test_bounds_hold_whenever_time_runs_out_with_a_draft(left: int) -> None:
+    case = Drafted(OUTLIERS, 2e-3)
+
+    def limited(a: SymmetricOperator) -> SymmetricOperator:
+        def product(v: Tensor) -> Tensor:
+            if sum(case.counts) == left:
+                raise OutOfTime("it took too long")
+            return a @ v
+
+        return replace(a, matvec=product, drafts=tuple(map(limited, a.drafts)))
+
+    try:
+        found = largest_eigenpair(limited(case.operator))
+    except OutOfTime:
+        assert left < 6
+        return
+    assert found.lower.item() <= 1 <= found.upper
+    assert 1 - found.values.item() <= found.error + found.floor
+
+
+def test_a_value_alone_has_no_vector_with_drafts_either() -> None:
+    case = Drafted(OUTLIERS, 2e-3)
+    found = largest_eigenpair(case.operator, vectors=False)
+    assert found.vectors.shape == (len(OUTLIERS), 0)
+    assert found.values.item() == pytest.approx(1, rel=1e-3) and case.counts[0] == 2

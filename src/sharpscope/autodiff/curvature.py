@@ -34,7 +34,8 @@ def hessian(f: Objective | Expansion, w: Tensor | None = None) -> SymmetricOpera
             " eigenvalues, and f.using(sharpscope.autodiff.expansion.kept) has the products of autograd, which leaves"
             " out the stopped part"
         )
-    return SymmetricOperator(at.hvp, at.grad, cost=at.cost)
+    drafts = tuple(SymmetricOperator(draft, at.grad, cost=1.0) for draft in at.drafts)
+    return SymmetricOperator(at.hvp, at.grad, cost=at.cost, drafts=drafts)
 
 
 def gauss_newton(f: Objective | Expansion, w: Tensor | None = None) -> SymmetricOperator:
@@ -96,7 +97,8 @@ def sharded(a: SymmetricOperator, f: Objective) -> SymmetricOperator:
     if (parts.count - 1) * parts.width >= a.size:
         raise InvalidValue(f"{a.size} entries of a vector are too few for {parts.count} processes")
     like = parts.own(a.like)
-    return SymmetricOperator(lambda v: parts.own(a.matvec(parts.whole(v))), like, cost=a.cost, layout=parts)
+    drafts = tuple(sharded(draft, f) for draft in a.drafts)
+    return SymmetricOperator(lambda v: parts.own(a.matvec(parts.whole(v))), like, None, a.cost, parts, drafts)
 
 
 def own_entries(a: SymmetricOperator, v: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ P parameters.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,10 +19,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from ..errors import InvalidValue, NoSecondDerivative
 from ..linalg.operators import Linear
+from ..linalg.vectors import length
 from .data import map_tensors, tensors
 from .differences import CentralDifferences
 from .second_order import differentiating, ordinary
 from .shards import is_sharded
+
+STEPS = (2e-3, 1.2e-2)
+"""Steps of forward differences over ``√eps ‖w‖``: where rounding and the third derivative weigh about the same."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Expansion:
     gauss_newton: Linear  # Jᵀ ∇²ℓ J v
     examples: float  # that the loss is a mean over
     cost: float  # of `hvp`, in gradients: by counting operations, unless `tune` measured it
+    drafts: tuple[Linear, ...] = ()  # nearly `hvp`, by forward differences of gradients with several steps: 1 gradient
     symmetric: bool = True  # False where `hvp` is the Jacobian of a gradient that is stopped on the way
 
 
@@ -91,6 +96,7 @@ def on_graphs(f: MeanLoss, w: Tensor, memory_budget: int) -> Expansion:
             graphs.append((batch, _root(g)))
         del g  # P numbers that the graph does not need
     products = Graphs(f, w, batches, examples, tuple(graphs))
+    dear = len(graphs) < batches / 2
     return Expansion(
         value=value / examples,
         grad=slope.div_(examples),
@@ -99,6 +105,7 @@ def on_graphs(f: MeanLoss, w: Tensor, memory_budget: int) -> Expansion:
         gauss_newton=products.gauss_newton,
         examples=examples,
         cost=3 - len(graphs) / batches,
+        drafts=tuple(partial(products.difference, slope, step) for step in STEPS) if dear else (),
     )
 
 
@@ -159,6 +166,20 @@ class Graphs:
         for batch, _ in self._rebuilt():
             total = total + batch.examples / self.examples * _gauss_newton(self.f, batch, self.w, v)
         return total
+
+    @differentiating()
+    def difference(self, slope: Tensor, step: float, v: Tensor) -> Tensor:
+        """Divide ``∇L(w + h v) - ∇L(w)`` by h, such that ``‖h v‖`` is `step` of ``√eps ‖w‖``: an error of order h."""
+        v = ordinary(v)
+        size, far = length(v), step * torch.finfo(v.dtype).eps ** 0.5 * max(length(self.w), 1e-3)
+        total = torch.zeros_like(v)
+        if size == 0:
+            return total
+        w = torch.add(self.w.detach(), v, alpha=far / size).requires_grad_()
+        for batch in self.f.losses(self.f.unflatten(w)):
+            (g,) = torch.autograd.grad(batch.loss, w, materialize_grads=True)
+            total.add_(g, alpha=batch.examples / self.examples)
+        return total.sub_(slope).mul_(size / far)
 
     def _kept_product(self, v: Tensor) -> Tensor | None:
         if not self.slopes:
@@ -309,4 +330,6 @@ def jacobian_of_field(f: Any, w: Tensor) -> Expansion:
         )
 
     at = on_graphs(f, w, 0)
-    return replace(at, hvp=lambda v: product(v)[0], third=refuse, gauss_newton=refuse, cost=4.0, symmetric=False)
+    return replace(
+        at, hvp=lambda v: product(v)[0], third=refuse, gauss_newton=refuse, cost=4.0, drafts=(), symmetric=False
+    )

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .. import errors
 from ..errors import Diverged, InvalidType, InvalidValue, OtherProcess
-from .expansion import Expansion
+from ..linalg.operators import Linear
+from .expansion import STEPS, Expansion
 from .messages import channel_of
 
 T = TypeVar("T")
@@ -181,11 +182,13 @@ def joined(processes: Together, w: Tensor, expand: Callable[[], Expansion | None
         if at is None:
             return 0.0, ()
         own.append(at)
-        return at.examples, (at.grad, at.value, at.value.new_tensor([1.0, at.cost]))
+        return at.examples, (at.grad, at.value, at.value.new_tensor([len(at.drafts), 1.0, at.cost]))
 
-    out = processes.sum(sums, len(w) + 3, w)
+    out = processes.sum(sums, len(w) + 4, w)
     n = out[-2].item()
     at = own.pop() if own else None
+    count = len(STEPS) if out[-3].item() > 0 else 0
+    drafts: Sequence[Linear | None] = [None] * count if at is None else (at.drafts or [at.hvp] * count)
     fraction = at.examples / n if at else 0.0
 
     def product(multiply: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
@@ -195,13 +198,14 @@ def joined(processes: Together, w: Tensor, expand: Callable[[], Expansion | None
         return summed
 
     return Expansion(
-        value=out[-3] / n,
-        grad=out[:-3].div_(n),
+        value=out[-4] / n,
+        grad=out[:-4].div_(n),
         hvp=product(None if at is None else at.hvp),
         third=product(None if at is None else at.third),
         gauss_newton=product(None if at is None else at.gauss_newton),
         examples=n,
         cost=out[-1].item() / n,
+        drafts=tuple(map(product, drafts)),
         symmetric=at is None or at.symmetric,
     )
 

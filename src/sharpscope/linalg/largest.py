@@ -2,7 +2,9 @@
 
 An eigenvalue converges like the square of its vector.  With θ the largest Ritz value, r its residual and θ' the next
 one, ``r²/(θ - θ')`` estimates what θ lacks, so that a residual of a few percent is enough for a value to three digits,
-where `lanczos` goes on until the vector is good and nothing larger is likely to exist.
+where `lanczos` goes on until the vector is good and nothing larger is likely to exist.  The estimate takes θ' for the
+next eigenvalue, which it is not while two that are close look like one: their mixture has a residual of up to half of
+their distance.  So the residual has to be small by itself, too.
 
 The start is Gaussian plus a vector that points to what is looked for, such as the gradient, at the same length.  For a
 bound from above the start may be shifted: by Anderson's inequality a shift that does not depend on the random numbers
@@ -10,6 +12,11 @@ lowers ``P(|uᵀ start| < δ)``, so that the bound of `bounds` is true with the 
 
 Vectors are orthogonalized against the two before them.  That is enough until a Ritz pair has converged to about √eps
 (Paige): only then the whole basis is gone through, or, where none is kept, is the bound from above given up.
+
+Where the operator has drafts, all products but the first are those of one that agrees with it there.  Errors E of the
+products turn the vector by E over the gap, and change its Rayleigh quotient by the square of that.  So the vector comes
+from the draft, and value, residual and bound from below from one product of the operator with it.  If that residual is
+too large for the error that is allowed, the operator itself goes on from the vector.
 
 P parameters, m rows in the basis.
 """
@@ -45,6 +52,9 @@ BLOCK = 8
 LOOSEST = 0.3
 """Largest residual, relative to the largest magnitude of a Ritz value, with which an estimate is believed."""
 
+RESOLVED, FINEST = 3.0, 1e-3
+"""Largest residual at the end, in errors that are allowed, and relative to the value where that is less."""
+
 PRUDENCE = 0.3
 """Part of the error that is allowed at which the estimate stops the solver."""
 
@@ -53,6 +63,15 @@ LIKELY = 0.95
 
 FAR = 0.25
 """Distance above the answer, relative to it, that is far."""
+
+GOOD, USABLE = 0.01, 0.05
+"""Errors of a draft at the start, relative to the product there: with which it is taken at once, and at most."""
+
+TIMES = 3.0
+"""Error of a draft where it was not measured, over the one at the start."""
+
+LOST = 0.03
+"""Product of two rows that is too large for drafts."""
 
 SMALL = 1e-3
 """Size of the largest eigenvalue, relative to the largest in magnitude, from which on errors are relative to it."""
@@ -74,8 +93,9 @@ def largest_eigenpair(
 ) -> Eigenpairs:
     """Find the largest eigenvalue of `a` to a relative error of about `error`, from one Krylov space [N4].
 
-    The error is an estimate: of eigenvalues near the largest one, another may be found where the start hardly sees it.
-    How far above the answer λ1 may be at most is `upper`.
+    The error is an estimate: of eigenvalues near the largest one, another may be found where the start hardly sees it,
+    or a mixture of those that are nearer than about three times the error.  How far above the answer λ1 may be at most
+    is `upper`.
 
     Args:
         toward: a vector ``(P,)`` that may have a part along the eigenvector, such as the gradient.
@@ -84,7 +104,7 @@ def largest_eigenpair(
         gap: distance above the value, relative to the same, at which nothing may be with probability `LIKELY`.
         vectors: whether the vector is wanted, too; without it three vectors of memory are enough.
         basis: rows in memory before a restart keeps only the best of them; by default as many as `ROOM` bytes hold.
-        max_matvecs: products allowed.
+        max_matvecs: products allowed, those of drafts among them.
         seed: of the random start; torch's global generator is not used.
 
     Raises:
@@ -99,8 +119,25 @@ def largest_eigenpair(
         raise InvalidValue(
             f"a start of shape {tuple(toward.shape)} for an operator of size {a.size}; give ({len(a.like)},)"
         )
+    rows = _rows(a.like, basis) if vectors or a.drafts else 0
+    found = _solved(a, toward, weight, rows, seed, _Wanted(error, gap, max_matvecs))
+    return found if vectors else replace(found, vectors=found.vectors[:, :0])
+
+
+class _Wanted(NamedTuple):
+    """What ends a solve."""
+
+    error: float
+    gap: float
+    max_matvecs: int
+
+
+def _solved(
+    a: SymmetricOperator, toward: Tensor | None, weight: float, rows: int, seed: int, wanted: _Wanted
+) -> Eigenpairs:
+    """Find the largest eigenpair, with a basis of so many rows or none."""
     unit = Unit()
-    space = _Krylov(unit.applied(a), toward, weight, _rows(a.like, basis) if vectors else 0, seed)
+    space = _Krylov(unit.applied(a), toward, weight, rows, seed)
     ritz: _Ritz | None = None
     while True:
         try:
@@ -108,18 +145,29 @@ def largest_eigenpair(
         except OutOfTime:  # what has been found is worth its residual: the estimate needs a Ritz value that stands out
             if ritz is None or not space.believed(ritz) or not space.shrink(ritz):
                 raise
-            found = replace(space.answer(ritz), error=float(ritz.residuals[0]))
-            return replace(found, num_gradients=space.products * a.cost).scaled(unit.size)
+            return space.unfinished(ritz).scaled(unit.size)
         ritz = space.ritz()
         report(space.products, residual=float(ritz.residuals[0]) / (ritz.scale or 1.0))
-        if space.done(ritz, error, gap):
-            return replace(space.answer(ritz), num_gradients=space.products * a.cost).scaled(unit.size)
-        if space.products >= max_matvecs:
+        if space.done(ritz, wanted):
+            break
+        if space.products >= wanted.max_matvecs:
             raise NotConverged(
                 f"λ1 = {unit.size * ritz.values[0]:.6g} is known to about {unit.size * ritz.error:.2g} after"
-                f" {space.products} products, not to {error:g} of it; raise max_matvecs or error"
+                f" {space.products} products, not to {wanted.error:g} of it; raise max_matvecs or error"
             )
         space.extend(ritz)
+    if space.draft is None:
+        return space.answer(ritz).scaled(unit.size)
+    try:
+        ritz = space.confirmed(ritz)
+        if ritz.error <= space.allowed(ritz, wanted.error):
+            return space.answer(ritz).scaled(unit.size)
+        left = wanted._replace(max_matvecs=max(1, wanted.max_matvecs - space.products))
+        found = _solved(replace(a, drafts=()), space.vector, 1.0, rows, seed + 1, left)  # a start with its own numbers
+    except OutOfTime:
+        return space.unfinished(ritz).scaled(unit.size)
+    products, gradients = found.num_matvecs + space.products, found.num_gradients + space.gradients
+    return replace(found, num_matvecs=products, num_gradients=gradients)
 
 
 def gaussian(a: SymmetricOperator, seed: int) -> Tensor:
@@ -144,6 +192,12 @@ class _Ritz(NamedTuple):
     error: float  # estimated, of the first value
 
 
+def _missing(values: Matrix, residual: float) -> float:
+    """Estimate what the first value lacks."""
+    gap = float(values[0] - values[min(1, len(values) - 1)])
+    return float(min(residual, residual**2 / gap) if gap > 0 else residual)
+
+
 class _Krylov:
     """A Krylov space from one vector: orthonormal rows, of which the last is about to be multiplied, and T = V A Vᵀ.
 
@@ -158,6 +212,11 @@ class _Krylov:
         size = a.length(start)
         self.start = RandomStart(np.array([[size]]))
         self.basis = _Basis(a, min(most, a.size)) if most else None
+        self.drafts = a.drafts if self.basis else ()
+        self.draft: SymmetricOperator | None = None  # the one whose products are taken
+        self.off = 0.0  # its error
+        self.first: Tensor | None = None  # what the operator makes of the first row, where there is a draft
+        self.vector: Tensor | None = None  # the first one, where it was confirmed
         self.row = self._place(start.div_(size))
         self.before: Tensor | None = None  # the row before it, unless a restart is between
         self.coupling = np.zeros(0)  # the part of A row along each row before it
@@ -165,6 +224,7 @@ class _Krylov:
         self.remainder = start  # of the last product outside the space, and its length
         self.beta = 0.0
         self.products = 0
+        self.gradients = 0.0
         self.asymmetry = 0.0
         self.eps = torch.finfo(a.like.dtype).eps
         self.loss = np.zeros(0)  # estimated products of the last row with those before it
@@ -180,8 +240,7 @@ class _Krylov:
     def multiply(self) -> None:
         """Multiply the last row, and split the image into its part in the space and the remainder."""
         v = self.row
-        image = self.a.matvec(v)
-        self.products += 1
+        image = self._image(v)
         alpha = self.a.dot(v, image)
         w = torch.sub(image, v, alpha=alpha)
         del image
@@ -191,7 +250,8 @@ class _Krylov:
             w.sub_(self.before, alpha=found)
         self.beta = self.a.length(w)
         loss = self._coming_loss(alpha)
-        if self.due == 0 and float(np.abs(loss).max(initial=0.0)) > self.eps**0.5 / 2:
+        limit = self.eps**0.5 / 2 if self.draft is None else LOST
+        if self.due == 0 and float(np.abs(loss).max(initial=0.0)) > limit:
             self.due = 2
             self.bounded = self.basis is not None
         if self.due and self.basis is not None:
@@ -204,6 +264,36 @@ class _Krylov:
         self.t = np.block([[self.t, self.coupling[:, None]], [self.coupling[None], np.array([[alpha]])]])
         self.remainder = w
         self.loss, self.loss_before = loss, np.append(self.loss, 1.0)
+
+    def _image(self, v: Tensor) -> Tensor:
+        """Multiply a row by the draft, or by the operator: the first, to choose the draft by it."""
+        if self.draft is not None:
+            return self._product(self.draft, v)
+        image = self._product(self.a, v)
+        if self.products == 1 and self.drafts:
+            self._choose(v, image)
+        return image
+
+    def _product(self, a: SymmetricOperator, v: Tensor) -> Tensor:
+        image = a.matvec(v)
+        self.products += 1
+        self.gradients += a.cost
+        return image
+
+    def _choose(self, v: Tensor, image: Tensor) -> None:
+        """Take the first draft whose product with the first row is good, or the best that is usable."""
+        size = self.a.length(image)
+        self.off = math.inf
+        for draft in self.drafts:
+            off = self.a.length(self._product(draft, v).sub_(image))
+            if off < self.off:
+                self.draft, self.off = draft, off
+            if off <= GOOD * size or not off < size:
+                break
+        if self.off <= USABLE * size:
+            self.first = image.clone()
+        else:
+            self.draft, self.off = None, 0.0
 
     def _coming_loss(self, alpha: float) -> Matrix:
         """Estimate the products of the next row with all rows so far, as rounding grows in the recurrence (Simon)."""
@@ -225,18 +315,42 @@ class _Krylov:
         values, s = values[::-1], s[:, ::-1]
         scale = float(np.abs(values).max())
         residuals = self.beta * np.abs(s[-1])
-        r, gap = residuals[0], values[0] - values[min(1, len(values) - 1)]
-        return _Ritz(values, s, residuals, scale, float(min(r, r * r / gap) if gap > 0 else r))
+        return _Ritz(values, s, residuals, scale, _missing(values, residuals[0]))
 
-    def done(self, ritz: _Ritz, error: float, gap: float) -> bool:
+    def confirmed(self, ritz: _Ritz) -> _Ritz:
+        """Replace value and residual of the first pair, which a draft found, by those of the operator itself."""
+        assert self.basis is not None
+        v = self.basis.combined(ritz.s[:, :1].T)[0]
+        v /= self.a.length(v)
+        image = self._product(self.a, v)
+        value = self.a.dot(v, image)
+        if self.first is not None:
+            self.asymmetry = abs(self.a.dot(self.basis.blocks[0][0], image) - self.a.dot(self.first, v))
+        residual = self.a.length(image.sub_(v, alpha=value))
+        self.vector, self.off = v, max(self.off, math.sqrt(max(residual**2 - ritz.residuals[0] ** 2, 0.0)))
+        values, residuals = ritz.values.copy(), ritz.residuals.copy()
+        values[0], residuals[0] = value, residual
+        return _Ritz(values, ritz.s, residuals, ritz.scale, _missing(values, residual))
+
+    def done(self, ritz: _Ritz, wanted: _Wanted) -> bool:
         """Say whether the estimate is small enough, and nothing is likely to be far above; or the space complete."""
         if self._complete(ritz):
             return True
-        size = max(abs(ritz.values[0]), SMALL * ritz.scale)
-        allowed = max(PRUDENCE * error * size, 8 * self.eps * ritz.scale)
-        if not self.believed(ritz) or ritz.error > allowed:
+        size = self._size(ritz)
+        if not self.believed(ritz) or ritz.error > self.allowed(ritz, wanted.error):
             return False
-        return gap == math.inf or not self.bounded or self._upper(ritz, 1 - LIKELY) <= ritz.values[0] + gap * size
+        if ritz.residuals[0] > max(RESOLVED * wanted.error, FINEST) * size:
+            return False
+        far = ritz.values[0] + wanted.gap * size
+        return wanted.gap == math.inf or not self.bounded or self._upper(ritz, 1 - LIKELY) <= far
+
+    def allowed(self, ritz: _Ritz, error: float) -> float:
+        """Return the estimated error at which the solver stops."""
+        return max(PRUDENCE * error * self._size(ritz), 8 * self.eps * ritz.scale)
+
+    def _size(self, ritz: _Ritz) -> float:
+        """Return what errors are relative to."""
+        return max(abs(float(ritz.values[0])), SMALL * ritz.scale)
 
     def believed(self, ritz: _Ritz) -> bool:
         """Say whether the estimate of the error means something."""
@@ -263,7 +377,7 @@ class _Krylov:
             self.start.restart(ritz.values, ritz.s, coupling[None], keep)
             self.basis.keep(ritz.s[:, :keep].T)
             self.t, self.coupling, self.before = np.diag(ritz.values[:keep]), coupling[:keep], None
-            self.loss, self.due = np.full(keep, self.eps), 2
+            self.loss, self.due, self.first = np.full(keep, self.eps), 2, None
         else:
             self.coupling = np.append(np.zeros(len(self.t) - 1), self.beta)
             self.before = self.row
@@ -274,17 +388,28 @@ class _Krylov:
         like = self.a.like
         floor = max(self.asymmetry, 16 * self.eps * ritz.scale)
         vectors = like.new_empty((like.numel(), 0))
-        if self.basis is not None:
+        if self.vector is not None:
+            vectors = self.vector[:, None]
+        elif self.basis is not None:
             vectors = self.basis.combined(ritz.s[:, :1].T).T
         return Eigenpairs(
             like.new_tensor(ritz.values[:1].copy()),
             vectors,
             like.new_tensor(ritz.residuals[:1].copy()),
             self.products,
-            upper=self._upper(ritz, 1 - CONFIDENCE) + floor if self.bounded else math.inf,
+            upper=self._upper(ritz, 1 - CONFIDENCE) + max(floor, self.off) if self.bounded else math.inf,
             floor=floor,
+            num_gradients=self.gradients,
             error=ritz.error,
         )
+
+    def unfinished(self, ritz: _Ritz) -> Eigenpairs:
+        """Form the first pair with its residual as its error, and that of a draft, which was not confirmed, on top."""
+        found, residual = self.answer(ritz), float(ritz.residuals[0])
+        if self.vector is None and self.draft is not None:
+            residual += TIMES * self.off
+            found = replace(found, residuals=found.residuals.new_tensor([residual]), floor=residual)
+        return replace(found, error=residual)
 
 
 class _Basis:

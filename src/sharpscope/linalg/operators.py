@@ -55,6 +55,8 @@ class SymmetricOperator:
         matmat: product with columns ``(P, k)`` at once, where that is faster than one by one.
         cost: of one product, in gradients; not a number where it is unknown.
         layout: of vectors that are spread over processes: then `like`, and all vectors, are the entries of this one.
+        drafts: nearly the same operator, with products that cost less; the first that agrees well enough is used by
+            `largest_eigenpair` until its answer is to be confirmed.
     """
 
     matvec: Linear
@@ -62,6 +64,7 @@ class SymmetricOperator:
     matmat: Linear | None = None
     cost: float = math.nan
     layout: Layout | None = None
+    drafts: "tuple[SymmetricOperator, ...]" = field(default=(), repr=False)
 
     @property
     def size(self) -> int:
@@ -135,6 +138,7 @@ class SymmetricOperator:
             None if matmat is None else lambda v: after(matmat(before(v))),
             self.cost,
             self.layout,
+            tuple(draft.sandwiched(like, before, after) for draft in self.drafts),
         )
 
     def to_scipy(self) -> Any:
@@ -215,7 +219,8 @@ def projected(a: SymmetricOperator, project: Callable[[Tensor], Tensor]) -> Symm
     Π is an orthogonal projection, given as a function.
     """
     require_operator(a)
-    return SymmetricOperator(lambda v: project(a.matvec(project(v))), a.like, cost=a.cost)
+    drafts = tuple(projected(draft, project) for draft in a.drafts)
+    return SymmetricOperator(lambda v: project(a.matvec(project(v))), a.like, cost=a.cost, drafts=drafts)
 
 
 def scaled(a: SymmetricOperator, c: float) -> SymmetricOperator:
@@ -239,4 +244,5 @@ def shifted(a: SymmetricOperator, c: float | Tensor) -> SymmetricOperator:
         None if matmat is None else lambda V: matmat(V) + columns * V,
         a.cost,
         a.layout,
+        tuple(shifted(draft, c) for draft in a.drafts),
     )

@@ -25,6 +25,7 @@ from ..autodiff.data import head
 from ..autodiff.expansion import Expansion
 from ..autodiff.objective import Expand, Objective
 from ..errors import InvalidValue, OutOfTime
+from ..linalg.operators import Linear
 from ..measures.iterate import LARGE
 
 SAFETY = 0.9
@@ -254,12 +255,15 @@ def limited(expand: Expand, deadline: float) -> Expand:
     def limited_expand(f: Objective, w: Tensor) -> Expansion:
         at = expand(f, w)
 
-        def hvp(v: Tensor) -> Tensor:
-            if perf_counter() > deadline:
-                raise OutOfTime("a measurement was given up: it took longer than the budget allows")
-            return at.hvp(v)
+        def in_time(product: Linear) -> Linear:
+            def limited_product(v: Tensor) -> Tensor:
+                if perf_counter() > deadline:
+                    raise OutOfTime("a measurement was given up: it took longer than the budget allows")
+                return product(v)
 
-        return replace(at, hvp=hvp)
+            return limited_product
+
+        return replace(at, hvp=in_time(at.hvp), drafts=tuple(map(in_time, at.drafts)))
 
     return limited_expand
 
