@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import problems
@@ -21,7 +22,8 @@ from sharpscope.autodiff.hvp import compiled, differences, forward_over_reverse,
 from sharpscope.autodiff.objective import Expand
 from sharpscope.autodiff.tracing import compiler
 from sharpscope.errors import CannotTrace, NoSecondDerivative
-from sharpscope.linalg import lanczos
+from sharpscope.linalg import SymmetricOperator, lanczos, largest_eigenpair, preconditioned, restricted
+from sharpscope.linalg.operators import projected, scaled, shifted
 
 BACKENDS: dict[str, Callable[[], Expand]] = {
     "kept": lambda: kept,
@@ -222,11 +224,11 @@ class Activation(nn.Module):
         return self.function(x)
 
 
-def with_activation(function: Callable[[Tensor], Tensor]) -> Objective:
+def with_activation(function: Callable[[Tensor], Tensor], **settings: Any) -> Objective:
     net = problems.model("LayerNorm")
     assert isinstance(net, nn.Sequential)
     net[2] = Activation(function)
-    return Objective(net, F.mse_loss, problems.batches("LayerNorm"))
+    return Objective(net, F.mse_loss, problems.batches("LayerNorm"), **settings)
 
 
 def test_what_has_no_second_derivative_is_named_and_differences_work() -> None:
@@ -306,3 +308,65 @@ def test_eigenvalues_do_not_depend_on_the_backend() -> None:
     expected = lanczos(hessian(f), 2, rtol=1e-8).values
     for make in (linearized, lambda: forward_over_reverse, lambda: rebuilt):
         assert relative(lanczos(hessian(f.using(make())), 2, rtol=1e-8).values, expected) < 1e-9
+
+
+DRAFTED = {
+    "the Hessian": lambda a, p: a,
+    "another metric": preconditioned,
+    "a block": lambda a, p: restricted(a, torch.arange(3, 40)),
+    "a projection": lambda a, p: projected(a, lambda v: v - p * (p @ v) / (p @ p)),
+    "a multiple, shifted": lambda a, p: shifted(scaled(a, -2.0), p),
+}
+
+
+@pytest.mark.parametrize("name", DRAFTED)
+@pytest.mark.parametrize("norm", ["BatchNorm1d", "LayerNorm", "MultiheadAttention"])
+def test_drafts_are_nearly_the_product_wherever_the_operator_is_used(norm: str, name: str) -> None:
+    f = problems.objective(norm, memory_budget=0)
+    metric = normal(f.size, seed=3).abs() + 0.1
+    a = DRAFTED[name](hessian(f), metric)
+    v = normal(len(a.like), seed=1)
+    assert [draft.cost for draft in a.drafts] == [1, 1] and a.cost == 3
+    for draft in a.drafts:
+        assert relative(draft @ v, a @ v) < 1e-5
+        assert relative(draft @ (1e6 * v), 1e6 * (a @ v)) < 1e-5  # the step does not depend on the length
+        assert (draft @ torch.zeros_like(v)).count_nonzero() == 0
+
+
+def test_there_are_drafts_where_most_graphs_are_built_anew() -> None:
+    f = problems.objective("LayerNorm")
+    w = f.weights()
+    assert not f.at(w).drafts
+    assert not f.using(linearized()).at(w).drafts
+    budgets = [int(n * f.graph_bytes_per_example) for n in (5, 11)]  # one batch of three, and two
+    assert [len(problems.objective("LayerNorm", memory_budget=b).at(w).drafts) for b in budgets] == [2, 0]
+
+
+@pytest.mark.parametrize("activation", [nn.GELU, nn.ReLU])
+def test_a_smooth_model_needs_two_products_and_one_with_kinks_takes_no_draft(activation: type[nn.Module]) -> None:
+    """In single precision and with many examples a step crosses kinks of some of them, however small it is."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 64), activation(), nn.Linear(64, 64), activation(), nn.Linear(64, 1))
+    data = [(torch.randn(2000, 5), torch.randn(2000, 1)) for _ in range(2)]
+    f = Objective(net, F.mse_loss, data, memory_budget=0)
+    exact = lanczos(hessian(f), rtol=1e-4).values.item()
+    for vectors in (True, False):
+        a, counts = hessian(f), [0, 0]
+        found = largest_eigenpair(counting(a, counts), a.drafts[0].like, vectors=vectors)
+        assert found.values.item() == pytest.approx(exact, rel=1e-3)
+        assert found.lower.item() <= exact * (1 + 1e-6) <= found.upper
+        assert (counts[0] == 2) == (activation is nn.GELU)
+        assert found.num_matvecs == sum(counts) and found.num_gradients == 3 * counts[0] + counts[1]
+
+
+def counting(a: SymmetricOperator, counts: list[int]) -> SymmetricOperator:
+    """Count products with an operator, and with its drafts."""
+
+    def counted(a: SymmetricOperator, i: int) -> Callable[[Tensor], Tensor]:
+        def product(v: Tensor) -> Tensor:
+            counts[i] += 1
+            return a @ v
+
+        return product
+
+    return replace(a, matvec=counted(a, 0), drafts=tuple(replace(d, matvec=counted(d, 1)) for d in a.drafts))

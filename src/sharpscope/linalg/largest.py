@@ -102,7 +102,7 @@ def largest_eigenpair(
         error: estimated error of the value, relative to it (or to a thousandth of the largest in magnitude).
         weight: length of `toward` in the start, relative to its random part.
         gap: distance above the value, relative to the same, at which nothing may be with probability `LIKELY`.
-        vectors: whether the vector is wanted, too; without it three vectors of memory are enough.
+        vectors: whether the vector is wanted, too; without it, and without drafts, three vectors of memory are enough.
         basis: rows in memory before a restart keeps only the best of them; by default as many as `ROOM` bytes hold.
         max_matvecs: products allowed, those of drafts among them.
         seed: of the random start; torch's global generator is not used.
@@ -119,7 +119,9 @@ def largest_eigenpair(
         raise InvalidValue(
             f"a start of shape {tuple(toward.shape)} for an operator of size {a.size}; give ({len(a.like)},)"
         )
-    rows = _rows(a.like, basis) if vectors or a.drafts else 0
+    rows = _rows(a.like, basis, least=FEWEST if vectors else 0)
+    if not vectors and (rows < FEWEST or not a.drafts):
+        rows = 0
     found = _solved(a, toward, weight, rows, seed, _Wanted(error, gap, max_matvecs))
     return found if vectors else replace(found, vectors=found.vectors[:, :0])
 
@@ -176,10 +178,10 @@ def gaussian(a: SymmetricOperator, seed: int) -> Tensor:
     return a.drawn(1, lambda shape: torch.randn(shape, generator=generator, dtype=a.like.dtype))[:, 0]
 
 
-def _rows(like: Tensor, basis: int | None) -> int:
-    """Count the rows of a basis that is kept, at least `FEWEST`."""
+def _rows(like: Tensor, basis: int | None, least: int) -> int:
+    """Count the rows of a basis that is kept."""
     fitting = ROOM // (like.numel() * like.element_size()) if basis is None else basis
-    return min(max(fitting, FEWEST), MOST)
+    return min(max(fitting, least), MOST)
 
 
 class _Ritz(NamedTuple):
