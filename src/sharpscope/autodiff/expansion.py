@@ -96,7 +96,6 @@ def on_graphs(f: MeanLoss, w: Tensor, memory_budget: int) -> Expansion:
             graphs.append((batch, _root(g)))
         del g  # P numbers that the graph does not need
     products = Graphs(f, w, batches, examples, tuple(graphs))
-    dear = len(graphs) < batches / 2
     return Expansion(
         value=value / examples,
         grad=slope.div_(examples),
@@ -105,7 +104,7 @@ def on_graphs(f: MeanLoss, w: Tensor, memory_budget: int) -> Expansion:
         gauss_newton=products.gauss_newton,
         examples=examples,
         cost=3 - len(graphs) / batches,
-        drafts=tuple(partial(products.difference, slope, step) for step in STEPS) if dear else (),
+        drafts=tuple(partial(products.difference, slope, step) for step in STEPS if len(graphs) < batches / 2),
     )
 
 
@@ -169,7 +168,7 @@ class Graphs:
 
     @differentiating()
     def difference(self, slope: Tensor, step: float, v: Tensor) -> Tensor:
-        """Divide ``∇L(w + h v) - ∇L(w)`` by h, such that ``‖h v‖`` is `step` of ``√eps ‖w‖``: an error of order h."""
+        """Divide ``∇L(w + h v) - ∇L(w)`` by h, such that ``‖h v‖`` is `step` of ``√eps ‖w‖`` [N38]."""
         v = ordinary(v)
         size, far = length(v), step * torch.finfo(v.dtype).eps ** 0.5 * max(length(self.w), 1e-3)
         total = torch.zeros_like(v)

@@ -13,10 +13,10 @@ lowers ``P(|uᵀ start| < δ)``, so that the bound of `bounds` is true with the 
 Vectors are orthogonalized against the two before them.  That is enough until a Ritz pair has converged to about √eps
 (Paige): only then the whole basis is gone through, or, where none is kept, is the bound from above given up.
 
-Where the operator has drafts, all products but the first are those of one that agrees with it there.  Errors E of the
-products turn the vector by E over the gap, and change its Rayleigh quotient by the square of that.  So the vector comes
-from the draft, and value, residual and bound from below from one product of the operator with it.  If that residual is
-too large for the error that is allowed, the operator itself goes on from the vector.
+Where the operator has drafts, all products but the first are those of one that agrees with it there [N38].  Errors E of
+the products turn the vector by E over the gap, and change its Rayleigh quotient by the square of that.  So the vector
+comes from the draft, and value, residual and bound from below from one product of the operator with it.  If that
+residual is too large for the error that is allowed, the operator itself goes on from the vector.
 
 P parameters, m rows in the basis.
 """
@@ -127,7 +127,7 @@ def largest_eigenpair(
 
 
 class _Wanted(NamedTuple):
-    """What ends a solve."""
+    """The accuracy that ends a solve, and the products after which it is given up."""
 
     error: float
     gap: float
