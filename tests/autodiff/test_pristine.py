@@ -1,8 +1,10 @@
 """Data with a state of their own: the training that is watched is the unwatched one, and every pass reads the same."""
 
 import copy
+import gc
 import random
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -273,10 +275,13 @@ def trained(kind: str, path: Path, watched: bool) -> dict[str, Any]:
 
 
 @pytest.fixture
-def numbers(tmp_path: Path) -> Path:
+def numbers(tmp_path: Path) -> Iterator[Path]:
+    """A file of numbers; readers that nobody closes are collected here, and not in the middle of another test."""
     path = tmp_path / "numbers.txt"
     path.write_text("\n".join(str(i / 10) for i in range(-9, 10)) + "\n")
-    return path
+    yield path
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()
 
 
 @pytest.mark.parametrize("kind", KINDS)
